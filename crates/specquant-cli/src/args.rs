@@ -1,0 +1,270 @@
+//! What can be typed. Values are checked here for their form only; the libraries check their sense.
+
+use std::path::PathBuf;
+
+use clap::{Args as ClapArgs, Parser, Subcommand, ValueEnum};
+use specquant_quantize::Searched;
+
+/// 4-bit LLMs on a CPU: quantize, evaluate, generate.
+#[derive(Parser)]
+#[command(version, about, propagate_version = true, arg_required_else_help = true)]
+pub struct Args {
+    #[command(subcommand)]
+    pub command: Command,
+}
+
+#[derive(Subcommand)]
+pub enum Command {
+    /// Quantize a model's weights, activations and KV cache
+    Quantize(Box<QuantizeArgs>),
+    /// Evaluate a model
+    Eval(EvalArgs),
+    /// Continue a prompt
+    Generate(GenerateArgs),
+    /// Talk with a model in the terminal
+    Chat(ChatArgs),
+    /// List what a model holds and check its integrity
+    Inspect(InspectArgs),
+    /// Show the CPU's features, the kernels chosen, memory and measured ceilings
+    Doctor(DoctorArgs),
+    /// Quantize a model and compare it with the original, in one table
+    Demo(DemoArgs),
+    /// Measure one model for the demo
+    #[command(hide = true)]
+    Measure(MeasureArgs),
+}
+
+/// The model that every command works on.
+#[derive(ClapArgs)]
+pub struct ModelArgs {
+    /// A Hugging Face directory, a GGUF file, or a SpecQuant checkpoint
+    #[arg(short, long, value_name = "MODEL")]
+    pub model: PathBuf,
+    /// Worker threads; all cores by default
+    #[arg(long, value_name = "N")]
+    pub threads: Option<usize>,
+}
+
+#[derive(ClapArgs)]
+pub struct QuantizeArgs {
+    /// A Hugging Face directory or a GGUF file, in full precision
+    #[arg(short, long, value_name = "SRC")]
+    pub model: PathBuf,
+    /// Directory to write; it must not exist
+    #[arg(short, long, value_name = "DST")]
+    pub output: PathBuf,
+    /// A built-in recipe (specquant, gptq, smooth-gptq, smoothquant, rtn) or a TOML file
+    #[arg(short, long, value_name = "NAME|FILE", default_value = "specquant")]
+    pub recipe: String,
+    /// Replace a SpecQuant checkpoint at DST
+    #[arg(long)]
+    pub overwrite: bool,
+    /// Print the plan and stop
+    #[arg(long)]
+    pub dry_run: bool,
+    /// Print the result as JSON on stdout
+    #[arg(long)]
+    pub json: bool,
+    #[command(flatten)]
+    pub overrides: Overrides,
+}
+
+/// Recipe keys that a flag replaces; the key is named in brackets.
+#[derive(ClapArgs)]
+#[command(next_help_heading = "Recipe (each replaces the key in brackets)")]
+pub struct Overrides {
+    /// Bits of weights, activations and KV cache: W4A4KV4, W4A16, W8A8KV8 ... [scheme]
+    #[arg(long, value_name = "SCHEME")]
+    pub scheme: Option<String>,
+    /// Inputs that share a weight scale; 0 for a scale per output channel [scheme.group_size]
+    #[arg(long, value_name = "N")]
+    pub group_size: Option<usize>,
+    /// Clip ratio of activations, in (0, 1] [scheme.act_clip]
+    #[arg(long, value_name = "RATIO")]
+    pub act_clip: Option<f32>,
+    /// Clip ratio of keys and values, in (0, 1] [scheme.kv_clip]
+    #[arg(long, value_name = "RATIO")]
+    pub kv_clip: Option<f32>,
+    /// Migration strength of smoothing: a number in [0, 1], "search", or "off" [smooth.smoothing_strength]
+    #[arg(long, value_name = "ALPHA")]
+    pub smoothing_strength: Option<Strength>,
+    /// Fourier bins kept per output channel on average; 0 for no branch [branch.mean_k]
+    #[arg(long, value_name = "K")]
+    pub mean_k: Option<usize>,
+    /// Importance score that shares the bins out [branch.score]
+    #[arg(long, value_name = "SCORE")]
+    pub score: Option<ScoreArg>,
+    /// Temperature of that sharing: a number (0 is uniform) or "search" [branch.temperature]
+    #[arg(long, value_name = "T")]
+    pub temperature: Option<Searched>,
+    /// Storage of embeddings and lm_head [embeddings]
+    #[arg(long, value_name = "TYPE")]
+    pub embeddings: Option<EmbeddingsArg>,
+    /// Calibration text or jsonl; without it the model writes its own [calibration.file]
+    #[arg(long, value_name = "FILE")]
+    pub calibration: Option<PathBuf>,
+    /// Calibration sequences [calibration.samples]
+    #[arg(long, value_name = "N")]
+    pub samples: Option<usize>,
+    /// Tokens of a calibration sequence [calibration.sequence_length]
+    #[arg(long, value_name = "N")]
+    pub sequence_length: Option<usize>,
+    /// Calibration tokens on which searches compare outputs [calibration.search_tokens]
+    #[arg(long, value_name = "N")]
+    pub search_tokens: Option<usize>,
+    /// Seed of everything random [seed]
+    #[arg(long, value_name = "N")]
+    pub seed: Option<u64>,
+    /// Worker threads; all cores by default. The result does not depend on it [threads]
+    #[arg(long, value_name = "N")]
+    pub threads: Option<usize>,
+}
+
+/// A migration strength, or no smoothing.
+#[derive(Clone, Copy)]
+pub enum Strength {
+    Off,
+    On(Searched),
+}
+
+impl std::str::FromStr for Strength {
+    type Err = String;
+
+    fn from_str(text: &str) -> Result<Self, String> {
+        if text == "off" { Ok(Strength::Off) } else { text.parse().map(Strength::On) }
+    }
+}
+
+#[derive(Clone, Copy, ValueEnum)]
+pub enum ScoreArg {
+    /// Mean |activation| times |weight|
+    Act,
+    /// Spectral entropy of the weight row
+    Entropy,
+    /// Every channel the same
+    Uniform,
+}
+
+#[derive(Clone, Copy, ValueEnum)]
+pub enum EmbeddingsArg {
+    /// bf16 if the source is bf16, else f16
+    #[value(name = "16bit")]
+    Half,
+    /// Symmetric int8, a scale per row
+    Int8,
+}
+
+#[derive(ClapArgs)]
+pub struct EvalArgs {
+    #[command(subcommand)]
+    pub what: EvalCommand,
+}
+
+#[derive(Subcommand)]
+pub enum EvalCommand {
+    /// Perplexity of a text
+    Ppl(PplArgs),
+}
+
+#[derive(ClapArgs)]
+pub struct PplArgs {
+    #[command(flatten)]
+    pub model: ModelArgs,
+    /// Plain text, or jsonl with a "text" in every line
+    #[arg(long, value_name = "FILE")]
+    pub text: PathBuf,
+    /// Score only the first N windows
+    #[arg(long, value_name = "N", default_value_t = 0, hide_default_value = true)]
+    pub windows: usize,
+    /// Tokens of a window
+    #[arg(long, value_name = "N", default_value_t = 2048)]
+    pub window: usize,
+    /// Print JSON: perplexity, stderr, tokens, protocol, window_nll
+    #[arg(long)]
+    pub json: bool,
+}
+
+#[derive(ClapArgs)]
+pub struct SamplingArgs {
+    /// 0 takes the most likely token
+    #[arg(long, value_name = "T", default_value_t = 0.7)]
+    pub temperature: f32,
+    /// Only the K most likely tokens; 0 for all
+    #[arg(long, value_name = "K", default_value_t = 0)]
+    pub top_k: usize,
+    /// Only the most likely tokens that together have this probability
+    #[arg(long, value_name = "P", default_value_t = 0.95)]
+    pub top_p: f32,
+    /// Seed of the sampler
+    #[arg(long, value_name = "N", default_value_t = 0)]
+    pub seed: u64,
+    /// Tokens to write at most
+    #[arg(long, value_name = "N", default_value_t = 256)]
+    pub max_new_tokens: usize,
+}
+
+#[derive(ClapArgs)]
+pub struct GenerateArgs {
+    #[command(flatten)]
+    pub model: ModelArgs,
+    /// Text to continue
+    #[arg(short, long, value_name = "TEXT")]
+    pub prompt: String,
+    #[command(flatten)]
+    pub sampling: SamplingArgs,
+    /// Print JSON: text, token_ids, prompt_tokens, prefill and decode tokens per second
+    #[arg(long)]
+    pub json: bool,
+}
+
+#[derive(ClapArgs)]
+pub struct ChatArgs {
+    #[command(flatten)]
+    pub model: ModelArgs,
+    /// System message
+    #[arg(long, value_name = "TEXT")]
+    pub system: Option<String>,
+    #[command(flatten)]
+    pub sampling: SamplingArgs,
+}
+
+#[derive(ClapArgs)]
+pub struct InspectArgs {
+    /// A Hugging Face directory, a GGUF file, or a SpecQuant checkpoint
+    #[arg(value_name = "MODEL")]
+    pub model: PathBuf,
+    /// Print JSON
+    #[arg(long)]
+    pub json: bool,
+}
+
+#[derive(ClapArgs)]
+pub struct DoctorArgs {
+    /// Print JSON
+    #[arg(long)]
+    pub json: bool,
+    /// Worker threads; all cores by default
+    #[arg(long, value_name = "N")]
+    pub threads: Option<usize>,
+}
+
+#[derive(ClapArgs)]
+pub struct DemoArgs {
+    /// A Hugging Face directory or a GGUF file, in full precision
+    #[arg(short, long, value_name = "SRC")]
+    pub model: PathBuf,
+    /// Where the checkpoint goes; an older one of ours there is replaced
+    #[arg(short, long, value_name = "DST", default_value = "specquant-demo")]
+    pub output: PathBuf,
+    /// A built-in recipe or a TOML file
+    #[arg(short, long, value_name = "NAME|FILE", default_value = "specquant")]
+    pub recipe: String,
+    #[command(flatten)]
+    pub overrides: Overrides,
+}
+
+#[derive(ClapArgs)]
+pub struct MeasureArgs {
+    #[command(flatten)]
+    pub model: ModelArgs,
+}

@@ -1,0 +1,45 @@
+//! The `specquant` command: flags, progress and tables around the library crates.
+//!
+//! Exit codes: 0 success, 1 an integrity check failed, 2 bad input or a failed run, with one message on stderr.
+
+mod args;
+mod chat;
+mod demo;
+mod doctor;
+mod eval;
+mod generate;
+mod inspect;
+mod quantize;
+mod system;
+mod ui;
+
+use std::process::ExitCode;
+
+use args::{Args, Command};
+use clap::Parser;
+
+fn main() -> ExitCode {
+    let args = Args::parse();
+    match run(args) {
+        Ok(code) => code,
+        // A reader such as `head` that has seen enough is no error.
+        Err(e) if e.downcast_ref::<std::io::Error>().is_some_and(|e| e.kind() == std::io::ErrorKind::BrokenPipe) => ExitCode::SUCCESS,
+        Err(e) => {
+            eprintln!("error: {e:#}");
+            ExitCode::from(2)
+        }
+    }
+}
+
+fn run(args: Args) -> anyhow::Result<ExitCode> {
+    match args.command {
+        Command::Quantize(a) => quantize::run(*a),
+        Command::Eval(a) => eval::run(a),
+        Command::Generate(a) => generate::run(a),
+        Command::Chat(a) => chat::run(a),
+        Command::Inspect(a) => inspect::run(a),
+        Command::Doctor(a) => doctor::run(a),
+        Command::Demo(a) => demo::run(a),
+        Command::Measure(a) => demo::measure(a),
+    }
+}

@@ -1,0 +1,185 @@
+//! `specquant quantize`.
+
+use std::io::Write;
+use std::process::ExitCode;
+use std::time::Instant;
+
+use anyhow::Context;
+use serde_json::json;
+use specquant_model::{Model, Source, Tokenizer};
+use specquant_quantize as q;
+use specquant_quantize::{Embeddings, Event, Fourier, Plan, Recipe, Report, Rounding, Smooth};
+
+use crate::args::{EmbeddingsArg, Overrides, QuantizeArgs, ScoreArg, Strength};
+use crate::system::{self, human};
+use crate::ui::Progress;
+
+/// The recipe with the flags' values in place of its own.
+pub fn recipe(name: &str, flags: &Overrides) -> anyhow::Result<Recipe> {
+    let mut r = Recipe::load(name)?;
+    if let Some(text) = &flags.scheme {
+        r.scheme = r.scheme.with_widths(text)?;
+    }
+    macro_rules! replace {
+        ($($flag:ident => $key:expr),* $(,)?) => { $(if let Some(value) = flags.$flag.clone() { $key = value; })* };
+    }
+    replace! {
+        group_size => r.scheme.group_size,
+        act_clip => r.scheme.act_clip,
+        kv_clip => r.scheme.kv_clip,
+        samples => r.calibration.samples,
+        sequence_length => r.calibration.sequence_length,
+        search_tokens => r.calibration.search_tokens,
+        seed => r.seed,
+    }
+    if flags.calibration.is_some() {
+        r.calibration.file.clone_from(&flags.calibration);
+    }
+    if flags.threads.is_some() {
+        r.threads = flags.threads;
+    }
+    match flags.smoothing_strength {
+        Some(Strength::Off) => r.smooth = None,
+        Some(Strength::On(s)) => r.smooth = Some(Smooth { smoothing_strength: s, all_sites: r.smooth.is_none_or(|s| s.all_sites) }),
+        None => {}
+    }
+    if flags.mean_k == Some(0) {
+        r.branch = None;
+    } else if flags.mean_k.is_some() || flags.score.is_some() || flags.temperature.is_some() {
+        let mut branch = match r.branch {
+            Some(branch) => branch,
+            None => Fourier {
+                mean_k: flags.mean_k.context("this recipe has no branch: give it one with --mean-k K")?,
+                score: q::branch::Score::Uniform,
+                temperature: q::Searched::Fixed(0.0),
+            },
+        };
+        branch.mean_k = flags.mean_k.unwrap_or(branch.mean_k);
+        branch.temperature = flags.temperature.unwrap_or(branch.temperature);
+        if let Some(score) = flags.score {
+            branch.score = match score {
+                ScoreArg::Act => q::branch::Score::ActivationAware,
+                ScoreArg::Entropy => q::branch::Score::Entropy,
+                ScoreArg::Uniform => q::branch::Score::Uniform,
+            };
+        }
+        r.branch = Some(branch);
+    }
+    match flags.embeddings {
+        Some(EmbeddingsArg::Half) => r.embeddings = Embeddings::Half,
+        Some(EmbeddingsArg::Int8) => r.embeddings = Embeddings::Int8,
+        None => {}
+    }
+    r.validate()?;
+    Ok(r)
+}
+
+/// The plan, for people.
+fn describe(plan: &Plan, recipe: &Recipe) -> String {
+    let smooth = if recipe.smooth.is_some() { "smoothing, " } else { "" };
+    let branch = recipe.branch.map_or(String::new(), |b| format!("{} Fourier bins per channel, ", b.mean_k));
+    let rounding = match recipe.rounding {
+        Rounding::Rtn => "nearest rounding",
+        Rounding::Gptq(_) => "GPTQ",
+    };
+    format!(
+        "plan: {} {}: {smooth}{branch}{rounding}\n  {} blocks, {} linear layers, {:.1} M weights at {:.3} bits\n  \
+         calibration {} tokens, predicted peak memory {}, output about {}",
+        recipe.name,
+        recipe.scheme,
+        plan.blocks,
+        plan.layers,
+        plan.weights as f64 / 1e6,
+        plan.bits_per_weight,
+        plan.calibration_tokens,
+        human(plan.peak_bytes),
+        human(plan.output_bytes),
+    )
+}
+
+/// The calibration sequences: of the file, or written by the model.
+fn texts(source: &Source, tokenizer: &Tokenizer, recipe: &Recipe, quiet: bool) -> anyhow::Result<Vec<Vec<u32>>> {
+    let c = &recipe.calibration;
+    if let Some(file) = &c.file {
+        let texts = q::calibration::from_file(file, tokenizer, c, recipe.seed)?;
+        let got: usize = texts.iter().map(Vec::len).sum();
+        if got < c.samples * c.sequence_length && !quiet {
+            eprintln!("note: {} holds only {got} tokens; calibrating on those", file.display());
+        }
+        return Ok(texts);
+    }
+    let mut model = Model::load(source)?;
+    model.widen()?;
+    let mut progress = Progress::new("writing text", (c.samples * c.sequence_length) as u64, quiet);
+    let texts = q::calibration::self_generated(&model, c, recipe.seed, &mut |done| progress.set(done as u64, "tokens"))?;
+    Ok(texts)
+}
+
+/// Plans and runs; what `quantize` and `demo` share.
+pub fn quantize(source: &Source, recipe: &Recipe, output: &std::path::Path, overwrite: bool, quiet: bool) -> anyhow::Result<Report> {
+    let tokenizer = source.tokenizer()?;
+    let (have, known) = (tokenizer.vocab_size(), source.config().vocab_size);
+    anyhow::ensure!(
+        have <= known,
+        "{}: the tokenizer has {have} tokens but the model embeds {known}; take both from the same revision of the model",
+        source.path().display()
+    );
+    q::check_output(output, overwrite)?;
+    let texts = texts(source, &tokenizer, recipe, quiet)?;
+    let mut progress = Progress::new("block", source.config().num_layers as u64, quiet);
+    let report = q::run(source, recipe, &texts, output, overwrite, &mut |Event::Block { index, layers, .. }| {
+        let worst = layers.iter().max_by(|a, b| a.relative_error.total_cmp(&b.relative_error));
+        let mean = layers.iter().map(|l| l.relative_error).sum::<f64>() / layers.len().max(1) as f64;
+        let news = worst.map_or(String::new(), |w| {
+            let short = w.name.rsplit('.').next().unwrap_or(&w.name);
+            format!("{:.3} bits, error mean {mean:.4}, largest {:.4} ({short})", w.bits_per_weight, w.relative_error)
+        });
+        progress.step(index as u64 + 1, &news);
+    })?;
+    Ok(report)
+}
+
+pub fn run(args: QuantizeArgs) -> anyhow::Result<ExitCode> {
+    let recipe = recipe(&args.recipe, &args.overrides)?;
+    system::set_threads(recipe.threads)?;
+    let source = Source::open(&args.model)?;
+    let plan = q::plan(&source, &recipe)?;
+    if !args.json {
+        eprintln!("{}", describe(&plan, &recipe));
+    }
+    if let Some(free) = system::available_memory().filter(|free| *free < plan.peak_bytes) {
+        eprintln!(
+            "warning: only {} of memory are free; lower --samples or --sequence-length if the run is killed",
+            human(free)
+        );
+    }
+    if args.dry_run {
+        if args.json {
+            writeln!(std::io::stdout(), "{:#}", json!({ "plan": plan, "recipe": recipe }))?;
+        }
+        return Ok(ExitCode::SUCCESS);
+    }
+    let started = Instant::now();
+    let report = quantize(&source, &recipe, &args.output, args.overwrite, args.json)?;
+    let seconds = started.elapsed().as_secs_f64();
+    for layer in &report.layers {
+        if let Some(why) = &layer.rounding.fallback {
+            eprintln!("warning: {}: rounded to nearest: {why}", layer.name);
+        }
+    }
+    let peak = system::peak_rss();
+    if args.json {
+        let result = json!({ "output": args.output, "seconds": seconds, "peak_rss_bytes": peak, "plan": plan, "report": report });
+        writeln!(std::io::stdout(), "{result:#}")?;
+    } else {
+        writeln!(
+            std::io::stdout(),
+            "wrote {}: {:.3} bits per weight, {} of tensors, in {seconds:.0} s, peak memory {}",
+            args.output.display(),
+            report.bits_per_weight,
+            human(report.tensor_bytes),
+            peak.map_or("unknown".to_owned(), human),
+        )?;
+    }
+    Ok(ExitCode::SUCCESS)
+}

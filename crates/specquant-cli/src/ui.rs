@@ -1,0 +1,91 @@
+//! Progress: a bar on a terminal, plain lines elsewhere; and tables.
+
+use std::io::{IsTerminal, Write, stderr};
+use std::time::{Duration, Instant};
+
+use indicatif::{ProgressBar, ProgressStyle};
+
+/// Progress over a known number of steps, on stderr.
+pub struct Progress {
+    bar: Option<ProgressBar>,
+    what: &'static str,
+    total: u64,
+    started: Instant,
+    last_line: Instant,
+    quiet: bool,
+}
+
+/// Without a terminal, a line at most this often.
+const LINE_EVERY: Duration = Duration::from_secs(10);
+
+impl Progress {
+    /// Starts at zero. `quiet` shows nothing.
+    pub fn new(what: &'static str, total: u64, quiet: bool) -> Self {
+        let bar = (stderr().is_terminal() && !quiet).then(|| {
+            let style = ProgressStyle::with_template("{prefix:>12} [{bar:30}] {pos}/{len} {elapsed} eta {eta} {msg}");
+            ProgressBar::new(total).with_style(style.unwrap_or_else(|_| ProgressStyle::default_bar())).with_prefix(what)
+        });
+        let now = Instant::now();
+        Progress { bar, what, total, started: now, last_line: now, quiet }
+    }
+
+    /// `done` steps are done; `message` is the latest news.
+    pub fn set(&mut self, done: u64, message: &str) {
+        if let Some(bar) = &self.bar {
+            bar.set_position(done);
+            bar.set_message(message.to_owned());
+        } else if !self.quiet && (self.last_line.elapsed() >= LINE_EVERY || done == self.total) {
+            self.line(done, message);
+        }
+    }
+
+    /// As [`Progress::set`], but a log gets its line in any case.
+    pub fn step(&mut self, done: u64, message: &str) {
+        match self.bar {
+            Some(_) => self.set(done, message),
+            None if self.quiet => {}
+            None => self.line(done, message),
+        }
+    }
+
+    fn line(&mut self, done: u64, message: &str) {
+        let elapsed = self.started.elapsed().as_secs_f64();
+        let eta = elapsed / done.max(1) as f64 * self.total.saturating_sub(done) as f64;
+        let _ = writeln!(stderr(), "{} {done}/{} {elapsed:.0}s eta {eta:.0}s {message}", self.what, self.total);
+        self.last_line = Instant::now();
+    }
+}
+
+impl Drop for Progress {
+    fn drop(&mut self) {
+        if let Some(bar) = &self.bar {
+            bar.finish_and_clear();
+        }
+    }
+}
+
+/// Columns as wide as their widest cell; the first is left-aligned, the others right.
+pub fn table(rows: &[Vec<String>]) -> String {
+    let columns = rows.iter().map(Vec::len).max().unwrap_or(0);
+    let width = |c: usize| rows.iter().filter_map(|r| r.get(c)).map(|s| s.chars().count()).max().unwrap_or(0);
+    let widths: Vec<usize> = (0..columns).map(width).collect();
+    let mut text = String::new();
+    for row in rows {
+        let cells = row.iter().enumerate().map(|(c, cell)| {
+            let w = widths[c];
+            if c == 0 { format!("{cell:<w$}") } else { format!("{cell:>w$}") }
+        });
+        text.push_str(cells.collect::<Vec<_>>().join("  ").trim_end());
+        text.push('\n');
+    }
+    text
+}
+
+#[cfg(test)]
+mod tests {
+    #[test]
+    fn tables_align() {
+        let rows = [vec!["a".into(), "bb".into()], vec!["ccc".into(), "d".into()]];
+        assert_eq!(super::table(&rows), "a    bb\nccc   d\n");
+    }
+}

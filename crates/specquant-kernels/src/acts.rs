@@ -1,0 +1,291 @@
+//! The activation quantizer: per token, asymmetric.
+//!
+//! For a token with values `x`, at `b` bits:
+//!
+//! ```text
+//! min   = clip · min(0, min x)          max  = clip · max(0, max x)
+//! scale = max((max − min) / (2ᵇ − 1), MIN_SCALE)
+//! zero  = round(−min / scale)
+//! q     = clamp(round(x / scale) + zero, 0, 2ᵇ − 1)          x ≈ scale · (q − zero)
+//! ```
+//!
+//! with rounding half to even: QuaRot's `ActQuantizer` (`quant_utils.py`: `find_params`, `asym_quant`), which SpinQuant shares.
+//! Deviation: where QuaRot replaces the range of an all-zero token by [−1, 1], the scale has a lower bound; both give zeros.
+
+use crate::Isa;
+#[cfg(target_arch = "x86_64")]
+use crate::isa::{Avx2, Avx512Vnni};
+use crate::isa::{Scalar, with_token};
+use rayon::prelude::*;
+
+/// Lower bound of a token's scale, so that an all-zero token quantizes to zeros instead of dividing by zero.
+pub const MIN_SCALE: f32 = 1e-20;
+
+/// Values that one thread quantizes at least; below, spawning costs more than it saves.
+const GRAIN: usize = 1 << 14;
+
+/// Quantized activations, one scale and zero point per token.
+#[derive(Debug, Clone, PartialEq)]
+pub struct QuantizedActs {
+    /// Tokens.
+    pub rows: usize,
+    /// Values per token.
+    pub cols: usize,
+    /// Codes per token: `cols` rounded up to a multiple of 8, the padding is 0.
+    pub stride: usize,
+    /// Bit width, 2 to 8.
+    pub bits: u8,
+    /// `[rows, stride]`, each in 0..2^bits.
+    pub codes: Vec<u8>,
+    /// `[rows]`: value of one step.
+    pub scale: Vec<f32>,
+    /// `[rows]`: code of the value 0.
+    pub zero: Vec<i32>,
+}
+
+impl QuantizedActs {
+    /// The values that the codes stand for: `[rows, cols]`.
+    pub fn dequantize(&self) -> Vec<f32> {
+        let mut x = Vec::with_capacity(self.rows * self.cols);
+        for t in 0..self.rows {
+            let codes = &self.codes[t * self.stride..][..self.cols];
+            x.extend(codes.iter().map(|&q| self.scale[t] * (i32::from(q) - self.zero[t]) as f32));
+        }
+        x
+    }
+}
+
+/// Quantizes activations per token (see the module's formula).
+///
+/// `x`: `[rows, cols]`, finite; `bits`: 2 to 8; `clip` multiplies minimum and maximum (QuaRot: 0.9 for 4 bits).
+///
+/// # Panics
+/// If `x` has another length or `bits` is out of range.
+pub fn quantize_acts(x: &[f32], rows: usize, cols: usize, bits: u8, clip: f32) -> QuantizedActs {
+    quantize_acts_with(Isa::active(), x, rows, cols, bits, clip)
+}
+
+/// [`quantize_acts`] on a given instruction set, for tests.
+#[doc(hidden)]
+pub fn quantize_acts_with(
+    isa: Isa,
+    x: &[f32],
+    rows: usize,
+    cols: usize,
+    bits: u8,
+    clip: f32,
+) -> QuantizedActs {
+    assert_eq!(x.len(), rows * cols, "x must be [rows, cols]");
+    assert!((2..=8).contains(&bits), "{bits} bits for activations");
+    let stride = cols.next_multiple_of(8);
+    let mut a = QuantizedActs {
+        rows,
+        cols,
+        stride,
+        bits,
+        codes: vec![0; rows * stride],
+        scale: vec![0.; rows],
+        zero: vec![0; rows],
+    };
+    if cols == 0 {
+        return a;
+    }
+    let tokens =
+        (a.codes.par_chunks_mut(stride), x.par_chunks(cols), &mut a.scale, &mut a.zero).into_par_iter();
+    let at_once = GRAIN.div_ceil(cols);
+    with_token!(isa, k => if rows <= at_once {
+        for (t, codes) in a.codes.chunks_mut(stride).enumerate() {
+            (a.scale[t], a.zero[t]) = token(k, &x[t * cols..][..cols], bits, clip, codes);
+        }
+    } else {
+        tokens.with_min_len(at_once).for_each(|(codes, x, scale, zero)| {
+            (*scale, *zero) = token(k, x, bits, clip, codes);
+        })
+    });
+    a
+}
+
+/// Quantizes one token into `codes[..x.len()]`; returns scale and zero point.
+fn token(k: impl Quantizer, x: &[f32], bits: u8, clip: f32, codes: &mut [u8]) -> (f32, i32) {
+    let steps = ((1u32 << bits) - 1) as f32;
+    let (min, max) = k.range(x);
+    let (min, max) = (min * clip, max * clip);
+    let scale = ((max - min) / steps).max(MIN_SCALE);
+    let zero = (-min / scale).round_ties_even().clamp(0., steps);
+    k.codes(x, scale, zero, steps, &mut codes[..x.len()]);
+    (scale, zero as i32)
+}
+
+trait Quantizer: Copy + Send + Sync {
+    /// (min(0, min x), max(0, max x))
+    fn range(self, x: &[f32]) -> (f32, f32);
+    /// clamp(round(x / scale) + zero, 0, steps)
+    fn codes(self, x: &[f32], scale: f32, zero: f32, steps: f32, codes: &mut [u8]);
+}
+
+impl Quantizer for Scalar {
+    fn range(self, x: &[f32]) -> (f32, f32) {
+        x.iter().fold((0., 0.), |(min, max), &v| (v.min(min), v.max(max)))
+    }
+
+    fn codes(self, x: &[f32], scale: f32, zero: f32, steps: f32, codes: &mut [u8]) {
+        for (q, v) in codes.iter_mut().zip(x) {
+            *q = ((v / scale).round_ties_even() + zero).max(0.).min(steps) as u8;
+        }
+    }
+}
+
+#[cfg(target_arch = "x86_64")]
+impl Quantizer for Avx2 {
+    fn range(self, x: &[f32]) -> (f32, f32) {
+        // SAFETY: the token proves AVX2.
+        unsafe { x86::range(x) }
+    }
+
+    fn codes(self, x: &[f32], scale: f32, zero: f32, steps: f32, codes: &mut [u8]) {
+        // SAFETY: the token proves AVX2.
+        unsafe { x86::codes(x, scale, zero, steps, codes) }
+    }
+}
+
+#[cfg(target_arch = "x86_64")]
+impl Quantizer for Avx512Vnni {
+    fn range(self, x: &[f32]) -> (f32, f32) {
+        self.avx2.range(x)
+    }
+
+    fn codes(self, x: &[f32], scale: f32, zero: f32, steps: f32, codes: &mut [u8]) {
+        self.avx2.codes(x, scale, zero, steps, codes);
+    }
+}
+
+#[cfg(target_arch = "x86_64")]
+mod x86 {
+    use super::{Quantizer, Scalar};
+    use std::arch::x86_64::*;
+
+    #[target_feature(enable = "avx2")]
+    pub(super) fn range(x: &[f32]) -> (f32, f32) {
+        let (blocks, rest) = x.as_chunks::<16>();
+        let mut min = [_mm256_setzero_ps(); 2];
+        let mut max = min;
+        for block in blocks {
+            for i in 0..2 {
+                // SAFETY: 8 of the block's 16 values.
+                let v = unsafe { _mm256_loadu_ps(block.as_ptr().add(8 * i)) };
+                // The second operand wins over a NaN, as in `f32::min`.
+                min[i] = _mm256_min_ps(v, min[i]);
+                max[i] = _mm256_max_ps(v, max[i]);
+            }
+        }
+        let (mut lo, mut hi) = ([0f32; 8], [0f32; 8]);
+        // SAFETY: the arrays hold 8 values each.
+        unsafe {
+            _mm256_storeu_ps(lo.as_mut_ptr(), _mm256_min_ps(min[0], min[1]));
+            _mm256_storeu_ps(hi.as_mut_ptr(), _mm256_max_ps(max[0], max[1]));
+        }
+        let (min, max) = Scalar.range(rest);
+        (lo.into_iter().fold(min, f32::min), hi.into_iter().fold(max, f32::max))
+    }
+
+    #[target_feature(enable = "avx2")]
+    pub(super) fn codes(x: &[f32], scale: f32, zero: f32, steps: f32, codes: &mut [u8]) {
+        let (blocks, rest) = x.as_chunks::<8>();
+        let (outs, out_rest) = codes.as_chunks_mut::<8>();
+        let (s, z, top) = (_mm256_set1_ps(scale), _mm256_set1_ps(zero), _mm256_set1_ps(steps));
+        for (block, out) in blocks.iter().zip(outs) {
+            // SAFETY: the block's 8 values.
+            let v = unsafe { _mm256_loadu_ps(block.as_ptr()) };
+            let v = _mm256_round_ps::<{ _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC }>(_mm256_div_ps(v, s));
+            let v = _mm256_max_ps(_mm256_add_ps(v, z), _mm256_setzero_ps());
+            let q = _mm256_cvttps_epi32(_mm256_min_ps(v, top));
+            let q = _mm_packus_epi32(_mm256_castsi256_si128(q), _mm256_extracti128_si256::<1>(q));
+            // SAFETY: 8 bytes into an array of 8.
+            unsafe { _mm_storel_epi64(out.as_mut_ptr().cast(), _mm_packus_epi16(q, q)) };
+        }
+        Scalar.codes(rest, scale, zero, steps, out_rest);
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use proptest::prelude::*;
+
+    /// The formula as QuaRot's Python has it, in one expression per line.
+    fn twin(x: &[f32], bits: u8, clip: f32) -> (Vec<u8>, f32, i32) {
+        let maxq = ((1 << bits) - 1) as f32;
+        let xmax = x.iter().copied().fold(f32::NEG_INFINITY, f32::max).max(0.0) * clip;
+        let xmin = x.iter().copied().fold(f32::INFINITY, f32::min).min(0.0) * clip;
+        let scale = f32::max((xmax - xmin) / maxq, 1e-20);
+        let zero = (-xmin / scale).round_ties_even();
+        let q = x.iter().map(|v| ((v / scale).round_ties_even() + zero).clamp(0.0, maxq) as u8).collect();
+        (q, scale, zero as i32)
+    }
+
+    fn check(x: &[f32], rows: usize, cols: usize, bits: u8, clip: f32) {
+        for isa in Isa::available() {
+            let a = quantize_acts_with(isa, x, rows, cols, bits, clip);
+            assert_eq!((a.rows, a.cols, a.stride, a.bits), (rows, cols, cols.next_multiple_of(8), bits));
+            for t in 0..rows {
+                let (codes, scale, zero) = twin(&x[t * cols..][..cols], bits, clip);
+                assert_eq!(&a.codes[t * a.stride..][..cols], codes, "{isa:?}");
+                assert!(a.codes[t * a.stride..][cols..a.stride].iter().all(|&q| q == 0));
+                assert_eq!((a.scale[t].to_bits(), a.zero[t]), (scale.to_bits(), zero), "{isa:?}");
+            }
+        }
+    }
+
+    #[test]
+    fn special_rows() {
+        let mut outlier = vec![0.01; 45];
+        outlier[17] = 3e4;
+        for bits in 2..=8 {
+            check(&[0.; 27], 3, 9, bits, 1.); // zeros
+            check(&[0.5, 1., 2., 7., 15., 1., 0.1, 3., 4.], 1, 9, bits, 1.); // positive
+            check(&[-0.5, -1., -2., -7.5], 2, 2, bits, 0.9); // negative
+            check(&outlier, 1, 45, bits, 1.);
+            check(&[1e-30; 8], 1, 8, bits, 1.);
+            check(&[f32::MAX, f32::MIN, 0.], 1, 3, bits, 1.); // the range overflows
+        }
+        let zeros = quantize_acts(&[0.; 16], 2, 8, 4, 1.);
+        assert_eq!(zeros.dequantize(), [0.; 16]);
+        let ties = quantize_acts(&[0., 15., 0.5, 1.5, 2.5, 14.5], 1, 6, 4, 1.);
+        assert_eq!(&ties.codes[..6], [0, 15, 0, 2, 2, 14]);
+        assert_eq!(quantize_acts(&[], 3, 0, 4, 1.).codes.len(), 0);
+        assert_eq!(quantize_acts(&[], 0, 3, 4, 1.).codes.len(), 0);
+    }
+
+    #[test]
+    fn many_rows_equal_single_rows_on_any_number_of_threads() {
+        let (rows, cols) = (700, 131);
+        let x: Vec<f32> = (0..rows * cols).map(|i| ((i * 7919) % 1009) as f32 / 100. - 4.).collect();
+        check(&x, rows, cols, 4, 0.9);
+        let run = |threads| {
+            let pool = rayon::ThreadPoolBuilder::new().num_threads(threads).build().unwrap();
+            pool.install(|| quantize_acts(&x, rows, cols, 4, 0.9))
+        };
+        assert_eq!(run(1), run(2));
+    }
+
+    #[test]
+    #[should_panic(expected = "x must be [rows, cols]")]
+    fn wrong_length() {
+        quantize_acts(&[0.; 5], 2, 3, 4, 1.);
+    }
+
+    proptest! {
+        #[test]
+        fn equals_the_twin(
+            x in prop::collection::vec(-100f32..100., 1..200), bits in 2u8..=8, clip in 0.5f32..=1.0, shift in -150f32..150.
+        ) {
+            let x: Vec<f32> = x.iter().map(|v| v + shift).collect();
+            check(&x, 1, x.len(), bits, clip);
+            // Without clipping, the error is at most one step (half of it by the rounding of the zero point).
+            let a = quantize_acts(&x, 1, x.len(), bits, 1.);
+            for (v, d) in x.iter().zip(a.dequantize()) {
+                prop_assert!((v - d).abs() <= a.scale[0] * 1.001);
+            }
+        }
+    }
+}

@@ -1,0 +1,443 @@
+//! Streaming causal attention over a [`KvCache`], with grouped query heads and an optional sliding window.
+//!
+//! Scores never exist as a whole: keys and values pass in tiles, and every query row carries the running maximum, the running
+//! sum of exponentials and the unnormalized output (Dao et al., FlashAttention, arXiv 2205.14135, Algorithm 1). The query heads
+//! that share a kv head are rows of one tile, so that a tile of the cache is widened to f32 once for all of them.
+
+use crate::dense::{tile_nn_add, tile_nt};
+use crate::ops::{exp, exp_sum_body, fold, max_body, twin};
+use crate::{KvCache, KvSide};
+use rayon::prelude::*;
+use std::ops::Range;
+
+/// Rows (queries times the heads of a group) of one task: tiles of this many rows and [`KEYS`] keys stay in the L2 cache.
+const ROWS: usize = 192;
+/// Keys in a tile.
+const KEYS: usize = 128;
+/// Keys in a task of a single query: fixed, so that any number of threads adds up the same parts.
+const DECODE_KEYS: usize = 512;
+
+/// Causal attention of the last `t` tokens in the cache: query i stands at position `cache.len() − t + i` and sees the keys up
+/// to its own position, at most `window` of them.
+///
+/// q, out: [t, heads · head_dim]; query head h reads kv head `h / (heads / kv_heads)`; scores are multiplied by `scale`, which is
+/// 1/√head_dim as a rule. The result does not depend on the number of threads.
+///
+/// # Panics
+/// If a length does not follow from the shape, the kv heads do not divide the heads, the cache holds fewer than `t` tokens, or
+/// the window is 0.
+pub fn attention(
+    q: &[f32],
+    t: usize,
+    heads: usize,
+    cache: &KvCache,
+    scale: f32,
+    window: Option<usize>,
+    out: &mut [f32],
+) {
+    let (kv_heads, head_dim) = (cache.kv_heads(), cache.head_dim());
+    let width = heads * head_dim;
+    assert_eq!(q.len(), t * width, "attention: q is not [{t}, {heads} x {head_dim}]");
+    assert_eq!(out.len(), t * width, "attention: out is not [{t}, {heads} x {head_dim}]");
+    assert!(t <= cache.len(), "attention: {t} queries, but the cache holds {} tokens", cache.len());
+    assert!(window != Some(0), "attention: a window of 0 sees nothing");
+    if q.is_empty() {
+        return;
+    }
+    assert!(kv_heads > 0 && heads.is_multiple_of(kv_heads), "attention: {kv_heads} kv heads, {heads} heads");
+    let job = Job { cache, group: heads / kv_heads, scale, window: window.unwrap_or(usize::MAX) };
+    if t == 1 {
+        return job.decode(q, out);
+    }
+    let queries = (ROWS / job.group).clamp(16, 128);
+    let start = cache.len() - t;
+    let chunks = out.par_chunks_mut(queries * width).zip(q.par_chunks(queries * width)).enumerate();
+    chunks.for_each(|(b, (out, q))| {
+        let tiles: Vec<_> =
+            (0..kv_heads).into_par_iter().map(|h| job.block(q, width, h, start + b * queries)).collect();
+        // Heads lie side by side in a token: scatter each head's tile.
+        let part = job.group * head_dim;
+        for (out, i) in out.chunks_exact_mut(width).zip(0..) {
+            for (out, tile) in out.chunks_exact_mut(part).zip(&tiles) {
+                out.copy_from_slice(&tile[i * part..][..part]);
+            }
+        }
+    });
+}
+
+/// What all tasks of one call share.
+struct Job<'a> {
+    cache: &'a KvCache,
+    /// Query heads per kv head.
+    group: usize,
+    scale: f32,
+    window: usize,
+}
+
+impl Job<'_> {
+    /// Attention of a block of queries (the first at `position`) of one group: [queries, group, head_dim].
+    fn block(&self, q: &[f32], width: usize, head: usize, position: usize) -> Vec<f32> {
+        let d = self.cache.head_dim();
+        let part = self.group * d;
+        let tokens = q.chunks_exact(width).map(|token| &token[head * part..][..part]);
+        let q: Vec<f32> = tokens.flatten().map(|v| v * self.scale).collect();
+        let rows = q.len() / d;
+        let end = position + rows / self.group;
+        let mut state = State::new(rows, d);
+        let mut scores = vec![0.0; rows * KEYS];
+        let (mut kbuf, mut vbuf) = (Vec::new(), Vec::new());
+        // Tiles start at multiples of KEYS; the first is the one of the first key that the first query sees.
+        let mut from = (position + 1).saturating_sub(self.window) / KEYS * KEYS;
+        while from < end {
+            let keys = from..(from + KEYS).min(end);
+            let n = keys.len();
+            let scores = &mut scores[..rows * n];
+            let k = self.cache.tile(KvSide::Keys, head, keys.clone(), &mut kbuf);
+            tile_nt(&q, k, scores, rows, d, n);
+            absorb(scores, n, from, position, self.group, self.window, &mut state);
+            let v = self.cache.tile(KvSide::Values, head, keys, &mut vbuf);
+            tile_nn_add(scores, v, &mut state.out, rows, n, d);
+            from += KEYS;
+        }
+        state.finish(d)
+    }
+
+    /// Attention of the last token alone: dot products, in parallel over kv heads and fixed ranges of keys.
+    fn decode(&self, q: &[f32], out: &mut [f32]) {
+        let (d, len) = (self.cache.head_dim(), self.cache.len());
+        let part = self.group * d;
+        let first = len.saturating_sub(self.window);
+        let ranges = (len - first).div_ceil(DECODE_KEYS);
+        let q: Vec<f32> = q.iter().map(|v| v * self.scale).collect();
+        let task = |i: usize| {
+            let (head, from) = (i / ranges, first + i % ranges * DECODE_KEYS);
+            self.decode_range(&q[head * part..][..part], head, from..(from + DECODE_KEYS).min(len))
+        };
+        let tasks = self.cache.kv_heads() * ranges;
+        let parts: Vec<State> = if ranges == 1 {
+            (0..tasks).map(task).collect()
+        } else {
+            (0..tasks).into_par_iter().map(task).collect()
+        };
+        for (out, parts) in out.chunks_exact_mut(part).zip(parts.chunks_exact(ranges)) {
+            let mut whole = State::new(self.group, d);
+            for part in parts {
+                whole.merge(part, d);
+            }
+            out.copy_from_slice(&whole.finish(d));
+        }
+    }
+
+    fn decode_range(&self, q: &[f32], head: usize, keys: Range<usize>) -> State {
+        let d = self.cache.head_dim();
+        let mut state = State::new(self.group, d);
+        let mut scores = vec![0.0; self.group * KEYS];
+        let (mut kbuf, mut vbuf) = (Vec::new(), Vec::new());
+        for from in keys.clone().step_by(KEYS) {
+            let keys = from..(from + KEYS).min(keys.end);
+            let scores = &mut scores[..self.group * keys.len()];
+            let k = self.cache.tile(KvSide::Keys, head, keys.clone(), &mut kbuf);
+            dot_rows(q, k, scores, d);
+            // Every key of the range is visible: the window was cut before.
+            absorb(scores, keys.len(), from, self.cache.len() - 1, self.group, usize::MAX, &mut state);
+            let v = self.cache.tile(KvSide::Values, head, keys, &mut vbuf);
+            add_values(scores, v, &mut state.out, d);
+        }
+        state
+    }
+}
+
+/// The running softmax of some query rows.
+struct State {
+    max: Vec<f32>,
+    sum: Vec<f32>,
+    /// Unnormalized output, [rows, head_dim].
+    out: Vec<f32>,
+}
+
+impl State {
+    fn new(rows: usize, d: usize) -> Self {
+        Self { max: vec![f32::NEG_INFINITY; rows], sum: vec![0.0; rows], out: vec![0.0; rows * d] }
+    }
+
+    fn finish(mut self, d: usize) -> Vec<f32> {
+        for (out, sum) in self.out.chunks_exact_mut(d).zip(&self.sum) {
+            let inverse = 1.0 / sum;
+            out.iter_mut().for_each(|v| *v *= inverse);
+        }
+        self.out
+    }
+
+    /// Adds the state of the same rows over other keys.
+    fn merge(&mut self, other: &State, d: usize) {
+        for r in 0..self.max.len() {
+            let max = if other.max[r] > self.max[r] { other.max[r] } else { self.max[r] };
+            let (a, b) = (exp(self.max[r] - max), exp(other.max[r] - max));
+            self.max[r] = max;
+            self.sum[r] = self.sum[r] * a + other.sum[r] * b;
+            for (v, w) in self.out[r * d..][..d].iter_mut().zip(&other.out[r * d..][..d]) {
+                *v = *v * a + w * b;
+            }
+        }
+    }
+}
+
+/// Turns a tile of scores [rows, n], whose first key is at `from` and whose first query at `position`, into e^(score − maximum),
+/// 0 where the query does not see the key; rescales the running state where the maximum grows.
+#[inline(always)]
+fn absorb_body(
+    scores: &mut [f32],
+    n: usize,
+    from: usize,
+    position: usize,
+    group: usize,
+    window: usize,
+    state: &mut State,
+) {
+    let d = state.out.len() / state.max.len();
+    for (r, row) in scores.chunks_exact_mut(n).enumerate() {
+        let position = position + r / group;
+        let end = (position + 1).saturating_sub(from).min(n);
+        let start = (position + 1).saturating_sub(window).saturating_sub(from).min(end);
+        row[..start].fill(0.0);
+        row[end..].fill(0.0);
+        let row = &mut row[start..end];
+        if row.is_empty() {
+            continue;
+        }
+        let max = max_body(row);
+        if max > state.max[r] {
+            let shrink = exp(state.max[r] - max);
+            state.max[r] = max;
+            state.sum[r] *= shrink;
+            for v in &mut state.out[r * d..][..d] {
+                *v *= shrink;
+            }
+        }
+        state.sum[r] += exp_sum_body(row, state.max[r]);
+    }
+}
+
+twin! {
+    fn absorb = absorb_body(
+        scores: &mut [f32], n: usize, from: usize, position: usize, group: usize, window: usize, state: &mut State,
+    )
+}
+
+/// scores [rows of q, rows of k] = q · kᵀ.
+#[inline(always)]
+fn dot_rows_body(q: &[f32], k: &[f32], scores: &mut [f32], d: usize) {
+    let n = k.len() / d;
+    for (q, scores) in q.chunks_exact(d).zip(scores.chunks_exact_mut(n)) {
+        for (k, score) in k.chunks_exact(d).zip(scores) {
+            let mut lanes = [0.0f32; 16];
+            let (qs, ks) = (q.chunks_exact(16), k.chunks_exact(16));
+            for (l, (q, k)) in qs.remainder().iter().zip(ks.remainder()).enumerate() {
+                lanes[l] = q * k;
+            }
+            for (q, k) in qs.zip(ks) {
+                for l in 0..16 {
+                    lanes[l] = q[l].mul_add(k[l], lanes[l]);
+                }
+            }
+            *score = fold(lanes);
+        }
+    }
+}
+
+twin! { fn dot_rows = dot_rows_body(q: &[f32], k: &[f32], scores: &mut [f32], d: usize) }
+
+/// out [rows, d] += p [rows, n] · v [n, d], four values at a time.
+#[inline(always)]
+fn add_values_body(p: &[f32], v: &[f32], out: &mut [f32], d: usize) {
+    let n = v.len() / d;
+    for (p, out) in p.chunks_exact(n).zip(out.chunks_exact_mut(d)) {
+        for (p, v) in p.chunks(4).zip(v.chunks(4 * d)) {
+            if let [p0, p1, p2, p3] = *p {
+                let (v01, v23) = v.split_at(2 * d);
+                let ((v0, v1), (v2, v3)) = (v01.split_at(d), v23.split_at(d));
+                for i in 0..d {
+                    let a = p0.mul_add(v0[i], out[i]);
+                    out[i] = p3.mul_add(v3[i], p2.mul_add(v2[i], p1.mul_add(v1[i], a)));
+                }
+            } else {
+                for (p, v) in p.iter().zip(v.chunks_exact(d)) {
+                    for i in 0..d {
+                        out[i] = p.mul_add(v[i], out[i]);
+                    }
+                }
+            }
+        }
+    }
+}
+
+twin! { fn add_values = add_values_body(p: &[f32], v: &[f32], out: &mut [f32], d: usize) }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::KvFormat;
+    use crate::ops::test_noise as noise;
+
+    /// Attention in f64 over what the cache reads back as.
+    fn naive(
+        q: &[f32],
+        t: usize,
+        heads: usize,
+        cache: &KvCache,
+        scale: f32,
+        window: Option<usize>,
+    ) -> Vec<f64> {
+        let (d, group, len) = (cache.head_dim(), heads / cache.kv_heads(), cache.len());
+        let (mut kb, mut vb) = (Vec::new(), Vec::new());
+        let mut out = vec![0.0; q.len()];
+        for h in 0..heads {
+            let k = cache.tile(KvSide::Keys, h / group, 0..len, &mut kb).to_vec();
+            let v = cache.tile(KvSide::Values, h / group, 0..len, &mut vb).to_vec();
+            for i in 0..t {
+                let p = len - t + i;
+                let q = &q[(i * heads + h) * d..][..d];
+                let seen = (p + 1).saturating_sub(window.unwrap_or(usize::MAX))..p + 1;
+                let score = |j: usize| {
+                    let dot: f64 =
+                        q.iter().zip(&k[j * d..]).map(|(&a, &b)| f64::from(a) * f64::from(b)).sum();
+                    dot * f64::from(scale)
+                };
+                let max = seen.clone().map(score).fold(f64::MIN, f64::max);
+                let e: Vec<f64> = seen.clone().map(|j| (score(j) - max).exp()).collect();
+                let sum: f64 = e.iter().sum();
+                for (e, j) in e.iter().zip(seen) {
+                    for c in 0..d {
+                        out[(i * heads + h) * d + c] += e / sum * f64::from(v[j * d + c]);
+                    }
+                }
+            }
+        }
+        out
+    }
+
+    fn filled(format: KvFormat, len: usize, kv_heads: usize, d: usize) -> KvCache {
+        let mut cache = KvCache::new(format, kv_heads, d);
+        cache.append(&noise(len * kv_heads * d, 11), &noise(len * kv_heads * d, 12));
+        cache
+    }
+
+    fn run(q: &[f32], t: usize, heads: usize, cache: &KvCache, window: Option<usize>) -> Vec<f32> {
+        let mut out = vec![f32::NAN; q.len()];
+        attention(q, t, heads, cache, 1.7, window, &mut out);
+        out
+    }
+
+    /// (queries, cache length, heads, kv heads, head_dim, window)
+    const CASES: [(usize, usize, usize, usize, usize, Option<usize>); 14] = [
+        (1, 1, 1, 1, 1, None),
+        (5, 5, 2, 1, 7, None),
+        (64, 64, 9, 3, 16, None),
+        (65, 130, 6, 2, 5, None),
+        (2, 300, 4, 4, 8, None),
+        (1, 300, 9, 3, 16, None),
+        (1, 1300, 6, 2, 9, None),
+        (1, 1300, 6, 2, 9, Some(700)),
+        (1, 1300, 6, 2, 9, Some(5)),
+        (700, 700, 3, 1, 4, None),
+        (700, 700, 4, 2, 4, Some(1)),
+        (700, 700, 4, 2, 4, Some(130)),
+        (300, 700, 32, 1, 3, Some(257)),
+        (300, 301, 2, 2, 64, Some(1000)),
+    ];
+
+    #[test]
+    fn matches_f64_in_every_shape() {
+        for (t, len, heads, kv_heads, d, window) in CASES {
+            let cache = filled(KvFormat::F32, len, kv_heads, d);
+            let q: Vec<f32> = noise(t * heads * d, 13).iter().map(|v| v * 3.0).collect();
+            let got = run(&q, t, heads, &cache, window);
+            for (e, (a, b)) in got.iter().zip(naive(&q, t, heads, &cache, 1.7, window)).enumerate() {
+                assert!(
+                    (f64::from(*a) - b).abs() < 2e-5,
+                    "{t} {len} {heads} {kv_heads} {d} {window:?} at {e}: {a} {b}"
+                );
+            }
+        }
+    }
+
+    #[test]
+    fn matches_f64_in_every_format() {
+        let ints = (2..=8).map(|bits| KvFormat::Int { bits, clip: 0.95 });
+        for format in [KvFormat::F32, KvFormat::F16].into_iter().chain(ints) {
+            for (t, d) in [(1, 16), (70, 16), (70, 9)] {
+                let cache = filled(format, 200, 2, d);
+                let q = noise(t * 6 * d, 13);
+                let got = run(&q, t, 6, &cache, None);
+                for (a, b) in got.iter().zip(naive(&q, t, 6, &cache, 1.7, None)) {
+                    assert!((f64::from(*a) - b).abs() < 1e-5, "{format:?} {t} {d}: {a} {b}");
+                }
+            }
+        }
+    }
+
+    #[test]
+    fn appending_in_pieces_changes_little_and_decode_agrees_with_prefill() {
+        let (len, heads, kv_heads, d) = (200, 6, 2, 16);
+        let width = kv_heads * d;
+        let (k, v) = (noise(len * width, 1), noise(len * width, 2));
+        let q = noise(len * heads * d, 3);
+        for format in [KvFormat::F32, KvFormat::Int { bits: 4, clip: 1.0 }] {
+            for window in [None, Some(50)] {
+                let mut whole = KvCache::new(format, kv_heads, d);
+                whole.append(&k, &v);
+                let want = run(&q, len, heads, &whole, window);
+                let mut cache = KvCache::new(format, kv_heads, d);
+                let mut at = 0;
+                for step in [1, 1, 2, 63, 1, 100, 31, 1] {
+                    let next = at + step;
+                    cache.append(&k[at * width..next * width], &v[at * width..next * width]);
+                    let got = run(&q[at * heads * d..next * heads * d], step, heads, &cache, window);
+                    for (a, b) in got.iter().zip(&want[at * heads * d..]) {
+                        assert!((a - b).abs() < 1e-5, "{format:?} {window:?} at {at}: {a} {b}");
+                    }
+                    at = next;
+                }
+                assert_eq!(at, len);
+            }
+        }
+    }
+
+    #[test]
+    fn threads_do_not_change_a_bit() {
+        for (t, len, heads, kv_heads, d, window) in CASES {
+            let cache = filled(KvFormat::Int { bits: 4, clip: 1.0 }, len, kv_heads, d);
+            let q = noise(t * heads * d, 13);
+            let in_pool = |threads| {
+                let pool = rayon::ThreadPoolBuilder::new().num_threads(threads).build().unwrap();
+                pool.install(|| run(&q, t, heads, &cache, window))
+            };
+            assert_eq!(in_pool(1), in_pool(2));
+        }
+    }
+
+    #[test]
+    fn twins_agree_bit_for_bit() {
+        let (rows, n, d) = (6, 45, 19);
+        let (q, k) = (noise(rows * d, 1), noise(n * d, 2));
+        let (mut a, mut b) = (vec![0.0; rows * n], vec![0.0; rows * n]);
+        dot_rows(&q, &k, &mut a, d);
+        dot_rows_body(&q, &k, &mut b, d);
+        assert_eq!(a, b);
+        let (mut s1, mut s2) = (State::new(rows, d), State::new(rows, d));
+        absorb(&mut a, n, 10, 30, 2, 15, &mut s1);
+        absorb_body(&mut b, n, 10, 30, 2, 15, &mut s2);
+        assert_eq!((&a, &s1.max, &s1.sum), (&b, &s2.max, &s2.sum));
+        add_values(&a, &k, &mut s1.out, d);
+        add_values_body(&b, &k, &mut s2.out, d);
+        assert_eq!(s1.out, s2.out);
+    }
+
+    #[test]
+    fn nan_is_not_swallowed() {
+        let mut cache = filled(KvFormat::F32, 20, 1, 4);
+        cache.append(&[f32::NAN; 4], &[1.0; 4]);
+        assert!(run(&[1.0; 4], 1, 1, &cache, None).iter().all(|v| v.is_nan()));
+        assert!(run(&[1.0; 8], 2, 1, &cache, None)[4..].iter().all(|v| v.is_nan()));
+    }
+}

@@ -1,0 +1,144 @@
+//! Which instruction sets this machine has, and which one the kernels use.
+//!
+//! Every instruction set has a token type ([`Scalar`], `Avx2`, `Avx512Vnni`) whose `new` answers `None` on a machine without
+//! it. Kernels are methods of tokens, so that a kernel for an absent instruction set cannot be called.
+
+use std::sync::OnceLock;
+
+/// An instruction set that the kernels are written for. Ordered: later is better.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash)]
+pub enum Isa {
+    /// Plain Rust, for every machine: the reference that the others are tested against.
+    Scalar,
+    /// x86-64 with AVX2, FMA and F16C.
+    Avx2,
+    /// x86-64 with AVX-512 F, BW and VNNI (`vpdpbusd`), and everything that [`Isa::Avx2`] asks for.
+    Avx512Vnni,
+}
+
+impl Isa {
+    /// Every instruction set the code is written for, worst first.
+    pub const ALL: [Isa; 3] = [Isa::Scalar, Isa::Avx2, Isa::Avx512Vnni];
+
+    /// The instruction sets of this machine, worst first; [`Isa::Scalar`] is always there.
+    pub fn available() -> Vec<Isa> {
+        Isa::ALL.into_iter().filter(|isa| isa.is_available()).collect()
+    }
+
+    /// The instruction set that the kernels use: the best one, or the one that the environment variable `SPECQUANT_ISA` names
+    /// (`scalar`, `avx2` or `avx512vnni`). A name that is unknown, or whose instruction set is absent, counts for nothing.
+    /// Read once.
+    pub fn active() -> Isa {
+        static ACTIVE: OnceLock<Isa> = OnceLock::new();
+        *ACTIVE.get_or_init(|| choose(std::env::var("SPECQUANT_ISA").ok().as_deref()))
+    }
+
+    /// The name in `SPECQUANT_ISA` and at the start of kernel names.
+    pub fn name(self) -> &'static str {
+        match self {
+            Isa::Scalar => "scalar",
+            Isa::Avx2 => "avx2",
+            Isa::Avx512Vnni => "avx512vnni",
+        }
+    }
+
+    fn is_available(self) -> bool {
+        match self {
+            Isa::Scalar => true,
+            #[cfg(target_arch = "x86_64")]
+            Isa::Avx2 => Avx2::new().is_some(),
+            #[cfg(target_arch = "x86_64")]
+            Isa::Avx512Vnni => Avx512Vnni::new().is_some(),
+            #[cfg(not(target_arch = "x86_64"))]
+            _ => false,
+        }
+    }
+}
+
+fn choose(wish: Option<&str>) -> Isa {
+    let available = Isa::available();
+    let named =
+        wish.and_then(|wish| available.iter().find(|isa| isa.name().eq_ignore_ascii_case(wish.trim())));
+    named.or(available.last()).copied().unwrap_or(Isa::Scalar)
+}
+
+/// Token of [`Isa::Scalar`].
+#[derive(Clone, Copy)]
+pub(crate) struct Scalar;
+
+/// Token of [`Isa::Avx2`]: proof that the machine has it.
+#[cfg(target_arch = "x86_64")]
+#[derive(Clone, Copy)]
+pub(crate) struct Avx2(());
+
+#[cfg(target_arch = "x86_64")]
+impl Avx2 {
+    pub(crate) fn new() -> Option<Self> {
+        let there = is_x86_feature_detected!("avx2")
+            && is_x86_feature_detected!("fma")
+            && is_x86_feature_detected!("f16c");
+        there.then_some(Avx2(()))
+    }
+}
+
+/// Token of [`Isa::Avx512Vnni`]: proof that the machine has it. What has no AVX-512 kernel of its own uses `avx2`.
+#[cfg(target_arch = "x86_64")]
+#[derive(Clone, Copy)]
+pub(crate) struct Avx512Vnni {
+    pub(crate) avx2: Avx2,
+}
+
+#[cfg(target_arch = "x86_64")]
+impl Avx512Vnni {
+    pub(crate) fn new() -> Option<Self> {
+        let there = is_x86_feature_detected!("avx512f")
+            && is_x86_feature_detected!("avx512bw")
+            && is_x86_feature_detected!("avx512vnni");
+        Avx2::new().filter(|_| there).map(|avx2| Avx512Vnni { avx2 })
+    }
+}
+
+/// Evaluates an expression with `$k` bound to the token of `$isa`, or to [`Scalar`] if the machine lacks it.
+macro_rules! with_token {
+    ($isa:expr, $k:ident => $body:expr) => {{
+        #[cfg(target_arch = "x86_64")]
+        {
+            let isa = $isa;
+            if let Some($k) = $crate::isa::Avx512Vnni::new().filter(|_| isa == $crate::Isa::Avx512Vnni) {
+                $body
+            } else if let Some($k) = $crate::isa::Avx2::new().filter(|_| isa == $crate::Isa::Avx2) {
+                $body
+            } else {
+                let $k = $crate::isa::Scalar;
+                $body
+            }
+        }
+        #[cfg(not(target_arch = "x86_64"))]
+        {
+            let _ = $isa;
+            let $k = $crate::isa::Scalar;
+            $body
+        }
+    }};
+}
+pub(crate) use with_token;
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_best_is_chosen_unless_an_available_one_is_named() {
+        let available = Isa::available();
+        let best = *available.last().unwrap();
+        assert_eq!(available[0], Isa::Scalar);
+        assert!(available.is_sorted());
+        assert_eq!(choose(None), best);
+        assert_eq!(choose(Some("no-such-isa")), best);
+        assert_eq!(choose(Some(" Scalar ")), Isa::Scalar);
+        for isa in Isa::ALL {
+            assert_eq!(choose(Some(isa.name())), if available.contains(&isa) { isa } else { best });
+        }
+        assert!(available.contains(&Isa::active()));
+    }
+}

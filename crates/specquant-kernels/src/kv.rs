@@ -1,0 +1,488 @@
+//! The key/value cache of one sequence and one layer, in floats or in 2 to 8 bits.
+//!
+//! Low-bit caches are quantized per token and head, asymmetrically, with the head as the group (QuaRot's
+//! `quant_utils.py`, `ActQuantizer` over `head_dim`; arXiv 2511.11663, setting 4-4-4):
+//!
+//! ```text
+//! lo = clip · min(x, 0),  hi = clip · max(x, 0),  scale = f16((hi − lo) / (2^bits − 1)),  zero = round(−lo / scale)
+//! q = clamp(round_half_even(x / scale) + zero, 0, 2^bits − 1),   x ≈ scale · (q − zero)
+//! ```
+//!
+//! Every head's tokens lie one after another, so that attention streams through one head at a time. Codes of up to 4 bits
+//! share a byte: the low nibble holds element i of the head's first half (rounded up), the high one element i of the second.
+
+use crate::ops::{twin, widen_f16};
+use half::f16;
+use half::slice::HalfFloatSliceExt;
+use rayon::prelude::*;
+use std::ops::Range;
+
+/// How a cache stores keys and values.
+#[derive(Debug, Clone, Copy, PartialEq)]
+pub enum KvFormat {
+    /// As computed.
+    F32,
+    /// Rounded to half precision.
+    F16,
+    /// Asymmetric integers per token and head.
+    Int {
+        /// Bits of a code, 2 to 8; up to 4 are stored in a nibble, more in a byte.
+        bits: u8,
+        /// Multiplies the range before quantization; 1 keeps it, QuaRot takes 0.95.
+        clip: f32,
+    },
+}
+
+impl KvFormat {
+    /// Bytes of the codes of one token of one head.
+    fn code_bytes(self, head_dim: usize) -> usize {
+        match self {
+            KvFormat::F32 => 4 * head_dim,
+            KvFormat::F16 => 2 * head_dim,
+            KvFormat::Int { bits: ..=4, .. } => head_dim.div_ceil(2),
+            KvFormat::Int { .. } => head_dim,
+        }
+    }
+}
+
+/// Keys or values of one head.
+#[derive(Debug, Clone)]
+enum Plane {
+    F32(Vec<f32>),
+    F16(Vec<f16>),
+    Int { codes: Vec<u8>, scale: Vec<f16>, zero: Vec<u8> },
+}
+
+/// Keys (after the rotary embedding) and values of one sequence in one layer.
+#[derive(Debug, Clone)]
+pub struct KvCache {
+    format: KvFormat,
+    head_dim: usize,
+    len: usize,
+    keys: Vec<Plane>,
+    values: Vec<Plane>,
+}
+
+/// Which half of the cache to read.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum KvSide {
+    /// Keys, after the rotary embedding.
+    Keys,
+    /// Values.
+    Values,
+}
+
+impl KvCache {
+    /// An empty cache.
+    ///
+    /// # Panics
+    /// If `head_dim` is 0, bits are not 2 to 8, or the clip is not in (0, 1].
+    pub fn new(format: KvFormat, kv_heads: usize, head_dim: usize) -> Self {
+        assert!(head_dim > 0, "a KV cache needs a head_dim above 0");
+        let plane = match format {
+            KvFormat::F32 => Plane::F32(Vec::new()),
+            KvFormat::F16 => Plane::F16(Vec::new()),
+            KvFormat::Int { bits, clip } => {
+                assert!(
+                    (2..=8).contains(&bits),
+                    "{bits} bits for a KV cache are not supported: choose 2 to 8"
+                );
+                assert!(clip > 0.0 && clip <= 1.0, "KV clip {clip} is not in (0, 1]");
+                Plane::Int { codes: Vec::new(), scale: Vec::new(), zero: Vec::new() }
+            }
+        };
+        Self { format, head_dim, len: 0, keys: vec![plane.clone(); kv_heads], values: vec![plane; kv_heads] }
+    }
+
+    /// Appends the keys and values of some tokens: k, v: [t, kv_heads · head_dim] each.
+    ///
+    /// What a token is stored as does not depend on the tokens that it comes with. A head of a token that holds a number that is
+    /// not finite reads back as NaN, so that it cannot pass unseen.
+    ///
+    /// # Panics
+    /// If k or v is not whole tokens, or they differ in length.
+    pub fn append(&mut self, k: &[f32], v: &[f32]) {
+        let (heads, head_dim, format) = (self.keys.len(), self.head_dim, self.format);
+        let width = heads * head_dim;
+        assert_eq!(k.len(), v.len(), "KV cache: keys and values differ in length");
+        if k.is_empty() {
+            return;
+        }
+        assert!(
+            width > 0 && k.len().is_multiple_of(width),
+            "KV cache: {} is not whole tokens of {width}",
+            k.len()
+        );
+        let store =
+            |(plane, x, head): (&mut Plane, &[f32], usize)| plane.append(format, x, width, head, head_dim);
+        let planes: Vec<_> = self
+            .keys
+            .iter_mut()
+            .enumerate()
+            .map(|(h, plane)| (plane, k, h))
+            .chain(self.values.iter_mut().enumerate().map(|(h, plane)| (plane, v, h)))
+            .collect();
+        if k.len() < 1 << 14 {
+            planes.into_iter().for_each(store);
+        } else {
+            planes.into_par_iter().for_each(store);
+        }
+        self.len += k.len() / width;
+    }
+
+    /// Tokens in the cache.
+    pub fn len(&self) -> usize {
+        self.len
+    }
+
+    /// Whether the cache holds no token.
+    pub fn is_empty(&self) -> bool {
+        self.len == 0
+    }
+
+    /// Forgets all but the first `len` tokens; nothing happens if there are no more than that.
+    pub fn truncate(&mut self, len: usize) {
+        let code_bytes = self.format.code_bytes(self.head_dim);
+        for plane in self.keys.iter_mut().chain(&mut self.values) {
+            match plane {
+                Plane::F32(x) => x.truncate(len * self.head_dim),
+                Plane::F16(x) => x.truncate(len * self.head_dim),
+                Plane::Int { codes, scale, zero } => {
+                    codes.truncate(len * code_bytes);
+                    scale.truncate(len);
+                    zero.truncate(len);
+                }
+            }
+        }
+        self.len = self.len.min(len);
+    }
+
+    /// Bytes of the tokens in the cache: codes, scales and zeros.
+    pub fn bytes(&self) -> usize {
+        let side = if let KvFormat::Int { .. } = self.format { 3 } else { 0 };
+        2 * self.keys.len() * self.len * (self.format.code_bytes(self.head_dim) + side)
+    }
+
+    /// Heads of keys and values.
+    pub fn kv_heads(&self) -> usize {
+        self.keys.len()
+    }
+
+    /// Elements of a head.
+    pub fn head_dim(&self) -> usize {
+        self.head_dim
+    }
+
+    /// How keys and values are stored.
+    pub fn format(&self) -> KvFormat {
+        self.format
+    }
+
+    /// Some tokens of one head as f32, [tokens, head_dim]: borrowed from an f32 cache, else dequantized into `buf`.
+    ///
+    /// # Panics
+    /// If there is no such head or token.
+    pub fn tile<'a>(
+        &'a self,
+        side: KvSide,
+        head: usize,
+        tokens: Range<usize>,
+        buf: &'a mut Vec<f32>,
+    ) -> &'a [f32] {
+        let plane = if side == KvSide::Keys { &self.keys[head] } else { &self.values[head] };
+        let elements = tokens.start * self.head_dim..tokens.end * self.head_dim;
+        buf.resize(elements.len(), 0.0);
+        match plane {
+            Plane::F32(x) => return &x[elements],
+            Plane::F16(x) => widen_f16(&x[elements], buf),
+            Plane::Int { codes, scale, zero } => {
+                let bytes = self.format.code_bytes(self.head_dim);
+                let codes = &codes[tokens.start * bytes..tokens.end * bytes];
+                let packed = matches!(self.format, KvFormat::Int { bits: ..=4, .. });
+                dequantize(codes, packed, &scale[tokens.clone()], &zero[tokens], self.head_dim, buf);
+            }
+        }
+        buf
+    }
+}
+
+impl Plane {
+    /// Appends one head of every token of x, whose tokens are `width` apart.
+    fn append(&mut self, format: KvFormat, x: &[f32], width: usize, head: usize, head_dim: usize) {
+        let rows = || x.chunks_exact(width).map(|token| &token[head * head_dim..][..head_dim]);
+        match self {
+            Plane::F32(all) => rows().for_each(|row| all.extend_from_slice(row)),
+            Plane::F16(all) => {
+                let mut at = all.len();
+                all.resize(at + x.len() / width * head_dim, f16::ZERO);
+                for row in rows() {
+                    all[at..at + head_dim].convert_from_f32_slice(row);
+                    at += head_dim;
+                }
+            }
+            Plane::Int { codes, scale, zero } => {
+                let KvFormat::Int { bits, clip } = format else { return };
+                let (bytes, at, old) = (format.code_bytes(head_dim), codes.len(), scale.len());
+                let t = x.len() / width;
+                codes.resize(at + t * bytes, 0);
+                zero.resize(old + t, 0);
+                let mut scales = vec![0.0; t];
+                quantize(
+                    x,
+                    width,
+                    head * head_dim,
+                    head_dim,
+                    bits,
+                    clip,
+                    &mut codes[at..],
+                    &mut scales,
+                    &mut zero[old..],
+                );
+                scale.extend(scales.into_iter().map(f16::from_f32));
+            }
+        }
+    }
+}
+
+/// Lowest and highest number of a row, at most and at least 0; NaN if any number is not finite.
+#[inline(always)]
+fn range(x: &[f32]) -> (f32, f32) {
+    let (mut lo, mut hi, mut bad) = ([0.0f32; 8], [0.0f32; 8], [0.0f32; 8]);
+    let chunks = x.chunks_exact(8);
+    let tail = chunks.remainder();
+    for c in chunks {
+        for l in 0..8 {
+            lo[l] = if c[l] < lo[l] { c[l] } else { lo[l] };
+            hi[l] = if c[l] > hi[l] { c[l] } else { hi[l] };
+            // 0 for every finite number, NaN for the others.
+            bad[l] += c[l] * 0.0;
+        }
+    }
+    for (l, &v) in tail.iter().enumerate() {
+        lo[l] = lo[l].min(v);
+        hi[l] = hi[l].max(v);
+        bad[l] += v * 0.0;
+    }
+    let bad: f32 = bad.iter().sum();
+    (lo.iter().copied().fold(0.0, f32::min) + bad, hi.iter().copied().fold(0.0, f32::max) + bad)
+}
+
+/// Quantizes elements from..from + head_dim of every `width`-wide row of x; scales come out as f32 that are exact in f16.
+#[inline(always)]
+fn quantize_body(
+    x: &[f32],
+    width: usize,
+    from: usize,
+    head_dim: usize,
+    bits: u8,
+    clip: f32,
+    codes: &mut [u8],
+    scales: &mut [f32],
+    zeros: &mut [u8],
+) {
+    let top = ((1u32 << bits) - 1) as f32;
+    let packed = bits <= 4;
+    let half = head_dim.div_ceil(2);
+    let bytes = if packed { half } else { head_dim };
+    for (t, codes) in codes.chunks_exact_mut(bytes).enumerate() {
+        let x = &x[t * width + from..][..head_dim];
+        let (lo, hi) = range(x);
+        let (lo, hi) = (lo * clip, hi * clip);
+        if lo.is_nan() {
+            scales[t] = f32::NAN;
+            continue;
+        }
+        // Far beyond f16 the range saturates; a range that rounds to nothing leaves zeros, for which any scale will do.
+        let scale = f16::from_f32(((hi - lo) / top).min(f16::MAX.to_f32())).to_f32();
+        let scale = if scale == 0.0 { 1.0 } else { scale };
+        let zero = (-lo / scale).round_ties_even().min(top);
+        scales[t] = scale;
+        zeros[t] = zero as u8;
+        let code = |v: f32| {
+            let q = (v / scale).round_ties_even() + zero;
+            let q = if q < 0.0 { 0.0 } else { q };
+            let q = if q > top { top } else { q };
+            // The low mantissa bits of q + 2^23 are the integer q: cheaper than a saturating conversion.
+            (q + 8_388_608.0).to_bits() as u8
+        };
+        if packed {
+            let (first, second) = x.split_at(half);
+            for (c, &v) in codes.iter_mut().zip(first) {
+                *c = code(v);
+            }
+            for (c, &v) in codes.iter_mut().zip(second) {
+                *c |= code(v) << 4;
+            }
+        } else {
+            for (c, &v) in codes.iter_mut().zip(x) {
+                *c = code(v);
+            }
+        }
+    }
+}
+
+twin! {
+    fn quantize = quantize_body(
+        x: &[f32], width: usize, from: usize, head_dim: usize, bits: u8, clip: f32,
+        codes: &mut [u8], scales: &mut [f32], zeros: &mut [u8],
+    )
+}
+
+fn dequantize(codes: &[u8], packed: bool, scale: &[f16], zero: &[u8], head_dim: usize, out: &mut [f32]) {
+    // Scales are widened many at a time: one by one, each would ask for the instruction set.
+    const ROWS: usize = 64;
+    let mut wide = [0.0f32; ROWS];
+    let bytes = if packed { head_dim.div_ceil(2) } else { head_dim };
+    let tokens = scale.chunks(ROWS).zip(zero.chunks(ROWS)).zip(codes.chunks(ROWS * bytes));
+    for (((scale, zero), codes), out) in tokens.zip(out.chunks_mut(ROWS * head_dim)) {
+        let wide = &mut wide[..scale.len()];
+        widen_f16(scale, wide);
+        if packed {
+            widen_nibbles(codes, wide, zero, head_dim, out);
+        } else {
+            widen_bytes(codes, wide, zero, head_dim, out);
+        }
+    }
+}
+
+#[inline(always)]
+fn widen_nibbles_body(codes: &[u8], scale: &[f32], zero: &[u8], head_dim: usize, out: &mut [f32]) {
+    let half = head_dim.div_ceil(2);
+    for (t, out) in out.chunks_exact_mut(head_dim).enumerate() {
+        let (s, z) = (scale[t], i32::from(zero[t]));
+        let (first, second) = out.split_at_mut(half);
+        let codes = &codes[t * half..][..half];
+        for (v, &c) in first.iter_mut().zip(codes) {
+            *v = (i32::from(c & 15) - z) as f32 * s;
+        }
+        for (v, &c) in second.iter_mut().zip(codes) {
+            *v = (i32::from(c >> 4) - z) as f32 * s;
+        }
+    }
+}
+
+twin! {
+    fn widen_nibbles = widen_nibbles_body(codes: &[u8], scale: &[f32], zero: &[u8], head_dim: usize, out: &mut [f32])
+}
+
+#[inline(always)]
+fn widen_bytes_body(codes: &[u8], scale: &[f32], zero: &[u8], head_dim: usize, out: &mut [f32]) {
+    for (t, (out, codes)) in out.chunks_exact_mut(head_dim).zip(codes.chunks_exact(head_dim)).enumerate() {
+        let (s, z) = (scale[t], i32::from(zero[t]));
+        for (v, &c) in out.iter_mut().zip(codes) {
+            *v = (i32::from(c) - z) as f32 * s;
+        }
+    }
+}
+
+twin! {
+    fn widen_bytes = widen_bytes_body(codes: &[u8], scale: &[f32], zero: &[u8], head_dim: usize, out: &mut [f32])
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::ops::test_noise as noise;
+
+    /// The formula of the module's documentation, number by number.
+    fn reference(x: &[f32], bits: u8, clip: f32) -> Vec<f32> {
+        let top = ((1u32 << bits) - 1) as f32;
+        let lo = x.iter().copied().fold(0.0, f32::min) * clip;
+        let hi = x.iter().copied().fold(0.0, f32::max) * clip;
+        let scale = f16::from_f32((hi - lo) / top).to_f32();
+        let scale = if scale == 0.0 { 1.0 } else { scale };
+        let zero = (-lo / scale).round_ties_even().min(top);
+        let q = |v: f32| ((v / scale).round_ties_even() + zero).clamp(0.0, top);
+        x.iter().map(|&v| scale * (q(v) - zero)).collect()
+    }
+
+    #[test]
+    fn every_format_reads_back_what_its_formula_says() {
+        for head_dim in [1, 7, 16, 33, 64] {
+            let (heads, t) = (3, 131);
+            let width = heads * head_dim;
+            let (k, v) = (noise(t * width, 1), noise(t * width, 2));
+            let ints = (2..=8).flat_map(|bits| [1.0, 0.9].map(|clip| KvFormat::Int { bits, clip }));
+            for format in [KvFormat::F32, KvFormat::F16].into_iter().chain(ints) {
+                let mut cache = KvCache::new(format, heads, head_dim);
+                cache.append(&k[..width], &v[..width]);
+                cache.append(&k[width..], &v[width..]);
+                assert_eq!(cache.len(), t);
+                let mut buf = Vec::new();
+                for (side, x) in [(KvSide::Keys, &k), (KvSide::Values, &v)] {
+                    for head in 0..heads {
+                        let got = cache.tile(side, head, 5..t, &mut buf).to_vec();
+                        for (row, got) in x.chunks(width).skip(5).zip(got.chunks(head_dim)) {
+                            let row = &row[head * head_dim..][..head_dim];
+                            let want: Vec<f32> = match format {
+                                KvFormat::F32 => row.to_vec(),
+                                KvFormat::F16 => row.iter().map(|&v| f16::from_f32(v).to_f32()).collect(),
+                                KvFormat::Int { bits, clip } => reference(row, bits, clip),
+                            };
+                            assert_eq!(got, want, "{format:?} {head_dim}");
+                        }
+                    }
+                }
+                let per_head = match format {
+                    KvFormat::F32 => 4 * head_dim,
+                    KvFormat::F16 => 2 * head_dim,
+                    KvFormat::Int { bits, .. } => 3 + if bits <= 4 { head_dim.div_ceil(2) } else { head_dim },
+                };
+                assert_eq!(cache.bytes(), 2 * t * heads * per_head);
+                cache.truncate(t + 1);
+                assert_eq!(cache.len(), t);
+                cache.truncate(10);
+                cache.append(&k[10 * width..], &v[10 * width..]);
+                assert_eq!(cache.len(), t);
+                let all = cache.tile(KvSide::Keys, 1, 0..t, &mut buf).to_vec();
+                let mut fresh = KvCache::new(format, heads, head_dim);
+                fresh.append(&k, &v);
+                assert_eq!(all, fresh.tile(KvSide::Keys, 1, 0..t, &mut buf));
+            }
+        }
+    }
+
+    #[test]
+    fn twins_agree() {
+        for (bits, head_dim) in [(4, 64), (4, 7), (8, 33)] {
+            let (t, width) = (9, 2 * head_dim);
+            let x = noise(t * width, 3);
+            let bytes = if bits <= 4 { head_dim.div_ceil(2) } else { head_dim };
+            let (mut c1, mut s1, mut z1) = (vec![0; t * bytes], vec![0.0; t], vec![0; t]);
+            let (mut c2, mut s2, mut z2) = (c1.clone(), s1.clone(), z1.clone());
+            quantize(&x, width, head_dim, head_dim, bits, 0.95, &mut c1, &mut s1, &mut z1);
+            quantize_body(&x, width, head_dim, head_dim, bits, 0.95, &mut c2, &mut s2, &mut z2);
+            assert_eq!((&c1, &s1, &z1), (&c2, &s2, &z2));
+            let (mut a, mut b) = (vec![0.0; t * head_dim], vec![0.0; t * head_dim]);
+            if bits <= 4 {
+                widen_nibbles(&c1, &s1, &z1, head_dim, &mut a);
+                widen_nibbles_body(&c1, &s1, &z1, head_dim, &mut b);
+            } else {
+                widen_bytes(&c1, &s1, &z1, head_dim, &mut a);
+                widen_bytes_body(&c1, &s1, &z1, head_dim, &mut b);
+            }
+            assert_eq!(a, b);
+        }
+    }
+
+    #[test]
+    fn degenerate_rows() {
+        let format = KvFormat::Int { bits: 4, clip: 1.0 };
+        let mut cache = KvCache::new(format, 1, 4);
+        let rows = [
+            [0.0; 4],
+            [1e-30, -1e-30, 0.0, 0.0],
+            [2.0, 2.0, 2.0, 2.0],
+            [f32::NAN, 1.0, 2.0, 3.0],
+            [1.0, f32::INFINITY, 2.0, 3.0],
+            [-3e38, 3e38, 0.0, 1.0],
+        ];
+        cache.append(rows.as_flattened(), rows.as_flattened());
+        let mut buf = Vec::new();
+        let got = cache.tile(KvSide::Values, 0, 0..6, &mut buf);
+        assert_eq!(&got[..8], &[0.0; 8]);
+        assert!(got[8..12].iter().all(|v| (v - 2.0).abs() < 2e-3), "{got:?}");
+        assert!(got[12..20].iter().all(|v| v.is_nan()), "{got:?}");
+        assert!(got[20..].iter().all(|v| v.is_finite()), "{got:?}");
+    }
+}

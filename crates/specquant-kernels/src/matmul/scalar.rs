@@ -1,0 +1,53 @@
+//! The scalar kernels: what the others are tested against.
+
+use super::{FloatBlock, IntBlock, Kernel};
+use crate::isa::Scalar;
+use crate::weights::{Chunk, PANEL};
+
+impl Kernel for Scalar {
+    fn int_block(self, block: &IntBlock, _: &mut Vec<Chunk>, acc: &mut [[i32; PANEL]]) {
+        for_quads(block.w, block.nibbles, |q, w| {
+            for (t, acc) in acc.iter_mut().enumerate() {
+                let a = &block.a[t * block.stride + 4 * q..][..4];
+                for c in 0..PANEL {
+                    for i in 0..4 {
+                        acc[c] += i32::from(a[i]) * i32::from(w[c][i]);
+                    }
+                }
+            }
+        });
+    }
+
+    fn float_block(self, block: &FloatBlock, _: &mut Vec<f32>, acc: &mut [[f32; PANEL]]) {
+        for_quads(block.w, block.nibbles, |q, w| {
+            for (t, acc) in acc.iter_mut().enumerate() {
+                for k in 4 * q..block.depth.min(4 * q + 4) {
+                    let x = block.x[t * block.stride + k];
+                    for c in 0..PANEL {
+                        acc[c] += x * f32::from(w[c][k % 4]);
+                    }
+                }
+            }
+        });
+    }
+}
+
+/// Calls `f(quad, codes)` for each quad of inputs.
+fn for_quads(chunks: &[Chunk], nibbles: bool, mut f: impl FnMut(usize, &[[i8; 4]; PANEL])) {
+    for (j, chunk) in chunks.iter().enumerate() {
+        let (quads, _) = chunk.0.as_chunks::<4>();
+        let mut quad = |q, code: &dyn Fn(u8) -> i8| {
+            let mut w = [[0; 4]; PANEL];
+            for c in 0..PANEL {
+                w[c] = quads[c].map(code);
+            }
+            f(q, &w);
+        };
+        if nibbles {
+            quad(2 * j, &|b| (b & 15) as i8 - 8);
+            quad(2 * j + 1, &|b| (b >> 4) as i8 - 8);
+        } else {
+            quad(j, &|b| b as i8);
+        }
+    }
+}

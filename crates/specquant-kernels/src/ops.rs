@@ -1,0 +1,443 @@
+//! Float operations between the linear layers: RMS norm, gated SiLU, rotary embedding, exponentials.
+//!
+//! Each is written once, in plain loops over [`f32::mul_add`], and compiled twice by [`twin!`]: for AVX2 with FMA, where the
+//! loops become vector code, and for the baseline. `mul_add` rounds once either way and sums run in fixed lanes, so the two
+//! agree bit for bit, and so do any two numbers of threads.
+
+use half::f16;
+use half::slice::HalfFloatSliceExt;
+use rayon::prelude::*;
+
+/// Defines `name`, which runs the `#[inline(always)]` function `body` compiled for AVX2 and FMA where they are active, and
+/// for the baseline elsewhere.
+macro_rules! twin {
+    ($(#[$doc:meta])* $vis:vis fn $name:ident = $body:ident($($arg:ident: $ty:ty),* $(,)?) $(-> $ret:ty)?) => {
+        $(#[$doc])*
+        $vis fn $name($($arg: $ty),*) $(-> $ret)? {
+            #[cfg(target_arch = "x86_64")]
+            if $crate::Isa::active() >= $crate::Isa::Avx2 {
+                #[target_feature(enable = "avx2,fma")]
+                fn avx2($($arg: $ty),*) $(-> $ret)? {
+                    $body($($arg),*)
+                }
+                // SAFETY: `Isa::Avx2` and above are active only on a machine with AVX2 and FMA.
+                return unsafe { avx2($($arg),*) };
+            }
+            $body($($arg),*)
+        }
+    };
+}
+pub(crate) use twin;
+
+/// Lanes of a running sum or maximum.
+const LANES: usize = 16;
+/// Elements per task of an element-wise operation; fewer are not worth a second thread.
+const CHUNK: usize = 1 << 14;
+
+/// e^x = y · 2^n: x = n ln2 + r with |r| <= ln2/2, and Cephes' polynomial (expf.c) in r.
+#[inline(always)]
+fn exp_parts(x: f32) -> (f32, i32) {
+    // Adding and subtracting 1.5 * 2^23 rounds to an integer, half to even, without an instruction beyond SSE2.
+    const MAGIC: f32 = 12_582_912.0;
+    let shifted = x.mul_add(std::f32::consts::LOG2_E, MAGIC);
+    let n = shifted - MAGIC;
+    let r = n.mul_add(2.121_944_4e-4, n.mul_add(-0.693_359_4, x));
+    let mut p = 1.987_569_1e-4;
+    for c in [1.398_199_9e-3, 8.333_452e-3, 4.166_579_6e-2, 1.666_666_5e-1, 0.5] {
+        p = r.mul_add(p, c);
+    }
+    ((r * r).mul_add(p, r) + 1.0, shifted.to_bits().wrapping_sub(MAGIC.to_bits()) as i32)
+}
+
+#[inline(always)]
+fn pow2(n: i32) -> f32 {
+    f32::from_bits((n.wrapping_add(127) as u32) << 23)
+}
+
+/// e^x within 2 units in the last place; 2^n in two factors, so that results near the ends of the range, subnormals and infinity
+/// come out right. NaN stays NaN.
+#[inline(always)]
+pub(crate) fn exp(x: f32) -> f32 {
+    // Comparisons, not `clamp`, keep the loop around this branch-free and let NaN through.
+    let x = if x < -105.0 { -105.0 } else { x };
+    let x = if x > 89.0 { 89.0 } else { x };
+    let (y, n) = exp_parts(x);
+    let half = n >> 1;
+    y * pow2(half) * pow2(n.wrapping_sub(half))
+}
+
+/// The same for x <= 0, a third faster: what would be subnormal is 0.
+#[inline(always)]
+fn exp_nonpositive(x: f32) -> f32 {
+    let (y, n) = exp_parts(if x < -87.0 { -87.0 } else { x });
+    if x < -87.0 { 0.0 } else { y * pow2(n) }
+}
+
+#[inline(always)]
+fn exp_body(x: &mut [f32]) {
+    for v in x {
+        *v = exp(*v);
+    }
+}
+
+#[inline(always)]
+pub(crate) fn max_body(x: &[f32]) -> f32 {
+    let mut lanes = [f32::NEG_INFINITY; LANES];
+    let chunks = x.chunks_exact(LANES);
+    let tail = chunks.remainder();
+    for c in chunks {
+        for l in 0..LANES {
+            lanes[l] = if c[l] > lanes[l] { c[l] } else { lanes[l] };
+        }
+    }
+    let mut max = f32::NEG_INFINITY;
+    for &v in lanes.iter().chain(tail) {
+        max = if v > max { v } else { max };
+    }
+    max
+}
+
+#[inline(always)]
+fn sum_body(x: &[f32]) -> f32 {
+    let mut lanes = [0.0f32; LANES];
+    let chunks = x.chunks_exact(LANES);
+    let tail = chunks.remainder();
+    for c in chunks {
+        for l in 0..LANES {
+            lanes[l] += c[l];
+        }
+    }
+    for (lane, v) in lanes.iter_mut().zip(tail) {
+        *lane += v;
+    }
+    fold(lanes)
+}
+
+/// Sums lanes pairwise: the same tree on every instruction set.
+#[inline(always)]
+pub(crate) fn fold<const N: usize>(mut lanes: [f32; N]) -> f32 {
+    let mut width = N / 2;
+    while width > 0 {
+        for l in 0..width {
+            lanes[l] += lanes[l + width];
+        }
+        width /= 2;
+    }
+    lanes[0]
+}
+
+/// x = e^(x − max) in place, where max is no less than any x; returns the sum.
+#[inline(always)]
+pub(crate) fn exp_sum_body(x: &mut [f32], max: f32) -> f32 {
+    for v in x.iter_mut() {
+        *v = exp_nonpositive(*v - max);
+    }
+    sum_body(x)
+}
+
+/// out = x in f32. Exact, hence the same on every instruction set; `half`'s own conversion asks for the instruction set and
+/// makes a call for every eight numbers.
+///
+/// # Panics
+/// If the lengths differ.
+pub(crate) fn widen_f16(x: &[f16], out: &mut [f32]) {
+    assert_eq!(x.len(), out.len(), "widen_f16: lengths");
+    #[cfg(target_arch = "x86_64")]
+    if crate::Isa::active() >= crate::Isa::Avx2 {
+        use std::arch::x86_64::{_mm_loadu_si128, _mm256_cvtph_ps, _mm256_storeu_ps};
+        #[target_feature(enable = "avx,f16c")]
+        fn eights(x: &[[f16; 8]], out: &mut [[f32; 8]]) {
+            for (x, out) in x.iter().zip(out) {
+                // SAFETY: both point at 8 elements, and neither needs alignment.
+                unsafe {
+                    _mm256_storeu_ps(out.as_mut_ptr(), _mm256_cvtph_ps(_mm_loadu_si128(x.as_ptr().cast())))
+                };
+            }
+        }
+        let ((x, x_tail), (out, out_tail)) = (x.as_chunks::<8>(), out.as_chunks_mut::<8>());
+        // SAFETY: `Isa::Avx2` and above are active only on a machine with F16C.
+        unsafe { eights(x, out) };
+        return x_tail.convert_to_f32_slice(out_tail);
+    }
+    x.convert_to_f32_slice(out);
+}
+
+twin! { fn exp_chunk = exp_body(x: &mut [f32]) }
+
+/// x = e^x for every element, within 2 units in the last place; NaN stays NaN.
+pub fn exp_in_place(x: &mut [f32]) {
+    if x.len() <= CHUNK {
+        return exp_chunk(x);
+    }
+    x.par_chunks_mut(CHUNK).for_each(exp_chunk);
+}
+
+#[inline(always)]
+fn softmax_body(x: &mut [f32]) {
+    let sum = exp_sum_body(x, max_body(x));
+    for v in x {
+        *v /= sum;
+    }
+}
+
+twin! {
+    /// Softmax of one row, in place.
+    pub fn softmax = softmax_body(x: &mut [f32])
+}
+
+#[inline(always)]
+fn log_sum_exp_body(x: &[f32]) -> f64 {
+    let max = max_body(x);
+    if max.is_infinite() {
+        // Empty or all -inf, or a +inf that outweighs everything; but NaN wins.
+        return if x.iter().any(|v| v.is_nan()) { f64::NAN } else { f64::from(max) };
+    }
+    // A block's f32 sum is short enough to lose next to nothing; blocks add up in f64.
+    let mut sum = 0.0f64;
+    let mut e = [0.0f32; 256];
+    for chunk in x.chunks(e.len()) {
+        let e = &mut e[..chunk.len()];
+        for (e, v) in e.iter_mut().zip(chunk) {
+            *e = exp_nonpositive(v - max);
+        }
+        sum += f64::from(sum_body(e));
+    }
+    f64::from(max) + sum.ln()
+}
+
+twin! {
+    /// ln Σ e^x of one row: shifted by the maximum, f32 exponentials, summed in f64 but for blocks of 256. Within 1e-6 of the f64 value.
+    pub fn log_sum_exp = log_sum_exp_body(x: &[f32]) -> f64
+}
+
+#[inline(always)]
+fn rms_norm_body(x: &[f32], weight: &[f32], eps: f32, out: &mut [f32]) {
+    let n = weight.len();
+    for (x, out) in x.chunks_exact(n).zip(out.chunks_exact_mut(n)) {
+        let mut lanes = [0.0f32; LANES];
+        let chunks = x.chunks_exact(LANES);
+        let tail = chunks.remainder();
+        for c in chunks {
+            for l in 0..LANES {
+                lanes[l] = c[l].mul_add(c[l], lanes[l]);
+            }
+        }
+        for (lane, v) in lanes.iter_mut().zip(tail) {
+            *lane = v.mul_add(*v, *lane);
+        }
+        let scale = 1.0 / (fold(lanes) / n as f32 + eps).sqrt();
+        for i in 0..n {
+            out[i] = x[i] * scale * weight[i];
+        }
+    }
+}
+
+twin! { fn rms_norm_rows = rms_norm_body(x: &[f32], weight: &[f32], eps: f32, out: &mut [f32]) }
+
+/// out = x / sqrt(mean(x²) + eps) · weight for every row, in the order of Hugging Face's `LlamaRMSNorm`.
+///
+/// x, out: [rows, weight.len()].
+///
+/// # Panics
+/// If `out` is not as long as `x`, or they are not whole rows.
+pub fn rms_norm(x: &[f32], weight: &[f32], eps: f32, out: &mut [f32]) {
+    assert_eq!(x.len(), out.len(), "rms_norm: x and out differ in length");
+    let n = weight.len();
+    if x.is_empty() {
+        return;
+    }
+    assert!(n > 0 && x.len().is_multiple_of(n), "rms_norm: x holds no whole rows of {n}");
+    let chunk = (CHUNK / n).max(1) * n;
+    if x.len() <= chunk {
+        return rms_norm_rows(x, weight, eps, out);
+    }
+    x.par_chunks(chunk)
+        .zip(out.par_chunks_mut(chunk))
+        .for_each(|(x, out)| rms_norm_rows(x, weight, eps, out));
+}
+
+#[inline(always)]
+fn silu_mul_body(gate: &mut [f32], up: &[f32]) {
+    for (g, u) in gate.iter_mut().zip(up) {
+        *g = *g / (1.0 + exp(-*g)) * u;
+    }
+}
+
+twin! { fn silu_mul_chunk = silu_mul_body(gate: &mut [f32], up: &[f32]) }
+
+/// gate = silu(gate) · up, with silu(x) = x / (1 + e^−x); the lengths are equal.
+///
+/// # Panics
+/// If the lengths differ.
+pub fn silu_mul(gate: &mut [f32], up: &[f32]) {
+    assert_eq!(gate.len(), up.len(), "silu_mul: gate and up differ in length");
+    if gate.len() <= CHUNK {
+        return silu_mul_chunk(gate, up);
+    }
+    gate.par_chunks_mut(CHUNK).zip(up.par_chunks(CHUNK)).for_each(|(g, u)| silu_mul_chunk(g, u));
+}
+
+/// Rotary embedding of one token, in place: element i of a head's first half turns with element i of its second half, the
+/// convention of Hugging Face's `rotate_half`.
+///
+/// x: [heads, head_dim]; cos, sin: [head_dim / 2].
+///
+/// # Panics
+/// If a length does not follow from the shape, or `head_dim` is odd.
+pub fn rope(x: &mut [f32], heads: usize, head_dim: usize, cos: &[f32], sin: &[f32]) {
+    let half = head_dim / 2;
+    assert!(head_dim.is_multiple_of(2), "rope: head_dim {head_dim} is odd");
+    assert!(x.len() == heads * head_dim && cos.len() == half && sin.len() == half, "rope: lengths");
+    for head in x.chunks_exact_mut(head_dim.max(1)) {
+        let (a, b) = head.split_at_mut(half);
+        for i in 0..half {
+            let (x, y) = (a[i], b[i]);
+            a[i] = x * cos[i] - y * sin[i];
+            b[i] = y * cos[i] + x * sin[i];
+        }
+    }
+}
+
+/// Reproducible numbers in [-1, 1).
+#[cfg(test)]
+pub(crate) fn test_noise(n: usize, seed: u64) -> Vec<f32> {
+    let mut s = seed.wrapping_mul(0x9e37_79b9_7f4a_7c15) | 1;
+    let mut next = || {
+        s ^= s << 13;
+        s ^= s >> 7;
+        s ^= s << 17;
+        (s >> 40) as f32 / (1u64 << 23) as f32 - 1.0
+    };
+    (0..n).map(|_| next()).collect()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::test_noise as noise;
+    use super::*;
+
+    #[test]
+    fn exp_is_accurate_over_the_whole_range() {
+        let mut x: Vec<f32> = (0..400_000).map(|i| -104.0 + i as f32 * (192.7 / 400_000.0)).collect();
+        let input = x.clone();
+        exp_in_place(&mut x);
+        for (&y, &x) in x.iter().zip(&input) {
+            let want = f64::from(x).exp();
+            let rounded = want as f32;
+            let ulp = f64::from(f32::from_bits(rounded.to_bits() + 1)) - f64::from(rounded);
+            assert!(
+                (f64::from(y) - want).abs() <= 2.0 * ulp,
+                "exp({x}) = {y}, not {want}: {} ulp",
+                (f64::from(y) - want).abs() / ulp
+            );
+        }
+        for v in input {
+            let want = if v < -87.0 { 0.0 } else { exp(v) };
+            assert!(v > 0.0 || exp_nonpositive(v) == want, "{v}");
+        }
+        assert!(exp_nonpositive(f32::NEG_INFINITY) == 0.0 && exp_nonpositive(f32::NAN).is_nan());
+        let mut edge =
+            [0.0, -0.0, f32::INFINITY, f32::NEG_INFINITY, f32::NAN, 88.9, -200.0, f32::MIN_POSITIVE];
+        exp_in_place(&mut edge);
+        assert_eq!(&edge[..4], &[1.0, 1.0, f32::INFINITY, 0.0]);
+        assert!(edge[4].is_nan());
+        assert_eq!(&edge[5..], &[f32::INFINITY, 0.0, 1.0]);
+    }
+
+    #[test]
+    fn twins_agree_bit_for_bit() {
+        for n in [1, 7, 16, 33, 576] {
+            let x: Vec<f32> = noise(n * 3, n as u64).iter().map(|v| v * 20.0).collect();
+            let w = noise(n, 9);
+            let (mut a, mut b) = (x.clone(), x.clone());
+            exp_chunk(&mut a);
+            exp_body(&mut b);
+            assert_eq!(a, b);
+            let (mut a, mut b) = (x.clone(), x.clone());
+            softmax(&mut a);
+            softmax_body(&mut b);
+            assert_eq!(a, b);
+            rms_norm(&x, &w, 1e-5, &mut a);
+            rms_norm_body(&x, &w, 1e-5, &mut b);
+            assert_eq!(a, b);
+            let (mut a, mut b) = (x.clone(), x.clone());
+            let up = noise(n * 3, 5);
+            silu_mul(&mut a, &up);
+            silu_mul_body(&mut b, &up);
+            assert_eq!(a, b);
+            assert_eq!(log_sum_exp(&x).to_bits(), log_sum_exp_body(&x).to_bits());
+        }
+    }
+
+    #[test]
+    fn every_f16_widens() {
+        let x: Vec<f16> = (0..=u16::MAX).chain([1, 2, 3]).map(f16::from_bits).collect();
+        let mut out = vec![0.0; x.len()];
+        widen_f16(&x, &mut out);
+        for (x, y) in x.iter().zip(out) {
+            assert!(x.to_f32() == y || x.is_nan() && y.is_nan());
+        }
+    }
+
+    #[test]
+    fn log_sum_exp_matches_f64() {
+        for (n, scale) in [(1, 1.0), (5, 3.0), (49_152, 10.0), (49_153, 0.01), (1000, 80.0)] {
+            let x: Vec<f32> = noise(n, 3).iter().map(|v| v * scale + 7.0).collect();
+            let max = x.iter().fold(f64::MIN, |m, &v| m.max(f64::from(v)));
+            let want = max + x.iter().map(|&v| (f64::from(v) - max).exp()).sum::<f64>().ln();
+            assert!((log_sum_exp(&x) - want).abs() < 1e-6, "{n} {scale}: {} {want}", log_sum_exp(&x));
+        }
+        assert_eq!(log_sum_exp(&[]), f64::NEG_INFINITY);
+        assert_eq!(log_sum_exp(&[f32::NEG_INFINITY; 3]), f64::NEG_INFINITY);
+        assert_eq!(log_sum_exp(&[1.0, f32::INFINITY]), f64::INFINITY);
+        assert!(log_sum_exp(&[f32::NAN, 1.0]).is_nan());
+    }
+
+    #[test]
+    fn softmax_sums_to_one_and_matches_f64() {
+        let x: Vec<f32> = noise(77, 4).iter().map(|v| v * 30.0).collect();
+        let mut y = x.clone();
+        softmax(&mut y);
+        let lse = log_sum_exp(&x);
+        for (y, x) in y.iter().zip(&x) {
+            assert!((f64::from(*y) - (f64::from(*x) - lse).exp()).abs() < 1e-6);
+        }
+        assert!((y.iter().map(|&v| f64::from(v)).sum::<f64>() - 1.0).abs() < 1e-6);
+    }
+
+    #[test]
+    fn rms_norm_and_silu_match_f64() {
+        let (rows, n) = (41, 577);
+        let (x, w) = (noise(rows * n, 1), noise(n, 2));
+        let mut out = vec![0.0; x.len()];
+        rms_norm(&x, &w, 1e-5, &mut out);
+        for r in 0..rows {
+            let row = &x[r * n..][..n];
+            let mean = row.iter().map(|&v| f64::from(v).powi(2)).sum::<f64>() / n as f64;
+            for i in 0..n {
+                let want = f64::from(row[i]) / (mean + 1e-5).sqrt() * f64::from(w[i]);
+                assert!((f64::from(out[r * n + i]) - want).abs() < 1e-6);
+            }
+        }
+        let mut gate: Vec<f32> = x.iter().map(|v| v * 100.0).collect();
+        let before = gate.clone();
+        let up = noise(x.len(), 8);
+        silu_mul(&mut gate, &up);
+        for i in 0..gate.len() {
+            let g = f64::from(before[i]);
+            let want = g / (1.0 + (-g).exp()) * f64::from(up[i]);
+            assert!((f64::from(gate[i]) - want).abs() <= 1e-6 * want.abs().max(1e-3));
+        }
+    }
+
+    #[test]
+    fn rope_turns_half_split_pairs() {
+        let mut x = vec![1.0, 2.0, 3.0, 4.0, 5.0, 6.0, 7.0, 8.0];
+        let (c, s) = ([0.6, 0.0], [0.8, 1.0]);
+        rope(&mut x, 2, 4, &c, &s);
+        let want = [0.6 - 2.4, -4.0, 1.8 + 0.8, 2.0, 3.0 - 5.6, -8.0, 4.2 + 4.0, 6.0];
+        for (a, b) in x.iter().zip(want) {
+            assert!((a - b).abs() < 1e-6, "{x:?}");
+        }
+    }
+}

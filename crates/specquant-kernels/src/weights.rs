@@ -1,0 +1,266 @@
+//! Quantized weights in the layout that every integer kernel reads.
+//!
+//! A *panel* is 16 output channels. Its codes stand in *chunks* of 64 bytes:
+//!
+//! - 5 to 8 bits: a chunk holds 4 consecutive inputs (a *quad*) of 16 channels, byte `4c + i` is input `i` of channel `c`, signed.
+//! - 2 to 4 bits: a chunk holds two quads, the first in the low nibbles and the second in the high nibbles, as `code + 8`.
+//!
+//! So a chunk is a 512-bit register whose 32-bit lanes are channels: what `vpdpbusd` and `vpmaddubsw` + `vpmaddwd` sum into.
+//! Inputs are padded to a multiple of 8 with code 0, channels to a multiple of 16. Scales and sums of codes stand as
+//! `[panel, group, 16]`.
+
+use crate::KernelError;
+
+/// Output channels of a panel.
+pub(crate) const PANEL: usize = 16;
+
+/// 64 bytes of codes, aligned to a cache line.
+#[derive(Debug, Clone, Copy, PartialEq)]
+#[repr(C, align(64))]
+pub(crate) struct Chunk(pub(crate) [u8; 64]);
+
+/// Weight matrix `[out, in]` of signed integer codes with one scale per output channel and group of inputs.
+#[derive(Debug, Clone, PartialEq)]
+pub struct PackedWeights {
+    out: usize,
+    inp: usize,
+    bits: u8,
+    group_size: usize,
+    chunks: Vec<Chunk>,
+    scales: Vec<[f32; PANEL]>,
+    /// Sum of the codes per channel and group: what an activation zero point is multiplied with.
+    colsums: Vec<[i32; PANEL]>,
+}
+
+impl PackedWeights {
+    /// Packs codes and scales.
+    ///
+    /// - `codes`: `[out, inp]`, within the signed range of `bits` (2 to 8).
+    /// - `scales`: `[out, inp / group_size]`, finite and not negative.
+    /// - `group_size`: `inp` for one scale per channel; otherwise a divisor of `inp` and a multiple of 8.
+    pub fn pack(
+        codes: &[i8],
+        scales: &[f32],
+        out: usize,
+        inp: usize,
+        bits: u8,
+        group_size: usize,
+    ) -> Result<Self, KernelError> {
+        if !(2..=8).contains(&bits) {
+            return Err(KernelError::Bits { what: "weights", bits });
+        }
+        if group_size == 0
+            || inp == 0
+            || !inp.is_multiple_of(group_size)
+            || (group_size != inp && !group_size.is_multiple_of(8))
+        {
+            return Err(KernelError::GroupSize { group_size, inp });
+        }
+        // Beyond it, products with 8-bit activations could overflow an i32.
+        let limit = i32::MAX as usize / (255 << (bits - 1));
+        if group_size > limit {
+            return Err(KernelError::Depth { group_size, bits, limit });
+        }
+        let groups = inp / group_size;
+        check_len("codes", codes.len(), out, inp)?;
+        check_len("scales", scales.len(), out, groups)?;
+        let max = ((1i32 << (bits - 1)) - 1) as i8;
+        if let Some(i) = codes.iter().position(|&q| q > max || q < -max - 1) {
+            return Err(KernelError::CodeRange { code: codes[i], row: i / inp, col: i % inp, bits });
+        }
+        if let Some(index) = scales.iter().position(|s| !s.is_finite() || *s < 0.) {
+            return Err(KernelError::NotFinite { what: "scale", index, value: scales[index].to_string() });
+        }
+
+        let panels = out.div_ceil(PANEL);
+        let mut w = PackedWeights {
+            out,
+            inp,
+            bits,
+            group_size,
+            chunks: Vec::new(),
+            scales: vec![[0.; PANEL]; panels * groups],
+            colsums: vec![[0; PANEL]; panels * groups],
+        };
+        let empty = Chunk([if w.nibbles() { 0x88 } else { 0 }; 64]);
+        w.chunks = vec![empty; panels * w.panel_chunks()];
+        for n in 0..out {
+            let (panel, c) = (n / PANEL, n % PANEL);
+            for (k, &q) in codes[n * inp..][..inp].iter().enumerate() {
+                w.colsums[panel * groups + k / group_size][c] += i32::from(q);
+                let (chunk, byte, shift) = w.place(panel, c, k);
+                let b = &mut w.chunks[chunk].0[byte];
+                match shift {
+                    Some(s) => *b = *b & !(15 << s) | ((q + 8) as u8) << s,
+                    None => *b = q as u8,
+                }
+            }
+            for g in 0..groups {
+                w.scales[panel * groups + g][c] = scales[n * groups + g];
+            }
+        }
+        Ok(w)
+    }
+
+    /// The codes: `[out, in]`.
+    pub fn unpack(&self) -> Vec<i8> {
+        let mut codes = Vec::with_capacity(self.out * self.inp);
+        for n in 0..self.out {
+            codes.extend((0..self.inp).map(|k| {
+                let (chunk, byte, shift) = self.place(n / PANEL, n % PANEL, k);
+                let b = self.chunks[chunk].0[byte];
+                shift.map_or(b as i8, |s| (b >> s & 15) as i8 - 8)
+            }));
+        }
+        codes
+    }
+
+    /// The weights that codes and scales stand for: `[out, in]`.
+    pub fn dequantize(&self) -> Vec<f32> {
+        let mut w: Vec<f32> = self.unpack().into_iter().map(f32::from).collect();
+        for (i, v) in w.iter_mut().enumerate() {
+            let (n, k) = (i / self.inp, i % self.inp);
+            *v *= self.scales[n / PANEL * self.groups() + k / self.group_size][n % PANEL];
+        }
+        w
+    }
+
+    /// Output channels.
+    pub fn out_features(&self) -> usize {
+        self.out
+    }
+
+    /// Inputs.
+    pub fn in_features(&self) -> usize {
+        self.inp
+    }
+
+    /// Bit width of a code.
+    pub fn bits(&self) -> u8 {
+        self.bits
+    }
+
+    /// Inputs that share a scale; [`in_features`](Self::in_features) for one scale per channel.
+    pub fn group_size(&self) -> usize {
+        self.group_size
+    }
+
+    /// Resident bytes of codes, scales and sums.
+    pub fn bytes(&self) -> usize {
+        size_of_val(&*self.chunks) + size_of_val(&*self.scales) + size_of_val(&*self.colsums)
+    }
+
+    /// Whether a code takes a nibble and not a byte.
+    pub(crate) fn nibbles(&self) -> bool {
+        self.bits <= 4
+    }
+
+    pub(crate) fn groups(&self) -> usize {
+        self.inp / self.group_size
+    }
+
+    /// The chunks of the inputs from `k` to `end` in a panel; `k` is a multiple of 8, `end` too or the end of the padded input.
+    pub(crate) fn chunks(&self, panel: usize, k: usize, end: usize) -> &[Chunk] {
+        let per = self.inputs_per_chunk();
+        &self.chunks[panel * self.panel_chunks()..][k / per..end.next_multiple_of(8) / per]
+    }
+
+    /// Scales and sums of codes of a panel and group.
+    pub(crate) fn group(&self, panel: usize, group: usize) -> (&[f32; PANEL], &[i32; PANEL]) {
+        let i = panel * self.groups() + group;
+        (&self.scales[i], &self.colsums[i])
+    }
+
+    fn inputs_per_chunk(&self) -> usize {
+        if self.nibbles() { 8 } else { 4 }
+    }
+
+    fn panel_chunks(&self) -> usize {
+        self.inp.next_multiple_of(8) / self.inputs_per_chunk()
+    }
+
+    /// Chunk, byte and shift (for nibbles) of a code.
+    fn place(&self, panel: usize, c: usize, k: usize) -> (usize, usize, Option<u32>) {
+        let chunk = panel * self.panel_chunks() + k / self.inputs_per_chunk();
+        let shift = if k % 8 < 4 { 0 } else { 4 };
+        (chunk, 4 * c + k % 4, self.nibbles().then_some(shift))
+    }
+}
+
+fn check_len(what: &'static str, got: usize, rows: usize, cols: usize) -> Result<(), KernelError> {
+    // Saturating: a product that overflows is no buffer's length.
+    let want = rows.saturating_mul(cols);
+    if got == want { Ok(()) } else { Err(KernelError::Length { what, got, want }) }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use proptest::prelude::*;
+
+    proptest! {
+        #[test]
+        fn round_trip(
+            out in 0usize..40, groups in 1usize..4, group in 1usize..5, odd in 0usize..8, bits in 2u8..=8, seed in any::<u64>()
+        ) {
+            let (inp, group) = if odd == 0 { (groups * group * 8, group * 8) } else { (group * 8 + odd, group * 8 + odd) };
+            let mut s = seed;
+            let mut next = || {
+                s = s.wrapping_mul(6364136223846793005).wrapping_add(1442695040888963407);
+                (s >> 33) as usize
+            };
+            let codes: Vec<i8> = (0..out * inp).map(|_| ((next() % (1 << bits)) as i32 - (1 << (bits - 1))) as i8).collect();
+            let scales: Vec<f32> = (0..out * (inp / group)).map(|_| next() as f32).collect();
+            let w = PackedWeights::pack(&codes, &scales, out, inp, bits, group).unwrap();
+            prop_assert_eq!(w.unpack(), codes.clone());
+            let dequantized = w.dequantize();
+            for (i, q) in codes.iter().enumerate() {
+                let scale = scales[i / inp * (inp / group) + i % inp / group];
+                prop_assert_eq!(dequantized[i], scale * f32::from(*q));
+            }
+            prop_assert_eq!((w.out_features(), w.in_features(), w.bits(), w.group_size()), (out, inp, bits, group));
+        }
+    }
+
+    #[test]
+    fn four_bits_take_half_a_byte() {
+        let w = PackedWeights::pack(&[1; 32 * 64], &[1.; 32], 32, 64, 4, 64).unwrap();
+        assert_eq!(w.bytes(), 32 * 64 / 2 + 32 * 8);
+        assert_eq!(w.chunks.as_ptr() as usize % 64, 0);
+        let w = PackedWeights::pack(&[1; 32 * 64], &[1.; 32], 32, 64, 5, 64).unwrap();
+        assert_eq!(w.bytes(), 32 * 64 + 32 * 8);
+    }
+
+    #[test]
+    fn bad_input_is_named() {
+        let err = |codes: &[i8], scales: &[f32], out, inp, bits, group| {
+            PackedWeights::pack(codes, scales, out, inp, bits, group).unwrap_err()
+        };
+        let (q, s) = ([0; 16], [1.; 2]);
+        assert_eq!(err(&q, &s, 2, 8, 1, 8), KernelError::Bits { what: "weights", bits: 1 });
+        assert_eq!(err(&q, &s, 2, 8, 9, 8), KernelError::Bits { what: "weights", bits: 9 });
+        for group in [0, 3, 4, 16] {
+            assert_eq!(err(&q, &s, 2, 8, 4, group), KernelError::GroupSize { group_size: group, inp: 8 });
+        }
+        for group in [0, 8] {
+            assert_eq!(err(&[], &[], 3, 0, 4, group), KernelError::GroupSize { group_size: group, inp: 0 });
+        }
+        assert_eq!(err(&q[1..], &s, 2, 8, 4, 8), KernelError::Length { what: "codes", got: 15, want: 16 });
+        assert_eq!(err(&q, &s[1..], 2, 8, 4, 8), KernelError::Length { what: "scales", got: 1, want: 2 });
+        let deep = KernelError::Depth { group_size: 65_794, bits: 8, limit: 65_793 };
+        assert_eq!(err(&[], &[], 0, 65_794, 8, 65_794), deep);
+        assert!(deep.to_string().contains("65793"), "{deep}");
+        assert!(PackedWeights::pack(&[], &[], usize::MAX, 8, 4, 8).is_err());
+        for bits in 2..=7u8 {
+            for code in [1i8 << (bits - 1), -(1i8 << (bits - 1)) - 1] {
+                let mut q = q;
+                q[11] = code;
+                assert_eq!(err(&q, &s, 2, 8, bits, 8), KernelError::CodeRange { code, row: 1, col: 3, bits });
+            }
+        }
+        for (bad, text) in [(f32::NAN, "NaN"), (f32::INFINITY, "inf"), (-1., "-1")] {
+            let want = KernelError::NotFinite { what: "scale", index: 1, value: text.into() };
+            assert_eq!(err(&q, &[1., bad], 2, 8, 4, 8), want);
+        }
+    }
+}

@@ -1,0 +1,171 @@
+//! One decoder block: RMSNorm, grouped-query attention with RoPE, SwiGLU.
+
+use specquant_kernels as kernels;
+use specquant_kernels::KvCache;
+
+use crate::linear::{Linear, forward_shared};
+use crate::{ModelConfig, Result};
+
+/// A place in the block whose input feeds linear layers: the unit of smoothing, of activation statistics and of Hessians.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash)]
+pub enum Site {
+    /// Normalized input of `q_proj`, `k_proj` and `v_proj`.
+    Qkv,
+    /// Attention output, input of `o_proj`.
+    O,
+    /// Normalized input of `gate_proj` and `up_proj`.
+    GateUp,
+    /// SwiGLU output, input of `down_proj`.
+    Down,
+}
+
+impl Site {
+    /// In the order in which a block meets them.
+    pub const ALL: [Site; 4] = [Site::Qkv, Site::O, Site::GateUp, Site::Down];
+
+    /// The layers that read this input, by their Hugging Face names within the block.
+    pub fn layers(self) -> &'static [&'static str] {
+        match self {
+            Site::Qkv => &["self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"],
+            Site::O => &["self_attn.o_proj"],
+            Site::GateUp => &["mlp.gate_proj", "mlp.up_proj"],
+            Site::Down => &["mlp.down_proj"],
+        }
+    }
+}
+
+/// A decoder block.
+pub struct Block {
+    /// RMSNorm weight before attention, `[hidden]`.
+    pub input_norm: Vec<f32>,
+    /// `[heads * head_dim, hidden]`.
+    pub q: Linear,
+    /// `[kv_heads * head_dim, hidden]`.
+    pub k: Linear,
+    /// `[kv_heads * head_dim, hidden]`.
+    pub v: Linear,
+    /// `[hidden, heads * head_dim]`.
+    pub o: Linear,
+    /// Per-head RMSNorm weight of Q, `[head_dim]` (Qwen3).
+    pub q_norm: Option<Vec<f32>>,
+    /// Per-head RMSNorm weight of K, `[head_dim]` (Qwen3).
+    pub k_norm: Option<Vec<f32>>,
+    /// RMSNorm weight before the MLP, `[hidden]`.
+    pub post_norm: Vec<f32>,
+    /// `[intermediate, hidden]`.
+    pub gate: Linear,
+    /// `[intermediate, hidden]`.
+    pub up: Linear,
+    /// `[hidden, intermediate]`.
+    pub down: Linear,
+    /// Keys that a query sees, itself included; all of them if `None`.
+    pub window: Option<usize>,
+}
+
+/// Rotation angles of consecutive rows, `[rows, head_dim / 2]` each.
+pub struct RopeTable {
+    cos: Vec<f32>,
+    sin: Vec<f32>,
+}
+
+impl RopeTable {
+    /// Angles of tokens at `positions`. inv_freq: `[head_dim / 2]`, radians per position.
+    pub fn new(inv_freq: &[f32], positions: impl Iterator<Item = usize>) -> Self {
+        // The product is rounded to f32 before the cosine, as in transformers' rotary embedding.
+        let angles = positions.flat_map(|p| inv_freq.iter().map(move |f| f * p as f32));
+        let (cos, sin) = angles.map(|a| (a.cos(), a.sin())).unzip();
+        RopeTable { cos, sin }
+    }
+}
+
+
+/// One sequence's share of a batch: its next `rows` tokens and the layer's cache.
+pub struct Span<'a> {
+    /// Number of tokens.
+    pub rows: usize,
+    /// Keys and values before these tokens; they are appended.
+    pub cache: &'a mut KvCache,
+}
+
+impl Block {
+    /// Linear layers with their Hugging Face names within the block.
+    pub fn linears(&self) -> [(&'static str, &Linear); 7] {
+        [
+            ("self_attn.q_proj", &self.q),
+            ("self_attn.k_proj", &self.k),
+            ("self_attn.v_proj", &self.v),
+            ("self_attn.o_proj", &self.o),
+            ("mlp.gate_proj", &self.gate),
+            ("mlp.up_proj", &self.up),
+            ("mlp.down_proj", &self.down),
+        ]
+    }
+
+    /// Adds the block's output to the residual stream.
+    ///
+    /// x: `[rows, hidden]`, the spans' tokens one after another; rope: one row a token; `observe` sees the input of every
+    /// [`Site`], `[rows, in]`, before it is quantized.
+    ///
+    /// # Errors
+    /// When a mapped weight cannot be widened.
+    pub fn forward(
+        &self,
+        config: &ModelConfig,
+        rope: &RopeTable,
+        x: &mut [f32],
+        spans: &mut [Span],
+        observe: &mut dyn FnMut(Site, &[f32]),
+    ) -> Result<()> {
+        let rows = x.len() / config.hidden_size;
+        let mut normed = vec![0.0; x.len()];
+
+        kernels::rms_norm(x, &self.input_norm, config.rms_norm_eps, &mut normed);
+        observe(Site::Qkv, &normed);
+        let [mut q, mut k, v] = forward_shared([&self.q, &self.k, &self.v], &normed, rows)?;
+        position(&mut q, self.q_norm.as_deref(), config, config.num_heads, rope);
+        position(&mut k, self.k_norm.as_deref(), config, config.num_kv_heads, rope);
+        let mut attended = vec![0.0; q.len()];
+        self.attend(config, &q, &k, &v, spans, &mut attended);
+        observe(Site::O, &attended);
+        add(x, &self.o.forward(&attended, rows)?);
+
+        kernels::rms_norm(x, &self.post_norm, config.rms_norm_eps, &mut normed);
+        observe(Site::GateUp, &normed);
+        let [mut gate, up] = forward_shared([&self.gate, &self.up], &normed, rows)?;
+        kernels::silu_mul(&mut gate, &up);
+        observe(Site::Down, &gate);
+        add(x, &self.down.forward(&gate, rows)?);
+        Ok(())
+    }
+
+    /// q: `[rows, heads * head_dim]`; k, v: `[rows, kv_heads * head_dim]`; out as q. Each span attends to its own cache only.
+    fn attend(&self, config: &ModelConfig, q: &[f32], k: &[f32], v: &[f32], spans: &mut [Span], out: &mut [f32]) {
+        let scale = 1.0 / (config.head_dim as f32).sqrt();
+        let (wide, narrow) = (config.num_heads * config.head_dim, config.num_kv_heads * config.head_dim);
+        let mut first = 0;
+        for span in spans {
+            let last = first + span.rows;
+            span.cache.append(&k[first * narrow..last * narrow], &v[first * narrow..last * narrow]);
+            let (q, out) = (&q[first * wide..last * wide], &mut out[first * wide..last * wide]);
+            kernels::attention(q, span.rows, config.num_heads, span.cache, scale, self.window, out);
+            first = last;
+        }
+    }
+}
+
+/// Normalizes (Qwen3) and rotates the heads of every row. x: `[rows, heads * head_dim]`.
+fn position(x: &mut [f32], norm: Option<&[f32]>, config: &ModelConfig, heads: usize, rope: &RopeTable) {
+    if let Some(norm) = norm {
+        let raw = x.to_vec();
+        kernels::rms_norm(&raw, norm, config.rms_norm_eps, x);
+    }
+    let half = config.head_dim / 2;
+    let angles = rope.cos.chunks_exact(half).zip(rope.sin.chunks_exact(half));
+    for (row, (cos, sin)) in x.chunks_exact_mut(heads * config.head_dim).zip(angles) {
+        kernels::rope(row, heads, config.head_dim, cos, sin);
+    }
+}
+
+fn add(x: &mut [f32], y: &[f32]) {
+    x.iter_mut().zip(y).for_each(|(x, y)| *x += y);
+}

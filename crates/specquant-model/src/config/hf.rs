@@ -1,0 +1,426 @@
+//! Hugging Face's config.json, of transformers 4 and 5.
+
+use std::path::Path;
+
+use serde_json::Value;
+
+use crate::{Error, Family, ModelConfig, Problems, Result, RopeScaling};
+
+/// Reads fields, collecting complaints instead of stopping at the first. An absent field and null are the same.
+struct Fields<'a> {
+    json: &'a Value,
+    problems: Problems,
+}
+
+impl<'a> Fields<'a> {
+    fn get<T>(
+        &mut self,
+        json: &'a Value,
+        key: &str,
+        what: &str,
+        read: impl FnOnce(&'a Value) -> Option<T>,
+    ) -> Option<T> {
+        let value = json.get(key).filter(|v| !v.is_null())?;
+        let read = read(value);
+        if read.is_none() {
+            self.problems.push(format!("{key} is {value}; expected {what}"));
+        }
+        read
+    }
+
+    fn size(&mut self, key: &str) -> Option<usize> {
+        self.get(self.json, key, "a whole number", |v| usize::try_from(v.as_u64()?).ok())
+    }
+
+    fn required_size(&mut self, key: &str) -> usize {
+        let present = self.json.get(key).is_some_and(|v| !v.is_null());
+        if !present {
+            self.problems.push(format!("{key} is missing"));
+        }
+        // 1 passes the range checks: what is missing has been said already.
+        self.size(key).unwrap_or(1)
+    }
+
+    fn flag(&mut self, key: &str) -> bool {
+        self.get(self.json, key, "true or false", Value::as_bool).unwrap_or(false)
+    }
+
+    fn float(&mut self, json: &'a Value, key: &str) -> Option<f64> {
+        self.get(json, key, "a number", Value::as_f64)
+    }
+
+    fn text(&mut self, json: &'a Value, key: &str) -> Option<&'a str> {
+        self.get(json, key, "a string", Value::as_str)
+    }
+}
+
+pub(super) fn parse(json: &Value, path: &Path) -> Result<ModelConfig> {
+    let mut f = Fields { json, problems: Problems::default() };
+    let family = family(json, path)?;
+    refuse_quantized(json, path)?;
+
+    let num_layers = f.required_size("num_hidden_layers");
+    let num_heads = f.required_size("num_attention_heads");
+    let hidden_size = f.required_size("hidden_size");
+    let head_dim = match (f.size("head_dim"), family) {
+        (Some(n), _) => n,
+        // Qwen3Config's default; the others divide.
+        (None, Family::Qwen3) => 128,
+        (None, _) => {
+            if num_heads == 0 || !hidden_size.is_multiple_of(num_heads) {
+                f.problems.push(format!(
+                    "num_attention_heads {num_heads} does not divide hidden_size {hidden_size}, and there is no head_dim"
+                ));
+            }
+            hidden_size / num_heads.max(1)
+        }
+    };
+    if let Some(act) = f.text(json, "hidden_act").filter(|a| !["silu", "swish"].contains(a)) {
+        f.problems.push(format!("hidden_act {act:?} is not supported; only silu is"));
+    }
+    let (rope_theta, rope_scaling) = rope(&mut f);
+    let sliding_window = windows(&mut f, family, num_layers);
+    let bias = matches!(family, Family::Llama | Family::Qwen3) && f.flag("attention_bias");
+    let config = ModelConfig {
+        family,
+        hidden_size,
+        intermediate_size: f.required_size("intermediate_size"),
+        num_layers,
+        num_heads,
+        num_kv_heads: f.size("num_key_value_heads").unwrap_or(num_heads),
+        head_dim,
+        vocab_size: f.required_size("vocab_size"),
+        rms_norm_eps: f.float(json, "rms_norm_eps").unwrap_or(1e-6) as f32,
+        rope_theta,
+        rope_scaling,
+        sliding_window,
+        attention_bias: bias || family == Family::Qwen2,
+        attention_out_bias: bias,
+        mlp_bias: family == Family::Llama && f.flag("mlp_bias"),
+        qk_norm: family == Family::Qwen3,
+        tie_word_embeddings: f.flag("tie_word_embeddings"),
+        max_position_embeddings: f.required_size("max_position_embeddings"),
+        bos_token_id: f.get(json, "bos_token_id", "a token id", |v| u32::try_from(v.as_u64()?).ok()),
+        eos_token_ids: f
+            .get(json, "eos_token_id", "a token id or a list of them", token_ids)
+            .unwrap_or_default(),
+    };
+    config.check(f.problems, path)
+}
+
+/// One id or a list of ids.
+pub(crate) fn token_ids(value: &Value) -> Option<Vec<u32>> {
+    let id = |v: &Value| u32::try_from(v.as_u64()?).ok();
+    match value {
+        Value::Array(ids) => ids.iter().map(id).collect(),
+        one => id(one).map(|id| vec![id]),
+    }
+}
+
+fn family(json: &Value, path: &Path) -> Result<Family> {
+    let supported = || Family::ALL.map(Family::model_type).join(", ");
+    let found = json.get("model_type").and_then(Value::as_str).unwrap_or("(none)");
+    Family::ALL.into_iter().find(|f| f.model_type() == found).ok_or_else(|| Error::ModelType {
+        path: path.to_owned(),
+        model_type: found.to_owned(),
+        supported: supported(),
+    })
+}
+
+fn refuse_quantized(json: &Value, path: &Path) -> Result<()> {
+    let Some(q) = ["quantization_config", "compression_config"]
+        .iter()
+        .find_map(|k| json.get(*k))
+        .filter(|q| !q.is_null())
+    else {
+        return Ok(());
+    };
+    match q.get("quant_method").and_then(Value::as_str).unwrap_or("an unnamed method") {
+        "specquant" => Ok(()),
+        method => Err(Error::AlreadyQuantized { path: path.to_owned(), method: method.to_owned() }),
+    }
+}
+
+/// transformers 5: `rope_parameters { rope_theta, rope_type, .. }`. Before: `rope_theta` and `rope_scaling { rope_type | type, .. }`.
+fn rope(f: &mut Fields<'_>) -> (f64, RopeScaling) {
+    let json = f.json;
+    let params = ["rope_parameters", "rope_scaling"]
+        .iter()
+        .filter_map(|k| json.get(*k))
+        .find(|v| !v.is_null())
+        .unwrap_or(&Value::Null);
+    let theta = f.float(params, "rope_theta").or_else(|| f.float(json, "rope_theta")).unwrap_or(10_000.0);
+    let partial = f.float(params, "partial_rotary_factor").or_else(|| f.float(json, "partial_rotary_factor"));
+    if let Some(partial) = partial.filter(|p| *p != 1.0) {
+        f.problems.push(format!("partial_rotary_factor {partial} is not supported; only 1 is"));
+    }
+    let kind = f.text(params, "rope_type").or_else(|| f.text(params, "type")).unwrap_or("default");
+    let mut need = |key: &str| {
+        f.float(params, key).unwrap_or_else(|| {
+            f.problems.push(format!("rope type {kind:?} needs {key}"));
+            1.0
+        })
+    };
+    let scaling = match kind {
+        "default" => RopeScaling::None,
+        "linear" => RopeScaling::Linear { factor: need("factor") },
+        "llama3" => RopeScaling::Llama3 {
+            factor: need("factor"),
+            low_freq_factor: need("low_freq_factor"),
+            high_freq_factor: need("high_freq_factor"),
+            original_max_position_embeddings: need("original_max_position_embeddings") as usize,
+        },
+        other => {
+            f.problems
+                .push(format!("rope type {other:?} is not supported; supported: default, linear, llama3"));
+            RopeScaling::None
+        }
+    };
+    (theta, scaling)
+}
+
+/// Mistral: every layer, 4096 where config.json is silent (MistralConfig's default), none where it says null. Qwen: only with
+/// `use_sliding_window`, in the layers that `layer_types` names or, before transformers 5, from `max_window_layers` on.
+fn windows(f: &mut Fields<'_>, family: Family, layers: usize) -> Vec<Option<usize>> {
+    // The range check reports an absurd number of layers; it must not be allocated before.
+    let layers = layers.min(super::MAX_LAYERS);
+    let json = f.json;
+    let window = match family {
+        Family::Llama => None,
+        Family::Mistral if json.get("sliding_window").is_none() => Some(4096),
+        Family::Mistral => f.size("sliding_window"),
+        Family::Qwen2 | Family::Qwen3 if f.flag("use_sliding_window") => {
+            Some(f.size("sliding_window").unwrap_or(4096))
+        }
+        Family::Qwen2 | Family::Qwen3 => None,
+    };
+    if matches!(family, Family::Llama | Family::Mistral) {
+        return vec![window; layers];
+    }
+    let Some(types) = f.get(json, "layer_types", "a list", Value::as_array) else {
+        let from = f.size("max_window_layers").unwrap_or(28);
+        return (0..layers).map(|i| window.filter(|_| i >= from)).collect();
+    };
+    if types.len() != layers {
+        f.problems.push(format!("layer_types has {} entries for {layers} layers", types.len()));
+    }
+    let mut read = |t: &Value| match t.as_str() {
+        Some("full_attention") => None,
+        Some("sliding_attention") => window,
+        _ => {
+            f.problems.push(format!(
+                "layer type {t} is not supported; supported: full_attention, sliding_attention"
+            ));
+            None
+        }
+    };
+    types.iter().take(layers).map(&mut read).collect()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use serde_json::json;
+
+    const TINY: &str = concat!(env!("CARGO_MANIFEST_DIR"), "/../../../shared/golden/tiny");
+
+    fn golden(name: &str) -> ModelConfig {
+        let path = Path::new(TINY).join(name).join("config.json");
+        let json = serde_json::from_slice(&std::fs::read(&path).unwrap()).unwrap();
+        ModelConfig::from_hf_json(&json, &path).unwrap()
+    }
+
+    fn parse_json(json: Value) -> Result<ModelConfig> {
+        ModelConfig::from_hf_json(&json, Path::new("dir/config.json"))
+    }
+
+    fn minimal(model_type: &str) -> Value {
+        json!({"model_type": model_type, "hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 4,
+            "num_attention_heads": 4, "vocab_size": 100, "max_position_embeddings": 256})
+    }
+
+    fn with(model_type: &str, fields: Value) -> Value {
+        let mut json = minimal(model_type);
+        json.as_object_mut().unwrap().extend(fields.as_object().unwrap().clone());
+        json
+    }
+
+    #[test]
+    fn golden_configs() {
+        let base = golden("llama-sharded");
+        let expect = ModelConfig {
+            family: Family::Llama,
+            hidden_size: 96,
+            intermediate_size: 176,
+            num_layers: 2,
+            num_heads: 6,
+            num_kv_heads: 2,
+            head_dim: 16,
+            vocab_size: 320,
+            rms_norm_eps: 1e-6,
+            rope_theta: 1e4,
+            rope_scaling: RopeScaling::None,
+            sliding_window: vec![None; 2],
+            attention_bias: false,
+            attention_out_bias: false,
+            mlp_bias: false,
+            qk_norm: false,
+            tie_word_embeddings: false,
+            max_position_embeddings: 512,
+            bos_token_id: Some(1),
+            eos_token_ids: vec![2],
+        };
+        assert_eq!(base, expect);
+        assert_eq!(golden("llama-tied-bf16"), ModelConfig { tie_word_embeddings: true, ..base.clone() });
+        let window =
+            ModelConfig { family: Family::Mistral, sliding_window: vec![Some(16); 2], ..base.clone() };
+        assert_eq!(golden("mistral"), window);
+        let scaling = RopeScaling::Llama3 {
+            factor: 8.0,
+            low_freq_factor: 1.0,
+            high_freq_factor: 4.0,
+            original_max_position_embeddings: 32,
+        };
+        let llama3 = ModelConfig { rope_theta: 5e5, rope_scaling: scaling, ..base.clone() };
+        assert_eq!(golden("llama3-rope-scaled"), llama3);
+        let no_ids = ModelConfig { bos_token_id: None, eos_token_ids: vec![], ..base };
+        let qwen2 = ModelConfig {
+            family: Family::Qwen2,
+            attention_bias: true,
+            tie_word_embeddings: true,
+            ..no_ids.clone()
+        };
+        assert_eq!(golden("qwen2"), qwen2);
+        assert_eq!(
+            golden("qwen3"),
+            ModelConfig { family: Family::Qwen3, head_dim: 32, qk_norm: true, ..no_ids }
+        );
+    }
+
+    #[test]
+    fn written_configs_read_back() {
+        for name in ["llama-sharded", "llama-tied-bf16", "llama3-rope-scaled", "mistral", "qwen2", "qwen3"] {
+            let config = golden(name);
+            assert_eq!(parse_json(config.to_hf_json()).unwrap(), config, "{name}");
+        }
+        let mut qwen = golden("qwen3");
+        qwen.sliding_window = vec![None, Some(8)];
+        qwen.rope_scaling = RopeScaling::Linear { factor: 2.0 };
+        qwen.eos_token_ids = vec![5, 6];
+        assert_eq!(parse_json(qwen.to_hf_json()).unwrap(), qwen);
+    }
+
+    #[test]
+    fn both_rope_layouts_and_all_types() {
+        let llama3 = json!({"factor": 32.0, "low_freq_factor": 1, "high_freq_factor": 4.0, "original_max_position_embeddings": 8192});
+        let old = |kind: &str| {
+            let mut s = llama3.clone();
+            s[kind] = json!("llama3");
+            parse_json(with("llama", json!({"rope_theta": 5e5, "rope_scaling": s}))).unwrap()
+        };
+        let mut new = llama3.clone();
+        new["rope_type"] = json!("llama3");
+        new["rope_theta"] = json!(5e5);
+        let new = parse_json(with("llama", json!({"rope_parameters": new}))).unwrap();
+        assert_eq!(new, old("rope_type"));
+        assert_eq!(new, old("type"));
+        assert!(matches!(
+            new.rope_scaling,
+            RopeScaling::Llama3 { original_max_position_embeddings: 8192, .. }
+        ));
+        let linear =
+            parse_json(with("llama", json!({"rope_scaling": {"type": "linear", "factor": 4.0}}))).unwrap();
+        let plain = parse_json(minimal("llama")).unwrap();
+        assert_eq!(plain.rope_theta, 1e4);
+        for (a, b) in linear.inv_freq().iter().zip(plain.inv_freq()) {
+            assert_eq!(*a, b / 4.0);
+        }
+        let err = parse_json(with("llama", json!({"rope_scaling": {"rope_type": "yarn", "factor": 4.0}})))
+            .unwrap_err();
+        assert!(err.to_string().contains("\"yarn\"") && err.to_string().contains("llama3"), "{err}");
+    }
+
+    /// Values of transformers' `_compute_llama3_parameters` at its three regimes, worked by hand.
+    #[test]
+    fn llama3_frequencies() {
+        let s = RopeScaling::Llama3 {
+            factor: 8.0,
+            low_freq_factor: 1.0,
+            high_freq_factor: 4.0,
+            original_max_position_embeddings: 8192,
+        };
+        let at = |turns: f64| {
+            s.scale(turns * std::f64::consts::TAU / 8192.0) / (turns * std::f64::consts::TAU / 8192.0)
+        };
+        assert!((at(0.5) - 0.125).abs() < 1e-12);
+        assert!((at(5.0) - 1.0).abs() < 1e-12);
+        assert!((at(2.5) - 0.5625).abs() < 1e-12);
+    }
+
+    #[test]
+    fn windows_of_the_families() {
+        let of = |t, fields| parse_json(with(t, fields)).unwrap().sliding_window;
+        assert_eq!(of("mistral", json!({})), vec![Some(4096); 4]);
+        assert_eq!(of("mistral", json!({"sliding_window": null})), vec![None; 4]);
+        assert_eq!(of("llama", json!({"sliding_window": 8})), vec![None; 4]);
+        assert_eq!(of("qwen2", json!({"sliding_window": 8, "max_window_layers": 0})), vec![None; 4]);
+        let half = json!({"use_sliding_window": true, "sliding_window": 8, "max_window_layers": 2});
+        assert_eq!(of("qwen2", half), vec![None, None, Some(8), Some(8)]);
+        let types = ["full_attention", "sliding_attention", "full_attention", "sliding_attention"];
+        let named = json!({"use_sliding_window": true, "sliding_window": 8, "layer_types": types});
+        assert_eq!(of("qwen3", named), vec![None, Some(8), None, Some(8)]);
+    }
+
+    #[test]
+    fn eos_biases_and_head_dim() {
+        let c = parse_json(with(
+            "llama",
+            json!({"eos_token_id": [1, 2], "attention_bias": true, "mlp_bias": true}),
+        ))
+        .unwrap();
+        assert_eq!(c.eos_token_ids, [1, 2]);
+        assert!(c.attention_bias && c.attention_out_bias && c.mlp_bias);
+        assert_eq!((c.head_dim, c.num_kv_heads), (16, 4));
+        assert_eq!(c.expected_tensors().len(), 3 + 4 * (2 + 14));
+        assert_eq!(parse_json(minimal("qwen3")).unwrap().head_dim, 128);
+    }
+
+    #[test]
+    fn refusals_name_what_is_wrong() {
+        let says = |json: Value, parts: &[&str]| {
+            let err = parse_json(json).unwrap_err().to_string();
+            for part in parts {
+                assert!(err.contains(part), "{err:?} lacks {part:?}");
+            }
+        };
+        says(minimal("gemma"), &["dir/config.json", "\"gemma\"", "llama, mistral, qwen2, qwen3"]);
+        says(json!([]), &["(none)"]);
+        says(
+            with("llama", json!({"quantization_config": {"quant_method": "gptq"}})),
+            &["already", "\"gptq\"", "original"],
+        );
+        assert!(
+            parse_json(with("llama", json!({"quantization_config": {"quant_method": "specquant"}}))).is_ok()
+        );
+        says(with("llama", json!({"hidden_act": "gelu"})), &["gelu", "silu"]);
+        says(with("llama", json!({"num_key_value_heads": 3})), &["num_key_value_heads 3"]);
+        says(
+            with("llama", json!({"hidden_size": 65})),
+            &["num_attention_heads 4 does not divide hidden_size 65"],
+        );
+        says(with("llama", json!({"num_hidden_layers": 1u64 << 60})), &["num_hidden_layers"]);
+        says(
+            with("llama", json!({"num_attention_heads": 0, "hidden_size": 1u64 << 63})),
+            &["num_attention_heads is 0"],
+        );
+        says(with("llama", json!({"head_dim": 15})), &["head_dim is 15", "even"]);
+        says(
+            with("llama", json!({"rms_norm_eps": 0, "rope_theta": -1})),
+            &["rms_norm_eps", "rope_theta", "2 problems"],
+        );
+        says(
+            json!({"model_type": "llama", "vocab_size": "x"}),
+            &["hidden_size is missing", "vocab_size is \"x\""],
+        );
+    }
+}

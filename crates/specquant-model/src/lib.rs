@@ -1,0 +1,24 @@
+//! LLaMA-family models on a CPU: readers for Hugging Face directories and GGUF files, tokenizer and chat template, one forward
+//! pass in which a linear layer is dense or quantized, KV cache, sampling, and the SpecQuant checkpoint.
+
+mod block;
+mod checkpoint;
+mod config;
+mod error;
+mod generate;
+mod linear;
+mod model;
+mod scheme;
+mod source;
+mod tokenizer;
+
+pub use block::*;
+pub use checkpoint::*;
+pub use config::*;
+pub use error::*;
+pub use generate::*;
+pub use linear::*;
+pub use model::*;
+pub use scheme::*;
+pub use source::*;
+pub use tokenizer::*;

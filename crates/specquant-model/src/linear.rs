@@ -1,0 +1,216 @@
+//! A linear layer, dense or quantized, and the work that layers with one input share.
+
+use std::borrow::Cow;
+use std::ops::Range;
+
+use rayon::prelude::*;
+use specquant_kernels as kernels;
+use specquant_kernels::{PackedWeights, SpectralCoeffs};
+
+use crate::{Result, TensorView};
+
+/// Output channels widened at a time: 128 × 4096 f32 are 2 MiB, about a core's L2.
+const PANEL: usize = 128;
+/// Up to this many rows, panels of output channels run in parallel; above, rows do.
+const FEW_ROWS: usize = 32;
+
+/// A dense weight matrix, `[out, in]`.
+pub enum DenseWeight {
+    /// On the memory map, widened to f32 by panels whenever it is used.
+    Mapped(TensorView),
+    /// Widened once.
+    Owned(Vec<f32>),
+}
+
+/// `y = x Wᵀ + b` in f32.
+pub struct DenseLinear {
+    /// Output features.
+    pub out: usize,
+    /// Input features.
+    pub inp: usize,
+    /// `[out, in]`.
+    pub weight: DenseWeight,
+    /// `[out]`.
+    pub bias: Option<Vec<f32>>,
+}
+
+/// `y = Q_a(x) Q_w(R)ᵀ + (x Φᵀ) C + b` (arXiv 2511.11663, Eq. 16).
+pub struct QuantLinear {
+    /// The rounded residual, `[out, in]`.
+    pub weights: PackedWeights,
+    /// Bits of an activation code; 16 leaves the input in f32.
+    pub act_bits: u8,
+    /// Clip ratio of the activation quantizer.
+    pub act_clip: f32,
+    /// The low-frequency branch, fed by the unquantized input.
+    pub branch: Option<SpectralCoeffs>,
+    /// `[out]`.
+    pub bias: Option<Vec<f32>>,
+}
+
+/// A linear layer.
+pub enum Linear {
+    /// Full precision.
+    Dense(DenseLinear),
+    /// Integer weights.
+    Quantized(QuantLinear),
+}
+
+impl DenseWeight {
+    /// Rows `rows` as f32, borrowed where they already are.
+    fn rows(&self, rows: Range<usize>, inp: usize) -> Result<Cow<'_, [f32]>> {
+        match self {
+            DenseWeight::Owned(w) => Ok(Cow::Borrowed(&w[rows.start * inp..rows.end * inp])),
+            DenseWeight::Mapped(view) => {
+                let mut out = vec![0.0; rows.len() * inp];
+                view.rows_f32(rows, &mut out)?;
+                Ok(Cow::Owned(out))
+            }
+        }
+    }
+
+    /// Bytes that this weight holds in memory of its own (a map's pages belong to the file).
+    fn resident_bytes(&self) -> usize {
+        match self {
+            DenseWeight::Owned(w) => size_of_val(w.as_slice()),
+            DenseWeight::Mapped(_) => 0,
+        }
+    }
+}
+
+impl DenseLinear {
+    /// x: `[rows, in]`; y: `[rows, out]`, overwritten.
+    fn forward(&self, x: &[f32], rows: usize, y: &mut [f32]) -> Result<()> {
+        match &self.weight {
+            DenseWeight::Owned(w) => kernels::matmul_nt(x, w, y, rows, self.inp, self.out, false),
+            DenseWeight::Mapped(_) if rows == 1 => y.par_chunks_mut(PANEL).enumerate().try_for_each(|(p, y)| {
+                let w = self.weight.rows(p * PANEL..p * PANEL + y.len(), self.inp)?;
+                kernels::matmul_nt(x, &w, y, 1, self.inp, y.len(), false);
+                Ok(())
+            })?,
+            DenseWeight::Mapped(_) => {
+                let panel = |start: usize| -> Result<(usize, Vec<f32>)> {
+                    let width = PANEL.min(self.out - start);
+                    let w = self.weight.rows(start..start + width, self.inp)?;
+                    let mut part = vec![0.0; rows * width];
+                    kernels::matmul_nt(x, &w, &mut part, rows, self.inp, width, false);
+                    Ok((start, part))
+                };
+                let starts: Vec<usize> = (0..self.out).step_by(PANEL).collect();
+                if rows <= FEW_ROWS {
+                    let parts: Vec<_> = starts.into_par_iter().map(panel).collect::<Result<_>>()?;
+                    parts.iter().for_each(|(start, part)| scatter(part, rows, *start, self.out, y));
+                } else {
+                    for start in starts {
+                        let (start, part) = panel(start)?;
+                        scatter(&part, rows, start, self.out, y);
+                    }
+                }
+            }
+        }
+        Ok(())
+    }
+}
+
+/// Copies `part` `[rows, width]` to columns `start..` of `y` `[rows, out]`.
+fn scatter(part: &[f32], rows: usize, start: usize, out: usize, y: &mut [f32]) {
+    let width = part.len() / rows;
+    for (row, part) in part.chunks_exact(width).enumerate() {
+        y[row * out + start..][..width].copy_from_slice(part);
+    }
+}
+
+impl QuantLinear {
+    /// Bytes of codes, scales and coefficients in memory.
+    fn resident_bytes(&self) -> usize {
+        self.weights.bytes() + self.branch.as_ref().map_or(0, SpectralCoeffs::bytes)
+    }
+}
+
+impl Linear {
+    /// Output features.
+    pub fn out_features(&self) -> usize {
+        match self {
+            Linear::Dense(l) => l.out,
+            Linear::Quantized(l) => l.weights.out_features(),
+        }
+    }
+
+    /// Input features.
+    pub fn in_features(&self) -> usize {
+        match self {
+            Linear::Dense(l) => l.inp,
+            Linear::Quantized(l) => l.weights.in_features(),
+        }
+    }
+
+    /// Bytes of memory that the layer owns.
+    pub fn resident_bytes(&self) -> usize {
+        match self {
+            Linear::Dense(l) => l.weight.resident_bytes(),
+            Linear::Quantized(l) => l.resident_bytes(),
+        }
+    }
+
+    /// One layer on an input of its own. x: `[rows, in]`; returns `[rows, out]`.
+    ///
+    /// # Errors
+    /// When a mapped weight cannot be widened.
+    pub fn forward(&self, x: &[f32], rows: usize) -> Result<Vec<f32>> {
+        let mut outputs = forward_shared([self], x, rows)?;
+        Ok(std::mem::take(&mut outputs[0]))
+    }
+}
+
+/// Runs layers that read the same input, x: `[rows, in]`, and returns their outputs, `[rows, out]` each.
+///
+/// The input is quantized once per (bits, clip) and projected on the spectral basis once, for the largest k among the layers.
+///
+/// # Errors
+/// When a mapped weight cannot be widened.
+pub fn forward_shared<const N: usize>(layers: [&Linear; N], x: &[f32], rows: usize) -> Result<[Vec<f32>; N]> {
+    let inp = x.len() / rows;
+    let k_max = layers
+        .iter()
+        .filter_map(|l| match l {
+            Linear::Quantized(q) => q.branch.as_ref().map(SpectralCoeffs::k_max),
+            Linear::Dense(_) => None,
+        })
+        .max()
+        .unwrap_or(0);
+    let projection = if k_max > 0 { kernels::project(x, rows, inp, k_max) } else { Vec::new() };
+    let stride = projection.len() / rows;
+    let mut codes: Option<((u8, u32), kernels::QuantizedActs)> = None;
+    let mut outputs = [const { Vec::new() }; N];
+    for (layer, y) in layers.into_iter().zip(&mut outputs) {
+        debug_assert_eq!(inp, layer.in_features());
+        *y = vec![0.0; rows * layer.out_features()];
+        let bias = match layer {
+            Linear::Dense(l) => {
+                l.forward(x, rows, y)?;
+                &l.bias
+            }
+            Linear::Quantized(l) => {
+                if l.act_bits == 16 {
+                    kernels::matmul_float(x, rows, &l.weights, y);
+                } else {
+                    let key = (l.act_bits, l.act_clip.to_bits());
+                    let acts = match codes.take() {
+                        Some((k, acts)) if k == key => acts,
+                        _ => kernels::quantize_acts(x, rows, inp, l.act_bits, l.act_clip),
+                    };
+                    kernels::matmul_int(&acts, &l.weights, y);
+                    codes = Some((key, acts));
+                }
+                if let Some(branch) = &l.branch {
+                    kernels::add_branch(&projection, rows, stride, branch, y);
+                }
+                &l.bias
+            }
+        };
+        if let Some(bias) = bias {
+            y.chunks_exact_mut(bias.len()).for_each(|row| row.iter_mut().zip(bias).for_each(|(y, b)| *y += b));
+        }
+    }
+    Ok(outputs)
+}

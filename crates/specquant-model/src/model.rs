@@ -1,0 +1,331 @@
+//! A whole model: embeddings, blocks, head, and the batch that runs through them.
+
+use std::path::Path;
+
+use specquant_kernels as kernels;
+use specquant_kernels::{KvCache, KvFormat};
+
+use crate::block::{Block, RopeTable, Site, Span};
+use crate::checkpoint::{QuantizationConfig, StoredLinear, read_linear};
+use crate::linear::{DenseLinear, DenseWeight, Linear};
+use crate::{Error, ModelConfig, Result, Scheme, Source, TensorView};
+
+/// Rows of logits computed at a time: `64 × 49152` f32 are 12 MiB.
+const LOGIT_ROWS: usize = 64;
+
+/// Token embeddings, read a row at a time from the memory map.
+pub enum Embedding {
+    /// `[vocab, hidden]` in a float or GGUF type.
+    Float(TensorView),
+    /// `[vocab, hidden]` int8 codes and a scale per row.
+    Int8 {
+        /// Codes.
+        codes: TensorView,
+        /// `[vocab]`.
+        scales: Vec<f32>,
+    },
+}
+
+/// The int8-per-row form of embeddings and head.
+const INT8_ROWS: Scheme = Scheme { weight_bits: 8, act_bits: 16, kv_bits: 16, group_size: 0, act_clip: 1.0, kv_clip: 1.0 };
+
+impl Embedding {
+    /// Reads `model.embed_tokens`.
+    ///
+    /// # Errors
+    /// When the tensor is missing or has another shape.
+    pub fn read(source: &Source) -> Result<Self> {
+        let config = source.config();
+        let (vocab, hidden) = (config.vocab_size, config.hidden_size);
+        if source.has("model.embed_tokens.weight_packed") {
+            let stored = StoredLinear::read(source, "model.embed_tokens", vocab, hidden, 8, hidden)?;
+            return Ok(Embedding::Int8 { codes: source.tensor("model.embed_tokens.weight_packed")?, scales: stored.scales });
+        }
+        let view = source.tensor("model.embed_tokens.weight")?;
+        if view.shape != [vocab, hidden] {
+            let file = source.path().display();
+            return Err(Error::Checkpoint(format!("{file}: tensor model.embed_tokens.weight has shape {:?} instead of [{vocab}, {hidden}]", view.shape)));
+        }
+        Ok(Embedding::Float(view))
+    }
+
+    /// The embeddings of `ids`, `[ids, hidden]`.
+    ///
+    /// # Errors
+    /// [`Error::TokenId`] for an id outside the vocabulary.
+    pub fn lookup(&self, ids: &[u32], hidden: usize) -> Result<Vec<f32>> {
+        let vocab = match self {
+            Embedding::Float(view) | Embedding::Int8 { codes: view, .. } => view.shape[0],
+        };
+        let mut x = vec![0.0; ids.len() * hidden];
+        for (&id, row) in ids.iter().zip(x.chunks_exact_mut(hidden)) {
+            let i = id as usize;
+            if i >= vocab {
+                return Err(Error::TokenId { id, vocab });
+            }
+            match self {
+                Embedding::Float(view) => view.rows_f32(i..i + 1, row)?,
+                Embedding::Int8 { codes, scales } => {
+                    let codes = &codes.bytes()[i * hidden..(i + 1) * hidden];
+                    row.iter_mut().zip(codes).for_each(|(x, &c)| *x = f32::from(c as i8) * scales[i]);
+                }
+            }
+        }
+        Ok(x)
+    }
+}
+
+/// Final norm and vocabulary projection.
+pub struct Head {
+    /// RMSNorm weight, `[hidden]`.
+    pub norm: Vec<f32>,
+    /// `[vocab, hidden]`; the embedding itself where they are tied.
+    pub linear: Linear,
+}
+
+impl Head {
+    /// Reads `model.norm` and `lm_head` (or the tied embedding).
+    ///
+    /// # Errors
+    /// When a tensor is missing or has another shape.
+    pub fn read(source: &Source) -> Result<Self> {
+        let config = source.config();
+        let name = if config.tie_word_embeddings { "model.embed_tokens" } else { "lm_head" };
+        let (vocab, hidden) = (config.vocab_size, config.hidden_size);
+        let linear = if source.has(&format!("{name}.weight_packed")) {
+            StoredLinear::read(source, name, vocab, hidden, 8, hidden)?.to_linear(name, &INT8_ROWS)?
+        } else {
+            read_linear(source, None, name, vocab, hidden)?
+        };
+        Ok(Head { norm: norm(source, "model.norm.weight", hidden)?, linear })
+    }
+}
+
+/// A norm weight of the given width.
+fn norm(source: &Source, name: &str, width: usize) -> Result<Vec<f32>> {
+    let view = source.tensor(name)?;
+    if view.shape != [width] {
+        let file = source.path().display();
+        return Err(Error::Checkpoint(format!("{file}: tensor {name} has shape {:?} instead of [{width}]", view.shape)));
+    }
+    view.to_f32()
+}
+
+impl Block {
+    /// Reads block `index`. Dense weights stay on the memory map.
+    ///
+    /// # Errors
+    /// When a tensor is missing, has another shape, or is out of range.
+    pub fn read(source: &Source, index: usize, quant: Option<&QuantizationConfig>) -> Result<Self> {
+        let c = source.config();
+        let (hidden, inner) = (c.hidden_size, c.intermediate_size);
+        let (wide, narrow) = (c.num_heads * c.head_dim, c.num_kv_heads * c.head_dim);
+        let prefix = format!("model.layers.{index}");
+        let linear = |name: &str, out, inp| read_linear(source, quant, &format!("{prefix}.{name}"), out, inp);
+        let vector = |name: &str, width| norm(source, &format!("{prefix}.{name}.weight"), width);
+        let head_norm = |name: &str| c.qk_norm.then(|| vector(name, c.head_dim)).transpose();
+        Ok(Block {
+            input_norm: vector("input_layernorm", hidden)?,
+            q: linear("self_attn.q_proj", wide, hidden)?,
+            k: linear("self_attn.k_proj", narrow, hidden)?,
+            v: linear("self_attn.v_proj", narrow, hidden)?,
+            o: linear("self_attn.o_proj", hidden, wide)?,
+            q_norm: head_norm("self_attn.q_norm")?,
+            k_norm: head_norm("self_attn.k_norm")?,
+            post_norm: vector("post_attention_layernorm", hidden)?,
+            gate: linear("mlp.gate_proj", inner, hidden)?,
+            up: linear("mlp.up_proj", inner, hidden)?,
+            down: linear("mlp.down_proj", hidden, inner)?,
+            window: c.sliding_window.get(index).copied().flatten(),
+        })
+    }
+}
+
+/// A loaded model.
+pub struct Model {
+    /// Architecture.
+    pub config: ModelConfig,
+    /// Present in a SpecQuant checkpoint.
+    pub quantization: Option<QuantizationConfig>,
+    embedding: Embedding,
+    blocks: Vec<Block>,
+    head: Head,
+    inv_freq: Vec<f32>,
+    kv_format: KvFormat,
+}
+
+/// The tokens of one sequence so far, as keys and values.
+pub struct Sequence {
+    caches: Vec<KvCache>,
+}
+
+impl Sequence {
+    /// Tokens in the cache.
+    pub fn len(&self) -> usize {
+        self.caches.first().map_or(0, KvCache::len)
+    }
+
+    /// Whether no token has been seen.
+    pub fn is_empty(&self) -> bool {
+        self.len() == 0
+    }
+
+    /// Forgets all but the first `len` tokens.
+    pub fn truncate(&mut self, len: usize) {
+        self.caches.iter_mut().for_each(|c| c.truncate(len));
+    }
+
+    /// Bytes of the cache.
+    pub fn bytes(&self) -> usize {
+        self.caches.iter().map(KvCache::bytes).sum()
+    }
+}
+
+impl Model {
+    /// Opens a Hugging Face directory, a GGUF file or a SpecQuant checkpoint.
+    ///
+    /// # Errors
+    /// Everything that is wrong with the files; see [`Error`].
+    pub fn open(path: &Path) -> Result<Self> {
+        Model::load(&Source::open(path)?)
+    }
+
+    /// Builds the model that `source` holds.
+    ///
+    /// # Errors
+    /// When a tensor is missing, has another shape, or is out of range.
+    pub fn load(source: &Source) -> Result<Self> {
+        let quantization = QuantizationConfig::from_config(source.config_json())?;
+        let config = source.config().clone();
+        let blocks = (0..config.num_layers).map(|i| Block::read(source, i, quantization.as_ref())).collect::<Result<_>>()?;
+        let kv_format = quantization.as_ref().map_or(KvFormat::F32, |q| q.scheme.kv_format());
+        Ok(Model {
+            embedding: Embedding::read(source)?,
+            blocks,
+            head: Head::read(source)?,
+            inv_freq: config.inv_freq(),
+            kv_format,
+            quantization,
+            config,
+        })
+    }
+
+    /// Widens every dense weight to f32 now instead of at each use: faster decoding for 4 bytes a weight.
+    ///
+    /// # Errors
+    /// When a weight is not finite.
+    pub fn widen(&mut self) -> Result<()> {
+        let blocks = self.blocks.iter_mut().flat_map(|b| [&mut b.q, &mut b.k, &mut b.v, &mut b.o, &mut b.gate, &mut b.up, &mut b.down]);
+        for linear in blocks.chain([&mut self.head.linear]) {
+            if let Linear::Dense(DenseLinear { weight, .. }) = linear {
+                if let DenseWeight::Mapped(view) = weight {
+                    *weight = DenseWeight::Owned(view.to_f32()?);
+                }
+            }
+        }
+        Ok(())
+    }
+
+    /// Replaces the rotary frequencies, `[head_dim / 2]` radians per position. By default they are those of the configuration in
+    /// f32; an engine that casts the whole model to 16 bits rounds them too, and comparing with it needs its values.
+    pub fn set_inv_freq(&mut self, inv_freq: Vec<f32>) {
+        self.inv_freq = inv_freq;
+    }
+
+    /// Replaces the storage of KV caches that are made from now on.
+    pub fn set_kv_format(&mut self, format: KvFormat) {
+        self.kv_format = format;
+    }
+
+    /// Storage of KV caches.
+    pub fn kv_format(&self) -> KvFormat {
+        self.kv_format
+    }
+
+    /// An empty sequence.
+    pub fn sequence(&self) -> Sequence {
+        let cache = || KvCache::new(self.kv_format, self.config.num_kv_heads, self.config.head_dim);
+        Sequence { caches: self.blocks.iter().map(|_| cache()).collect() }
+    }
+
+    /// Runs the next tokens of several sequences and returns their final hidden states, normalized, `[all tokens, hidden]`.
+    ///
+    /// # Errors
+    /// [`Error::TokenId`] for an id outside the vocabulary; then no sequence has changed.
+    pub fn hidden(&self, batch: &mut [(&mut Sequence, &[u32])]) -> Result<Vec<f32>> {
+        let ids: Vec<u32> = batch.iter().flat_map(|(_, ids)| ids.iter().copied()).collect();
+        let mut x = self.embedding.lookup(&ids, self.config.hidden_size)?;
+        if ids.is_empty() {
+            return Ok(x);
+        }
+        let positions = batch.iter().flat_map(|(sequence, ids)| sequence.len()..sequence.len() + ids.len());
+        let rope = RopeTable::new(&self.inv_freq, positions);
+        for (layer, block) in self.blocks.iter().enumerate() {
+            let mut spans: Vec<Span> = batch
+                .iter_mut()
+                .filter(|(_, ids)| !ids.is_empty())
+                .map(|(sequence, ids)| Span { rows: ids.len(), cache: &mut sequence.caches[layer] })
+                .collect();
+            block.forward(&self.config, &rope, &mut x, &mut spans, &mut |_: Site, _: &[f32]| ())?;
+        }
+        let mut normed = vec![0.0; x.len()];
+        kernels::rms_norm(&x, &self.head.norm, self.config.rms_norm_eps, &mut normed);
+        Ok(normed)
+    }
+
+    /// Logits of some rows of [`Model::hidden`]. hidden: `[rows, hidden]`; returns `[rows, vocab]`.
+    ///
+    /// # Errors
+    /// When a mapped weight cannot be widened.
+    pub fn logits(&self, hidden: &[f32]) -> Result<Vec<f32>> {
+        if hidden.is_empty() {
+            return Ok(Vec::new());
+        }
+        self.head.linear.forward(hidden, hidden.len() / self.config.hidden_size)
+    }
+
+    /// Calls `visit(row, logits)` for every row of `hidden`, a few rows of logits at a time, so that a long window's logits are
+    /// never all in memory.
+    ///
+    /// # Errors
+    /// When a mapped weight cannot be widened.
+    pub fn for_each_logits(&self, hidden: &[f32], mut visit: impl FnMut(usize, &[f32])) -> Result<()> {
+        let mut first = 0;
+        for rows in hidden.chunks(LOGIT_ROWS * self.config.hidden_size) {
+            let logits = self.logits(rows)?;
+            logits.chunks_exact(self.config.vocab_size).enumerate().for_each(|(i, row)| visit(first + i, row));
+            first += rows.len() / self.config.hidden_size;
+        }
+        Ok(())
+    }
+
+    /// The logits after the last token of each sequence, `[batch, vocab]`.
+    ///
+    /// # Errors
+    /// As [`Model::hidden`]; [`Error::NoTokens`] when an entry has none.
+    pub fn next_logits(&self, batch: &mut [(&mut Sequence, &[u32])]) -> Result<Vec<f32>> {
+        if batch.iter().any(|(_, ids)| ids.is_empty()) {
+            return Err(Error::NoTokens);
+        }
+        let hidden = self.hidden(batch)?;
+        let width = self.config.hidden_size;
+        let mut last = Vec::with_capacity(batch.len() * width);
+        let mut end = 0;
+        for (_, ids) in batch.iter() {
+            end += ids.len();
+            last.extend_from_slice(&hidden[(end - 1) * width..end * width]);
+        }
+        self.logits(&last)
+    }
+
+    /// Decoder blocks.
+    pub fn blocks(&self) -> &[Block] {
+        &self.blocks
+    }
+
+    /// Bytes of weights in memory that belong to this model alone (what lies on the memory map is not counted).
+    pub fn resident_bytes(&self) -> usize {
+        let linears = self.blocks.iter().flat_map(|b| b.linears().map(|(_, l)| l.resident_bytes()));
+        linears.sum::<usize>() + self.head.linear.resident_bytes()
+    }
+}

@@ -1,0 +1,472 @@
+//! GGUF files: small ones written here, whole, damaged and unsupported; and the real SmolLM2.
+
+use std::fs;
+use std::path::PathBuf;
+
+use half::f16;
+use proptest::prelude::*;
+
+use super::*;
+use crate::{Error, Message};
+
+/// Writes the container as ggml/docs/gguf.md describes it.
+#[derive(Clone, Default)]
+struct Writer {
+    keys: Vec<(String, u32, Vec<u8>)>,
+    tensors: Vec<(String, Vec<u64>, u32, Vec<u8>)>,
+}
+
+fn text(s: &str) -> Vec<u8> {
+    [&(s.len() as u64).to_le_bytes()[..], s.as_bytes()].concat()
+}
+
+fn array(kind: u32, items: &[Vec<u8>]) -> Vec<u8> {
+    [&kind.to_le_bytes()[..], &(items.len() as u64).to_le_bytes(), &items.concat()].concat()
+}
+
+impl Writer {
+    fn raw(&mut self, key: &str, kind: u32, value: Vec<u8>) -> &mut Self {
+        self.keys.retain(|(k, ..)| k != key);
+        self.keys.push((key.into(), kind, value));
+        self
+    }
+    fn uint(&mut self, key: &str, n: u32) -> &mut Self {
+        self.raw(key, 4, n.to_le_bytes().into())
+    }
+    fn float(&mut self, key: &str, x: f32) -> &mut Self {
+        self.raw(key, 6, x.to_le_bytes().into())
+    }
+    fn flag(&mut self, key: &str, x: bool) -> &mut Self {
+        self.raw(key, 7, vec![u8::from(x)])
+    }
+    fn text(&mut self, key: &str, s: &str) -> &mut Self {
+        self.raw(key, 8, text(s))
+    }
+    fn texts(&mut self, key: &str, items: &[&str]) -> &mut Self {
+        self.raw(key, 9, array(8, &items.iter().map(|s| text(s)).collect::<Vec<_>>()))
+    }
+    fn i32s(&mut self, key: &str, items: &[i32]) -> &mut Self {
+        self.raw(key, 9, array(5, &items.iter().map(|n| n.to_le_bytes().into()).collect::<Vec<_>>()))
+    }
+    fn f32s(&mut self, key: &str, items: &[f32]) -> &mut Self {
+        self.raw(key, 9, array(6, &items.iter().map(|n| n.to_le_bytes().into()).collect::<Vec<_>>()))
+    }
+
+    /// Row-major `[shape]`; blocks get varied bytes and small scales.
+    fn tensor(&mut self, name: &str, shape: &[u64], kind: u32) -> &mut Self {
+        let (elements, size) = [
+            (0, 1, 4),
+            (1, 1, 2),
+            (30, 1, 2),
+            (2, 32, 18),
+            (3, 32, 20),
+            (6, 32, 22),
+            (7, 32, 24),
+            (8, 32, 34),
+        ]
+        .iter()
+        .find(|k| k.0 == kind)
+        .map_or((1, 4), |k| (k.1, k.2));
+        let count = shape.iter().product::<u64>() as usize;
+        let mut bytes: Vec<u8> = (0..count / elements * size).map(|i| (i * 37 % 251) as u8).collect();
+        for (i, block) in bytes.chunks_exact_mut(size).enumerate() {
+            match kind {
+                0 => block.copy_from_slice(&(i as f32 * 0.25).to_le_bytes()),
+                1 => block.copy_from_slice(&f16::from_f32(i as f32 * 0.25).to_le_bytes()),
+                30 => block.copy_from_slice(&half::bf16::from_f32(i as f32).to_le_bytes()),
+                _ => block[..2].copy_from_slice(&f16::from_f32(0.5 + i as f32).to_le_bytes()),
+            }
+            if matches!(kind, 3 | 7) {
+                block[2..4].copy_from_slice(&f16::from_f32(-1.0).to_le_bytes());
+            }
+        }
+        self.tensors.retain(|(n, ..)| n != name);
+        self.tensors.push((name.into(), shape.iter().rev().copied().collect(), kind, bytes));
+        self
+    }
+
+    fn build(&self) -> Vec<u8> {
+        let mut out = b"GGUF\x03\0\0\0".to_vec();
+        out.extend((self.tensors.len() as u64).to_le_bytes());
+        out.extend((self.keys.len() as u64).to_le_bytes());
+        for (key, kind, value) in &self.keys {
+            out.extend([&text(key)[..], &kind.to_le_bytes(), value].concat());
+        }
+        let mut offset = 0u64;
+        for (name, dims, kind, bytes) in &self.tensors {
+            out.extend(text(name));
+            out.extend((dims.len() as u32).to_le_bytes());
+            dims.iter().for_each(|d| out.extend(d.to_le_bytes()));
+            out.extend(kind.to_le_bytes());
+            out.extend(offset.to_le_bytes());
+            offset = (offset + bytes.len() as u64).next_multiple_of(32);
+        }
+        for (.., bytes) in &self.tensors {
+            out.resize(out.len().next_multiple_of(32), 0);
+            out.extend(bytes);
+        }
+        out
+    }
+
+    fn open(&self) -> Result<(tempfile::TempDir, Source)> {
+        open_bytes(&self.build())
+    }
+
+    fn error(&self, parts: &[&str]) {
+        says(&self.open().map(|(_, s)| s).unwrap_err(), parts);
+    }
+
+    fn tokenizer(&self) -> Result<Tokenizer> {
+        let (_dir, source) = self.open()?;
+        source.tokenizer()
+    }
+}
+
+fn open_bytes(bytes: &[u8]) -> Result<(tempfile::TempDir, Source)> {
+    let dir = tempfile::tempdir().unwrap();
+    let path = dir.path().join("m.gguf");
+    fs::write(&path, bytes).unwrap();
+    Source::open(&path).map(|s| (dir, s))
+}
+
+fn says(err: &Error, parts: &[&str]) {
+    let err = err.to_string();
+    for part in parts {
+        assert!(err.contains(part), "{err:?} lacks {part:?}");
+    }
+}
+
+/// One block, 32 wide: two query heads of 16, one key/value head; a tensor of most types.
+fn tiny(arch: &str) -> Writer {
+    let mut w = Writer::default();
+    w.text("general.architecture", arch)
+        .text("tokenizer.ggml.model", "gpt2")
+        .text("tokenizer.ggml.pre", "qwen2");
+    for (key, n) in [
+        ("block_count", 1),
+        ("context_length", 64),
+        ("embedding_length", 32),
+        ("feed_forward_length", 32),
+        ("attention.head_count", 2),
+        ("attention.head_count_kv", 1),
+    ] {
+        w.uint(&format!("{arch}.{key}"), n);
+    }
+    w.float(&format!("{arch}.attention.layer_norm_rms_epsilon"), 1e-5).uint("tokenizer.ggml.eos_token_id", 3);
+    w.texts("tokenizer.ggml.tokens", &["a", "b", "ab", "<|e|>"])
+        .i32s("tokenizer.ggml.token_type", &[1, 1, 1, 3]);
+    w.texts("tokenizer.ggml.merges", &["a b"]);
+    w.tensor("token_embd.weight", &[4, 32], 1).tensor("output_norm.weight", &[32], 0);
+    for (name, shape, kind) in [
+        ("attn_norm.weight", &[32][..], 0),
+        ("attn_q.weight", &[32, 32], 8),
+        ("attn_k.weight", &[16, 32], 2),
+        ("attn_v.weight", &[16, 32], 3),
+        ("attn_output.weight", &[32, 32], 6),
+        ("ffn_norm.weight", &[32], 0),
+        ("ffn_gate.weight", &[32, 32], 7),
+        ("ffn_up.weight", &[32, 32], 30),
+        ("ffn_down.weight", &[32, 32], 8),
+    ] {
+        w.tensor(&format!("blk.0.{name}"), shape, kind);
+    }
+    w
+}
+
+#[test]
+fn a_small_file_reads() {
+    let (_dir, source) = tiny("llama").open().unwrap();
+    let config = source.config();
+    assert_eq!((config.vocab_size, config.head_dim, config.rope_theta), (4, 16, 1e4));
+    assert!(config.tie_word_embeddings && config.eos_token_ids == [3] && config.bos_token_id.is_none());
+    assert_eq!(&ModelConfig::from_hf_json(source.config_json(), Path::new("x")).unwrap(), config);
+    for name in source.names() {
+        source.tensor(name).unwrap().to_f32().unwrap();
+    }
+    let up = source.tensor("model.layers.0.mlp.up_proj.weight").unwrap();
+    assert_eq!((up.dtype, &up.shape[..]), (Dtype::BF16, &[32, 32][..]));
+
+    // Rows of q and k come in Hugging Face's order: row p*8 + j of a head lies at 2j + p.
+    let q = source.tensor("model.layers.0.self_attn.q_proj.weight").unwrap();
+    let mut stored = vec![0.0; 32 * 32];
+    gguf_quants::dequantize(Dtype::Q8_0, q.bytes(), &mut stored);
+    let rows = q.to_f32().unwrap();
+    for (head, p, j) in [(0, 0, 0), (0, 1, 0), (0, 0, 5), (1, 1, 7)] {
+        let (hf, ggml) = (head * 16 + p * 8 + j, head * 16 + 2 * j + p);
+        assert_eq!(rows[hf * 32..][..32], stored[ggml * 32..][..32]);
+    }
+    let t = source.tokenizer().unwrap();
+    assert_eq!(t.encode("ab<|e|>a", true).unwrap(), [2, 3, 0]);
+    assert_eq!(t.eos_id(), Some(3));
+    assert!(matches!(t.chat_prompt(&[], true), Err(Error::NoChatTemplate { .. })));
+}
+
+#[test]
+fn other_architectures() {
+    let mut w = tiny("qwen2");
+    for (name, n) in [("q", 32), ("k", 16), ("v", 16)] {
+        w.tensor(&format!("blk.0.attn_{name}.bias"), &[n], 0);
+    }
+    w.tensor("output.weight", &[4, 32], 8);
+    let (_dir, source) = w.open().unwrap();
+    assert!(
+        source.config().attention_bias && !source.config().attention_out_bias && source.has("lm_head.weight")
+    );
+    // Not permuted: the file's order is Hugging Face's.
+    let bias = source.tensor("model.layers.0.self_attn.q_proj.bias").unwrap().to_f32().unwrap();
+    assert!(bias.iter().enumerate().all(|(i, b)| *b == i as f32 * 0.25));
+
+    let mut w = tiny("qwen3");
+    w.tensor("blk.0.attn_q_norm.weight", &[16], 0).tensor("blk.0.attn_k_norm.weight", &[16], 0);
+    assert!(w.open().unwrap().1.config().qk_norm);
+    tiny("qwen3").error(&["self_attn.q_norm.weight [16] is missing"]);
+    tiny("gemma").error(&["\"gemma\"", "llama (Mistral included), qwen2, qwen3"]);
+}
+
+#[test]
+fn refusals_name_the_remedy() {
+    let with = |f: &dyn Fn(&mut Writer)| {
+        let mut w = tiny("llama");
+        f(&mut w);
+        w
+    };
+    with(&|w| _ = w.uint("llama.expert_count", 8)).error(&["mixtures of experts"]);
+    with(&|w| _ = w.uint("split.count", 3)).error(&["llama-gguf-split --merge"]);
+    with(&|w| _ = w.uint("llama.rope.dimension_count", 8)).error(&["llama.rope.dimension_count is 8", "16"]);
+    with(&|w| _ = w.text("llama.rope.scaling.type", "yarn")).error(&["\"yarn\"", "linear"]);
+    with(&|w| _ = w.text("llama.block_count", "x")).error(&["llama.block_count is not a whole number"]);
+    with(&|w| w.keys.retain(|k| k.0 != "llama.block_count")).error(&["llama.block_count is missing"]);
+    with(&|w| _ = w.tensor("blk.0.ffn_up.weight", &[32, 64], 8))
+        .error(&["mlp.up_proj.weight has shape [32, 64]"]);
+    with(&|w| _ = w.tensor("blk.0.ffn_up.weight", &[32, 32], 10)).error(&[
+        "m.gguf",
+        "mlp.up_proj",
+        "Q2_K",
+        "Q4_K",
+    ]);
+    with(&|w| _ = w.tensor("blk.0.extra.weight", &[32], 0)).error(&["blk.0.extra.weight is not a tensor of"]);
+    with(&|w| _ = w.uint("general.alignment", 3)).error(&["alignment"]);
+    let version = |v: u32| {
+        let mut bytes = tiny("llama").build();
+        bytes[4..8].copy_from_slice(&v.to_le_bytes());
+        open_bytes(&bytes)
+    };
+    assert!(version(2).is_ok());
+    says(&version(1).unwrap_err(), &["GGUF version 1", "supported are 2 and 3"]);
+    says(&version(0x0300_0000).unwrap_err(), &["big-endian"]);
+    says(&open_bytes(b"PK\x03\x04 not a model").unwrap_err(), &["does not start with GGUF"]);
+    // Counts that no file holds are refused before anything is allocated.
+    for at in [8, 16] {
+        let mut bytes = tiny("llama").build();
+        bytes[at..at + 8].copy_from_slice(&(u64::MAX / 3).to_le_bytes());
+        says(&open_bytes(&bytes).unwrap_err(), &["announces", "more than fit"]);
+    }
+}
+
+#[test]
+fn rope_factors_of_llama3() {
+    let mut w = tiny("llama");
+    w.float("llama.rope.freq_base", 500_000.0).uint("llama.rope.dimension_count", 16);
+    let scaling = crate::RopeScaling::Llama3 {
+        factor: 32.0,
+        low_freq_factor: 1.0,
+        high_freq_factor: 4.0,
+        original_max_position_embeddings: 8192,
+    };
+    let mut config = w.open().unwrap().1.config().clone();
+    let plain = config.inv_freq();
+    config.rope_scaling = scaling;
+    let factors: Vec<u8> =
+        plain.iter().zip(config.inv_freq()).flat_map(|(p, s)| (p / s).to_le_bytes()).collect();
+    w.tensors.push(("rope_freqs.weight".into(), vec![8], 0, factors));
+    let (_dir, source) = w.open().unwrap();
+    assert_eq!(source.config().rope_scaling, scaling);
+    assert!(!source.has("rope_freqs.weight"));
+    w.tensor("rope_freqs.weight", &[8], 0).error(&["rope_freqs.weight", "Hugging Face directory"]);
+}
+
+#[test]
+fn truncation_at_every_byte_is_an_error() {
+    let bytes = tiny("llama").build();
+    let path = Path::new("m.gguf");
+    assert!(Gguf::parse(path, &bytes).is_ok());
+    for n in 0..bytes.len() {
+        let err = Gguf::parse(path, &bytes[..n]).map(|_| ()).unwrap_err();
+        says(&err, &["m.gguf", "truncated or damaged"]);
+    }
+}
+
+proptest! {
+    #![proptest_config(ProptestConfig::with_cases(1000))]
+
+    /// Whatever a damaged header says, there is an error or a model; never a panic or an allocation beyond the file's size.
+    #[test]
+    fn damage_never_panics(at in any::<prop::sample::Index>(), what in prop_oneof![
+        (0..8u8).prop_map(|bit| vec![1 << bit]),
+        any::<u64>().prop_map(|n| n.to_le_bytes().into()),
+        Just(vec![0xff; 8]),
+    ]) {
+        let mut bytes = tiny("llama").build();
+        let at = at.index(1400);
+        bytes[at..].iter_mut().zip(&what).for_each(|(b, x)| *b ^= x);
+        if let Ok((_dir, source)) = open_bytes(&bytes) {
+            for name in source.names() {
+                let _ = source.tensor(name).unwrap().to_f32();
+            }
+            if let Ok(t) = source.tokenizer() {
+                let _ = t.encode("abba<|e|>", true);
+            }
+        }
+    }
+}
+
+#[test]
+fn tokenizers_that_cannot_be() {
+    let error = |f: &dyn Fn(&mut Writer), parts: &[&str]| {
+        let mut w = tiny("llama");
+        f(&mut w);
+        says(&w.tokenizer().unwrap_err(), parts);
+    };
+    error(
+        &|w| _ = w.text("tokenizer.ggml.pre", "tekken"),
+        &["m.gguf", "\"tekken\"", "smollm, llama-bpe, qwen2"],
+    );
+    error(&|w| _ = w.text("tokenizer.ggml.model", "bert"), &["\"bert\"", "gpt2, llama"]);
+    error(&|w| _ = w.texts("tokenizer.ggml.merges", &["a c"]), &["merge \"a c\""]);
+    error(&|w| _ = w.texts("tokenizer.ggml.tokens", &["a", "b", "a", "c"]), &["\"a\" twice", "0 and 2"]);
+    error(&|w| _ = w.i32s("tokenizer.ggml.token_type", &[1]), &["4 tokens but 1 token types"]);
+    error(&|w| _ = w.uint("tokenizer.ggml.bos_token_id", 9), &["bos_token_id is 9", "4 tokens"]);
+    error(&|w| w.keys.retain(|k| k.0 != "tokenizer.ggml.tokens"), &["no tokenizer"]);
+}
+
+#[test]
+fn sentence_piece_vocabulary() {
+    let mut w = tiny("llama");
+    let tokens =
+        ["<unk>", "<s>", "</s>", "<0xC3>", "<0xA9>", "▁", "a", "b", "c", "▁a", "ab", "bc", "▁ab", "[x]"];
+    let scores = [0.0, 0.0, 0.0, 0.0, 0.0, -9.0, -9.0, -9.0, -9.0, -3.0, -2.0, -1.0, -4.0, 0.0];
+    w.text("tokenizer.ggml.model", "llama")
+        .texts("tokenizer.ggml.tokens", &tokens)
+        .f32s("tokenizer.ggml.scores", &scores);
+    w.i32s("tokenizer.ggml.token_type", &[2, 3, 3, 6, 6, 1, 1, 1, 1, 1, 1, 1, 1, 4]);
+    w.uint("tokenizer.ggml.bos_token_id", 1)
+        .uint("tokenizer.ggml.eos_token_id", 2)
+        .uint("tokenizer.ggml.unknown_token_id", 0);
+    w.tensor("token_embd.weight", &[14, 32], 1);
+    let t = w.tokenizer().unwrap();
+    let id = |token: &str| tokens.iter().position(|t| *t == token).unwrap() as u32;
+    // "▁abc": b+c has the best score, so a+b never happens; then "▁a" forms.
+    assert_eq!(t.encode("abc", false).unwrap(), [id("▁a"), id("bc")]);
+    // BOS is added unless the file says otherwise; a space is put in front; é falls apart into bytes.
+    assert_eq!(t.encode("ab é", true).unwrap(), [1, id("▁ab"), id("▁"), id("<0xC3>"), id("<0xA9>")]);
+    assert_eq!(t.encode("zz", false).unwrap(), [id("▁"), 0]);
+    assert_eq!(t.encode("b[x]</s>", false).unwrap(), [id("▁"), id("b"), id("[x]"), 2]);
+    assert_eq!(t.decode(&t.encode("ab éa c", true).unwrap(), true).unwrap(), "ab éa c");
+    assert_eq!((t.bos_id(), t.eos_id(), t.vocab_size()), (Some(1), Some(2), 14));
+
+    let t = w
+        .flag("tokenizer.ggml.add_space_prefix", false)
+        .flag("tokenizer.ggml.add_bos_token", false)
+        .tokenizer()
+        .unwrap();
+    assert_eq!(t.encode("ab a", true).unwrap(), [id("ab"), id("▁a")]);
+    assert_eq!(t.decode(&[id("ab"), id("▁a")], true).unwrap(), "ab a");
+    w.f32s("tokenizer.ggml.scores", &[1.0]);
+    says(&w.tokenizer().unwrap_err(), &["14 tokens but 1 scores"]);
+}
+
+/// Each pre-tokenizer splits as its model's published tokenizer.json does.
+#[test]
+fn pre_tokenizers() {
+    let tokens = ["1", "2", "12", "'", "S", "'S", "a", "Ġ", "Ġa", "!", "Ċ", "<|b|>"];
+    let mut w = tiny("llama");
+    w.texts("tokenizer.ggml.tokens", &tokens)
+        .i32s("tokenizer.ggml.token_type", &[1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 3]);
+    w.texts("tokenizer.ggml.merges", &["1 2", "' S", "Ġ a"]).tensor("token_embd.weight", &[12, 32], 1);
+    w.uint("tokenizer.ggml.bos_token_id", 11);
+    let mut split = |pre: &str, text: &str| {
+        let t = w.text("tokenizer.ggml.pre", pre).tokenizer().unwrap();
+        t.encode(text, true).unwrap().iter().map(|id| tokens[*id as usize]).collect::<Vec<_>>().join("|")
+    };
+    assert_eq!(split("default", "12'S a"), "12|'|S|Ġa");
+    assert_eq!(split("gpt-2", "1212"), "12|12");
+    assert_eq!(split("smollm", "12 a"), "1|2|Ġa");
+    // Digits by threes, contractions in either case, and a BOS by default.
+    assert_eq!(split("llama-bpe", "2112'S a"), "<|b|>|2|1|1|2|'S|Ġa");
+    assert_eq!(split("qwen2", "12'S a!\n"), "1|2|'S|Ġa|!|Ċ");
+}
+
+/// The real model: SPECQUANT_SMOLLM2, or its place in the user's cache.
+fn smollm2() -> Source {
+    let path = std::env::var_os("SPECQUANT_SMOLLM2").map(PathBuf::from).unwrap_or_else(|| {
+        PathBuf::from(std::env::var_os("HOME").unwrap())
+            .join(".cache/specquant/SmolLM2-135M-Instruct.Q4_1.gguf")
+    });
+    Source::open(&path).unwrap()
+}
+
+fn shared(name: &str) -> String {
+    fs::read_to_string(Path::new(concat!(env!("CARGO_MANIFEST_DIR"), "/../../../shared")).join(name)).unwrap()
+}
+
+#[test]
+fn smollm2_opens() {
+    let source = smollm2();
+    let c = source.config();
+    assert_eq!((c.num_layers, c.hidden_size, c.num_heads, c.num_kv_heads, c.head_dim), (30, 576, 9, 3, 64));
+    assert_eq!((c.rope_theta, c.rms_norm_eps, c.max_position_embeddings), (1e5, 1e-5, 8192));
+    assert!(c.tie_word_embeddings && c.bos_token_id == Some(1) && c.eos_token_ids == [2]);
+    assert_eq!(source.names().count(), 272);
+    assert_eq!(source.tensor("model.embed_tokens.weight").unwrap().dtype, Dtype::Q8_0);
+    assert!(source.tensor("model.layers.29.self_attn.q_proj.weight").unwrap().to_f32().is_ok());
+    let files = source.side_files().unwrap();
+    let names: Vec<_> = files.iter().map(|(n, _)| n.as_str()).collect();
+    assert_eq!(
+        names,
+        ["tokenizer.json", "tokenizer_config.json", "generation_config.json", "chat_template.jinja"]
+    );
+}
+
+#[test]
+fn smollm2_tokenizes_like_hugging_face() {
+    let t = smollm2().tokenizer().unwrap();
+    let golden: Value = serde_json::from_str(&shared("golden/logits/logits.json")).unwrap();
+    let prompts = golden["prompts"].as_array().unwrap();
+    assert_eq!(prompts.len(), 3);
+    for prompt in prompts {
+        let text = prompt["text"].as_str().unwrap();
+        let ids = t.encode(text, true).unwrap();
+        assert_eq!(json!(ids), prompt["token_ids"], "{}", prompt["name"]);
+        assert_eq!(t.decode(&ids, false).unwrap(), text);
+        if prompt["messages"].is_array() {
+            let messages: Vec<Message> = serde_json::from_value(prompt["messages"].clone()).unwrap();
+            assert_eq!(t.chat_prompt(&messages, true).unwrap(), text);
+        }
+        let greedy: Vec<u32> = serde_json::from_value(prompt["token_ids"].clone()).unwrap();
+        let mut decode = t.decoder(false);
+        let streamed: String = greedy.iter().filter_map(|id| decode(*id).unwrap()).collect();
+        assert_eq!(streamed, text);
+    }
+}
+
+/// The golden ids are of a tokenizer without the splitting of digits; their SHA-256 was compared once, this is their FNV-1a hash.
+#[test]
+fn smollm2_tokenizes_wikitext() {
+    let source = smollm2();
+    let mut files = source.side_files().unwrap();
+    let text = shared("data/wikitext2/wiki.test.hf_joined.txt");
+    let golden: Value = serde_json::from_str(&shared("golden/ppl/wikitext2_hf_tokenizer.json")).unwrap();
+    let split = source.tokenizer().unwrap().encode(&text, true).unwrap();
+    assert_eq!(split.len(), 304_978);
+
+    let mut tokenizer: Value = serde_json::from_slice(&files[0].1).unwrap();
+    tokenizer["pre_tokenizer"] = tokenizer["pre_tokenizer"]["pretokenizers"][1].clone();
+    files[0].1 = tokenizer.to_string().into_bytes();
+    let ids = Tokenizer::from_files(source.path(), &files).unwrap().encode(&text, true).unwrap();
+    assert_eq!(json!(ids.len()), golden["n_tokens"]);
+    assert_eq!(json!(ids[..16]), golden["first_16_token_ids"]);
+    assert_eq!(ids.iter().zip(&split).position(|(a, b)| a != b), Some(66_557));
+    let bytes = ids.iter().flat_map(|id| id.to_le_bytes());
+    let fnv = bytes.fold(0xcbf2_9ce4_8422_2325, |h: u64, b| (h ^ u64::from(b)).wrapping_mul(0x100_0000_01b3));
+    assert_eq!(fnv, 1_765_491_833_613_532_305);
+}

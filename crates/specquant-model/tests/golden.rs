@@ -1,0 +1,137 @@
+//! Logits and continuations against transformers 5.23 (float32), for every family and for the real model.
+
+use std::path::{Path, PathBuf};
+
+use safetensors::SafeTensors;
+use specquant_kernels::KvFormat;
+use specquant_model::{Model, Sampler, Sampling, Source, generate};
+
+fn golden() -> PathBuf {
+    Path::new(env!("CARGO_MANIFEST_DIR")).join("../../../shared/golden")
+}
+
+/// `scripts/fetch-model.sh` puts it there.
+fn smollm2() -> PathBuf {
+    let cache = || Path::new(&std::env::var("HOME").unwrap()).join(".cache/specquant/SmolLM2-135M-Instruct.Q4_1.gguf");
+    std::env::var("SPECQUANT_SMOLLM2").map_or_else(|_| cache(), PathBuf::from)
+}
+
+fn f32s(bytes: &[u8]) -> Vec<f32> {
+    bytes.chunks_exact(4).map(|b| f32::from_le_bytes(b.try_into().unwrap())).collect()
+}
+
+fn max_difference(a: &[f32], b: &[f32]) -> f32 {
+    assert_eq!(a.len(), b.len());
+    a.iter().zip(b).map(|(a, b)| (a - b).abs()).fold(0.0, f32::max)
+}
+
+const TINY: [&str; 6] = ["llama-tied-bf16", "llama3-rope-scaled", "llama-sharded", "mistral", "qwen2", "qwen3"];
+
+fn tiny_case(name: &str) -> (Model, Vec<u32>, Vec<f32>) {
+    let dir = golden().join("tiny").join(name);
+    let bytes = std::fs::read(dir.join("expected.safetensors")).unwrap();
+    let expected = SafeTensors::deserialize(&bytes).unwrap();
+    let ids = expected.tensor("input_ids").unwrap().data().chunks_exact(8).map(|b| b[0] as u32 + 256 * b[1] as u32).collect();
+    let mut model = Model::open(&dir).unwrap();
+    // The expected logits come from a model cast to its 16-bit type and back, which left its rotary frequencies rounded to that
+    // type. A model loaded as float32 has them in f32 (the real model below does).
+    let config = std::fs::read_to_string(dir.join("config.json")).unwrap();
+    let round: fn(f32) -> f32 =
+        if config.contains("bfloat16") { |f| half::bf16::from_f32(f).to_f32() } else { |f| half::f16::from_f32(f).to_f32() };
+    model.set_inv_freq(model.config.inv_freq().into_iter().map(round).collect());
+    (model, ids, f32s(expected.tensor("logits").unwrap().data()))
+}
+
+#[test]
+fn every_family_gives_the_logits_of_transformers() {
+    for name in TINY {
+        let (mut model, ids, want) = tiny_case(name);
+        for widened in [false, true] {
+            if widened {
+                model.widen().unwrap();
+            }
+            let hidden = model.hidden(&mut [(&mut model.sequence(), &ids)]).unwrap();
+            let difference = max_difference(&model.logits(&hidden).unwrap(), &want);
+            assert!(difference < 2e-4, "{name}, widened {widened}: {difference}");
+        }
+    }
+}
+
+#[test]
+fn pieces_and_batches_give_the_logits_of_one_run() {
+    for name in TINY {
+        let (model, ids, want) = tiny_case(name);
+        let vocab = model.config.vocab_size;
+        // Two sequences in one batch, fed in pieces of different lengths; the first is rolled back once.
+        let (mut a, mut b) = (model.sequence(), model.sequence());
+        model.hidden(&mut [(&mut a, &ids[..7]), (&mut b, &ids[..1])]).unwrap();
+        model.hidden(&mut [(&mut a, &ids[20..25])]).unwrap();
+        a.truncate(7);
+        let hidden = model.hidden(&mut [(&mut a, &ids[7..]), (&mut b, &ids[1..30])]).unwrap();
+        let logits = model.logits(&hidden).unwrap();
+        let (in_a, in_b) = logits.split_at((ids.len() - 7) * vocab);
+        assert!(max_difference(in_a, &want[7 * vocab..]) < 2e-4, "{name}");
+        assert!(max_difference(in_b, &want[vocab..30 * vocab]) < 2e-4, "{name}");
+        assert_eq!((a.len(), b.len()), (ids.len(), 30));
+    }
+}
+
+#[test]
+fn a_short_cache_of_eight_bits_stays_close() {
+    let (mut model, ids, want) = tiny_case("llama-sharded");
+    let norm = want.iter().map(|v| v * v).sum::<f32>().sqrt();
+    let mut error = |format| {
+        model.set_kv_format(format);
+        let hidden = model.hidden(&mut [(&mut model.sequence(), &ids)]).unwrap();
+        let got = model.logits(&hidden).unwrap();
+        got.iter().zip(&want).map(|(a, b)| (a - b) * (a - b)).sum::<f32>().sqrt() / norm
+    };
+    let (half, eight, four) = (error(KvFormat::F16), error(KvFormat::Int { bits: 8, clip: 1.0 }), error(KvFormat::Int { bits: 4, clip: 1.0 }));
+    assert!(half < 1e-3 && half < eight && eight < 0.02 && eight < four, "f16 {half}, 8 bits {eight}, 4 bits {four}");
+}
+
+#[test]
+fn unknown_token_ids_are_refused_and_change_nothing() {
+    let (model, ids, _) = tiny_case("qwen2");
+    let mut sequence = model.sequence();
+    let error = model.hidden(&mut [(&mut sequence, &[ids[0], 320])]).unwrap_err().to_string();
+    assert!(error.contains("320") && sequence.is_empty(), "{error}");
+    assert!(model.next_logits(&mut [(&mut sequence, &[])]).is_err());
+}
+
+#[test]
+fn smollm2_gives_the_token_ids_logits_and_continuations_of_transformers() {
+    let source = Source::open(&smollm2()).expect("run scripts/fetch-model.sh first");
+    let tokenizer = source.tokenizer().unwrap();
+    let model = Model::load(&source).unwrap();
+    let bytes = std::fs::read(golden().join("logits/logits_gguf_f32.safetensors")).unwrap();
+    let expected = SafeTensors::deserialize(&bytes).unwrap();
+    let texts: serde_json::Value = serde_json::from_slice(&std::fs::read(golden().join("logits/logits.json")).unwrap()).unwrap();
+    for prompt in texts["prompts"].as_array().unwrap() {
+        let name = prompt["name"].as_str().unwrap();
+        let tensor = |suffix: &str| expected.tensor(&format!("{name}.{suffix}")).unwrap().data().to_vec();
+        let i32s = |bytes: Vec<u8>| -> Vec<u32> { bytes.chunks_exact(4).map(|b| u32::from_le_bytes(b.try_into().unwrap())).collect() };
+        let ids = tokenizer.encode(prompt["text"].as_str().unwrap(), true).unwrap();
+        assert_eq!(ids, i32s(tensor("token_ids")), "{name}");
+
+        let hidden = model.hidden(&mut [(&mut model.sequence(), &ids)]).unwrap();
+        let logits = model.logits(&hidden).unwrap();
+        let vocab = model.config.vocab_size;
+        let last = max_difference(&logits[logits.len() - vocab..], &f32s(&tensor("last_logits")));
+        assert!(last < 2e-3, "{name}: last logits differ by {last}");
+        let (top_ids, top_logits) = (i32s(tensor("top10_ids")), f32s(&tensor("top10_logits")));
+        for (i, (id, want)) in top_ids.iter().zip(&top_logits).enumerate() {
+            let got = logits[i / 10 * vocab + *id as usize];
+            assert!((got - want).abs() < 2e-3, "{name}, position {}, id {id}: {got} instead of {want}", i / 10);
+        }
+
+        let want: Vec<u32> = prompt["greedy"]["token_ids_32_no_stop"].as_array().unwrap().iter().map(|v| v.as_u64().unwrap() as u32).collect();
+        let mut got = Vec::new();
+        generate(&model, &mut model.sequence(), &ids, want.len(), &mut Sampler::new(Sampling::GREEDY), |id| {
+            got.push(id);
+            true
+        })
+        .unwrap();
+        assert_eq!(got, want, "{name}");
+    }
+}

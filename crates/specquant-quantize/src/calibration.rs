@@ -1,0 +1,116 @@
+//! Calibration tokens: from a file, or written by the model itself.
+
+use std::path::Path;
+
+use rand::Rng;
+use rand_chacha::ChaCha8Rng;
+use rand_chacha::rand_core::SeedableRng;
+use specquant_model::{Model, Sampler, Sampling, Sequence, Tokenizer};
+
+use crate::recipe::Calibration;
+use crate::{Error, Result};
+
+/// Sequences that the model writes side by side.
+const GENERATION_BATCH: usize = 16;
+
+/// Token sequences of `calibration.sequence_length` from a text or jsonl file (`text` of every line), at random places drawn with
+/// `seed`. A text with fewer tokens than one sequence gives one shorter sequence.
+///
+/// # Errors
+/// [`Error::Calibration`] when the file is unreadable, has no text, or fewer than two tokens.
+pub fn from_file(path: &Path, tokenizer: &Tokenizer, calibration: &Calibration, seed: u64) -> Result<Vec<Vec<u32>>> {
+    let fail = |why: String| Error::Calibration { path: path.to_owned(), why };
+    let text = read_text(path).map_err(fail)?;
+    let ids = tokenizer.encode(&text, false)?;
+    if ids.len() < 2 {
+        return Err(fail("has no tokens to calibrate on; name a file with a few pages of ordinary text".to_owned()));
+    }
+    let length = calibration.sequence_length.min(ids.len());
+    let mut rng = ChaCha8Rng::seed_from_u64(seed);
+    let samples = if length == ids.len() { 1 } else { calibration.samples };
+    Ok((0..samples)
+        .map(|_| {
+            let start = rng.random_range(0..=ids.len() - length);
+            ids[start..start + length].to_vec()
+        })
+        .collect())
+}
+
+/// The text of a plain file, or of every line of a jsonl file joined by empty lines.
+///
+/// # Errors
+/// What is wrong, as a sentence about the file.
+pub fn read_text(path: &Path) -> std::result::Result<String, String> {
+    let raw = std::fs::read_to_string(path).map_err(|e| format!("cannot be read as UTF-8 text: {e}"))?;
+    let text = if path.extension().is_some_and(|e| e == "jsonl") {
+        let line = |(i, line): (usize, &str)| {
+            let value: serde_json::Value = serde_json::from_str(line).map_err(|e| format!("line {}: {e}", i + 1))?;
+            let text = value.get("text").and_then(|t| t.as_str());
+            text.map(str::to_owned).ok_or_else(|| format!("line {} has no string \"text\"", i + 1))
+        };
+        let lines = raw.lines().enumerate().filter(|(_, l)| !l.trim().is_empty());
+        lines.map(line).collect::<std::result::Result<Vec<_>, _>>()?.join("\n\n")
+    } else {
+        raw
+    };
+    if text.trim().is_empty() {
+        return Err("is empty; name a file with a few pages of ordinary text".to_owned());
+    }
+    Ok(text)
+}
+
+/// Text that the model writes itself, as in LLM-QAT (arXiv 2305.17888, section 3.1): every sequence starts with a random token and
+/// is sampled at temperature 1.
+///
+/// progress: called with the number of finished tokens.
+///
+/// # Errors
+/// When the model cannot be run.
+pub fn self_generated(model: &Model, calibration: &Calibration, seed: u64, progress: &mut dyn FnMut(usize)) -> Result<Vec<Vec<u32>>> {
+    let mut rng = ChaCha8Rng::seed_from_u64(seed);
+    let mut sampler = Sampler::new(Sampling { temperature: 1.0, top_k: 0, top_p: 1.0, seed });
+    let vocab = model.config.vocab_size;
+    let mut texts: Vec<Vec<u32>> = (0..calibration.samples).map(|_| vec![rng.random_range(0..vocab as u32)]).collect();
+    let mut done = texts.len();
+    for batch in texts.chunks_mut(GENERATION_BATCH) {
+        let mut sequences: Vec<Sequence> = batch.iter().map(|_| model.sequence()).collect();
+        for position in 0..calibration.sequence_length - 1 {
+            let feed: Vec<u32> = batch.iter().map(|text| text[position]).collect();
+            let mut entries: Vec<_> = sequences.iter_mut().zip(feed.chunks(1)).collect();
+            let logits = model.next_logits(&mut entries)?;
+            for (text, logits) in batch.iter_mut().zip(logits.chunks_exact(vocab)) {
+                text.push(sampler.sample(logits));
+            }
+            done += batch.len();
+            progress(done);
+        }
+    }
+    Ok(texts)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use std::io::Write;
+
+    fn file(suffix: &str, text: &str) -> tempfile::NamedTempFile {
+        let mut file = tempfile::Builder::new().suffix(suffix).tempfile().unwrap();
+        file.write_all(text.as_bytes()).unwrap();
+        file
+    }
+
+    #[test]
+    fn jsonl_lines_are_joined_and_bad_ones_named() {
+        let good = file(".jsonl", "{\"text\": \"one\"}\n\n{\"text\": \"two\", \"id\": 3}\n");
+        assert_eq!(read_text(good.path()).unwrap(), "one\n\ntwo");
+        let bad = file(".jsonl", "{\"text\": \"one\"}\n{\"content\": \"two\"}\n");
+        assert!(read_text(bad.path()).unwrap_err().contains("line 2"));
+    }
+
+    #[test]
+    fn empty_text_is_refused() {
+        for (suffix, text) in [(".txt", " \n\n"), (".jsonl", ""), (".txt", "")] {
+            assert!(read_text(file(suffix, text).path()).unwrap_err().contains("empty"));
+        }
+    }
+}

@@ -1,0 +1,41 @@
+//! The model card that travels with a checkpoint.
+
+use std::fmt::Write;
+
+use specquant_model::Source;
+
+use crate::pipeline::Report;
+use crate::recipe::Recipe;
+
+/// README.md of the checkpoint.
+pub fn render(source: &Source, recipe: &Recipe, report: &Report) -> String {
+    let config = source.config();
+    let base = source.path().file_name().map_or_else(String::new, |n| n.to_string_lossy().into_owned());
+    let mut worst: Vec<_> = report.layers.iter().collect();
+    worst.sort_by(|a, b| b.relative_error.total_cmp(&a.relative_error));
+    let mut card = format!(
+        "---\nlibrary_name: specquant\ntags: [specquant, {scheme}]\n---\n\n# {base}, {scheme} by SpecQuant\n\n\
+         Quantized by `specquant {version}` with the recipe `{name}`: {blocks} blocks, {bits:.3} bits per weight in the linear \
+         layers (codes, scales, spectral coefficients and indices), {mib:.1} MiB of tensors, calibrated on {tokens} tokens.\n\n\
+         Run it: `specquant generate -m DIR --prompt \"...\"`. Per-layer figures are in report.json, the whole recipe in config.json.\n\n\
+         ## Layers with the largest output error\n\n| layer | relative error |\n|---|--:|\n",
+        scheme = report.scheme,
+        version = report.specquant_version,
+        name = recipe.name,
+        blocks = config.num_layers,
+        bits = report.bits_per_weight,
+        mib = report.tensor_bytes as f64 / (1 << 20) as f64,
+        tokens = report.calibration_tokens,
+    );
+    for layer in worst.iter().take(5) {
+        let _ = writeln!(card, "| {} | {:.4} |", layer.name, layer.relative_error);
+    }
+    let fallbacks: Vec<_> = report.layers.iter().filter_map(|l| Some((&l.name, l.rounding.fallback.as_ref()?))).collect();
+    if !fallbacks.is_empty() {
+        card.push_str("\n## Layers rounded to nearest instead of by GPTQ\n\n");
+        for (name, why) in fallbacks {
+            let _ = writeln!(card, "- {name}: {why}");
+        }
+    }
+    card
+}

@@ -1,0 +1,54 @@
+//! What can stop a quantization run.
+
+use std::path::PathBuf;
+
+/// Result of this crate.
+pub type Result<T> = std::result::Result<T, Error>;
+
+/// A condition that stops the run; the message says what to do about it.
+#[derive(Debug, thiserror::Error)]
+pub enum Error {
+    /// The recipe is wrong by itself.
+    #[error("recipe: {0}")]
+    Recipe(String),
+    /// The recipe does not fit the model.
+    #[error("the recipe does not fit this model:\n{0}")]
+    Unfit(String),
+    /// The calibration text is unusable.
+    #[error("calibration text {path}: {why}")]
+    Calibration {
+        /// The file.
+        path: PathBuf,
+        /// What is wrong, and the remedy.
+        why: String,
+    },
+    /// The output cannot be written.
+    #[error("{path}: {why}")]
+    Output {
+        /// The path.
+        path: PathBuf,
+        /// What is wrong, and the remedy.
+        why: String,
+    },
+    /// A value that is not finite appeared.
+    #[error("{module}: {what} is not finite{}; the model's weights or the calibration text are broken there", .channel.map(|c| format!(" (channel {c})")).unwrap_or_default())]
+    NotFinite {
+        /// Layer or site.
+        module: String,
+        /// What was computed.
+        what: &'static str,
+        /// Channel, if one is to blame.
+        channel: Option<usize>,
+    },
+    /// The branch could not be built.
+    #[error("{module}: {source}")]
+    Branch {
+        /// The layer.
+        module: String,
+        /// What is wrong.
+        source: crate::branch::BranchError,
+    },
+    /// The model could not be read or run.
+    #[error(transparent)]
+    Model(#[from] specquant_model::Error),
+}

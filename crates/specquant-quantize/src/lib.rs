@@ -1,0 +1,22 @@
+//! Transforms, branches, rounding and the block-by-block pipeline of SpecQuant (arXiv 2511.11663).
+//!
+//! A quantized linear layer is a point of *transform × branch × rounding × scheme*. Each transform, branch and rounding is a file
+//! of pure functions over slices; a [`Recipe`] names a combination; [`run`] applies it to a model, one decoder block at a time.
+
+mod block;
+pub mod branch;
+pub mod calibration;
+mod card;
+mod error;
+pub mod layer;
+mod output;
+mod pipeline;
+mod recipe;
+pub mod rounding;
+pub mod transforms;
+
+pub use block::*;
+pub use error::*;
+pub use output::check_output;
+pub use pipeline::*;
+pub use recipe::*;

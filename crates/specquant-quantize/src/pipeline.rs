@@ -1,0 +1,373 @@
+//! The run: plan, calibrate, and one block after another from the source to the disk.
+//!
+//! Block n is calibrated on the outputs of the quantized blocks before it. Only one block's weights are in memory at a time,
+//! widened to f32; a finished block is a finished shard.
+
+use std::path::Path;
+
+use half::{bf16, f16};
+use rayon::prelude::*;
+use serde::Serialize;
+use serde_json::json;
+use specquant_kernels::{KvCache, KvFormat};
+use specquant_model::{
+    Block, DenseLinear, DenseWeight, Dtype, FORMAT_VERSION, Linear, ModelConfig, QuantizationConfig, RopeTable, Site, Source, Span,
+    StoredTensor, storable_scales,
+};
+
+use crate::block::{LayerReport, SiteStats, quantize_block};
+use crate::output::Output;
+use crate::recipe::{Embeddings, Recipe, Rounding};
+use crate::{Error, Result, card};
+
+/// Rows that run through a block together.
+const BATCH_ROWS: usize = 2048;
+
+/// What will happen, known before a weight is read.
+#[derive(Debug, Clone, PartialEq, Serialize)]
+pub struct Plan {
+    /// Decoder blocks.
+    pub blocks: usize,
+    /// Linear layers to quantize.
+    pub layers: usize,
+    /// Their weights.
+    pub weights: usize,
+    /// Calibration tokens asked for.
+    pub calibration_tokens: usize,
+    /// Peak memory in bytes, estimated: one block, its Hessians and the hidden states.
+    pub peak_bytes: u64,
+    /// Bytes of the checkpoint's tensors, estimated.
+    pub output_bytes: u64,
+    /// Estimated bits per weight of the linear layers.
+    pub bits_per_weight: f64,
+}
+
+/// Progress of a run.
+pub enum Event<'a> {
+    /// A block is done.
+    Block {
+        /// Its number, from 0.
+        index: usize,
+        /// Number of blocks.
+        of: usize,
+        /// Its layers.
+        layers: &'a [LayerReport],
+    },
+}
+
+/// What a run did; written as report.json. It holds nothing that differs between equal runs, such as times or paths.
+#[derive(Debug, Clone, PartialEq, Serialize)]
+pub struct Report {
+    /// Version of the program.
+    pub specquant_version: String,
+    /// Bits and granularity.
+    pub scheme: String,
+    /// Calibration tokens used.
+    pub calibration_tokens: usize,
+    /// Stored bits per weight over all linear layers of the blocks: codes, scales, bins, coefficients.
+    pub bits_per_weight: f64,
+    /// Bytes of all tensors.
+    pub tensor_bytes: u64,
+    /// Every layer, in the order of the model.
+    pub layers: Vec<LayerReport>,
+}
+
+/// Checks the recipe against the model and predicts the cost.
+///
+/// # Errors
+/// [`Error::Unfit`] lists every layer that the recipe does not fit; also for a model that is quantized already.
+pub fn plan(source: &Source, recipe: &Recipe) -> Result<Plan> {
+    recipe.validate()?;
+    let config = source.config();
+    let mut problems = Vec::new();
+    if source.config_json().get("quantization_config").is_some_and(|q| !q.is_null()) {
+        problems.push(format!("  {} is quantized already: give the full-precision model", source.path().display()));
+    }
+    let scheme = &recipe.scheme;
+    let shapes = config.linear_shapes(0);
+    for (name, [_, inp]) in &shapes {
+        let (inp, name) = (*inp, name.trim_start_matches("model.layers.0."));
+        let group = scheme.group(inp);
+        if inp % group != 0 || (group < inp && group % 8 != 0) {
+            let fits: Vec<String> = [32, 64, 96, 128, 192, 256].iter().filter(|g| inp % *g == 0).map(usize::to_string).collect();
+            problems.push(format!("  {name}: group size {group} does not divide its {inp} inputs into groups of a multiple of 8; these would: {}, or 0", fits.join(", ")));
+        }
+        let bins = inp / 2 + 1;
+        if recipe.branch.as_ref().is_some_and(|b| b.mean_k > bins) {
+            problems.push(format!("  {name}: has {bins} frequency bins, fewer than branch.mean_k; lower it (--mean-k)"));
+        }
+    }
+    if recipe.branch.is_some() && scheme.weight_bits == 16 {
+        problems.push("  a spectral branch needs integer weights: lower the W of the scheme, or drop the branch".to_owned());
+    }
+    if !problems.is_empty() {
+        return Err(Error::Unfit(problems.join("\n")));
+    }
+
+    let mean_k = recipe.branch.as_ref().map_or(0, |b| b.mean_k) as f64;
+    let bits = |out: usize, inp: usize| {
+        let container = if scheme.weight_bits <= 4 { 4 * inp.next_multiple_of(2) } else { inp * if scheme.weight_bits == 16 { 16 } else { 8 } };
+        let groups = if scheme.weight_bits == 16 { 0 } else { inp / scheme.group(inp) };
+        let branch = if mean_k > 0.0 { 32.0 * mean_k + 16.0 } else { 0.0 };
+        out as f64 * ((container + 16 * groups) as f64 + branch)
+    };
+    let block_weights: usize = shapes.iter().map(|(_, [out, inp])| out * inp).sum();
+    let block_bits: f64 = shapes.iter().map(|(_, [out, inp])| bits(*out, *inp)).sum();
+    let vocab_weights = config.vocab_size * config.hidden_size * if config.tie_word_embeddings { 1 } else { 2 };
+    let vocab_bytes = vocab_weights * if recipe.embeddings == Embeddings::Int8 { 1 } else { 2 };
+    let tokens = recipe.calibration.samples * recipe.calibration.sequence_length;
+
+    let hessians: usize = match recipe.rounding {
+        Rounding::Rtn => 0,
+        Rounding::Gptq(_) => Site::ALL.iter().map(|s| site_width(config, *s).pow(2) * 8).sum::<usize>() * 2,
+    };
+    let states = tokens * config.hidden_size * 4;
+    let batch = BATCH_ROWS.min(tokens) * (4 * config.hidden_size + 3 * config.intermediate_size + 2 * config.num_heads * config.head_dim) * 4;
+    let peak = block_weights * 4 * 3 + hessians + states + batch + vocab_bytes.max(64 << 20);
+    Ok(Plan {
+        blocks: config.num_layers,
+        layers: config.num_layers * shapes.len(),
+        weights: config.num_layers * block_weights,
+        calibration_tokens: tokens,
+        peak_bytes: peak as u64,
+        output_bytes: (config.num_layers as f64 * block_bits / 8.0) as u64 + vocab_bytes as u64,
+        bits_per_weight: block_bits / block_weights as f64,
+    })
+}
+
+/// Width of a site's input.
+fn site_width(c: &ModelConfig, site: Site) -> usize {
+    match site {
+        Site::Qkv | Site::GateUp => c.hidden_size,
+        Site::O => c.num_heads * c.head_dim,
+        Site::Down => c.intermediate_size,
+    }
+}
+
+/// Quantizes the model of `source` into the directory `destination`.
+///
+/// texts: calibration sequences of token ids, see [`crate::calibration`].
+///
+/// # Errors
+/// Everything that [`Error`] lists; then nothing is left at the destination.
+pub fn run(
+    source: &Source,
+    recipe: &Recipe,
+    texts: &[Vec<u32>],
+    destination: &Path,
+    overwrite: bool,
+    progress: &mut dyn FnMut(Event),
+) -> Result<Report> {
+    plan(source, recipe)?;
+    let config = source.config();
+    let mut output = Output::create(destination, overwrite, config.num_layers + 1)?;
+    let half_dtype = match source.tensor("model.embed_tokens.weight")?.dtype {
+        Dtype::BF16 => HalfType::Bf16,
+        _ => HalfType::F16,
+    };
+
+    let mut ends = vec![vocabulary_tensors(source, "model.embed_tokens", recipe.embeddings, half_dtype)?];
+    if !config.tie_word_embeddings {
+        ends.push(vocabulary_tensors(source, "lm_head", recipe.embeddings, half_dtype)?);
+    }
+    let norm = source.tensor("model.norm.weight")?.to_f32()?;
+    ends.push(vec![StoredTensor::f32("model.norm.weight".to_owned(), vec![norm.len()], &norm)]);
+    output.write_shard(&ends.concat())?;
+    drop(ends);
+
+    let embedding = specquant_model::Embedding::read(source)?;
+    let mut states = texts
+        .iter()
+        .map(|ids| {
+            let mut x = embedding.lookup(ids, config.hidden_size)?;
+            x.chunks_exact_mut(config.hidden_size).for_each(|row| round_row(row, recipe.embeddings, half_dtype));
+            Ok(x)
+        })
+        .collect::<Result<Vec<_>>>()?;
+    let mut layers = Vec::new();
+    for index in 0..config.num_layers {
+        let (tensors, reports) = one_block(source, index, recipe, &mut states, half_dtype)?;
+        output.write_shard(&tensors)?;
+        progress(Event::Block { index, of: config.num_layers, layers: &reports });
+        layers.extend(reports);
+    }
+
+    let weights: f64 = layers.iter().map(|l| (l.shape[0] * l.shape[1]) as f64).sum();
+    let bits: f64 = layers.iter().map(|l| l.bits_per_weight * (l.shape[0] * l.shape[1]) as f64).sum();
+    let mut report = Report {
+        specquant_version: env!("CARGO_PKG_VERSION").to_owned(),
+        scheme: recipe.scheme.to_string(),
+        calibration_tokens: texts.iter().map(Vec::len).sum(),
+        bits_per_weight: if weights > 0.0 { bits / weights } else { 16.0 },
+        tensor_bytes: 0,
+        layers,
+    };
+    report.tensor_bytes = output.bytes();
+    let quantization = QuantizationConfig {
+        quant_method: "specquant".to_owned(),
+        format_version: FORMAT_VERSION,
+        specquant_version: report.specquant_version.clone(),
+        scheme: recipe.scheme,
+        recipe: json!(recipe),
+    };
+    let mut config_json = source.config_json().clone();
+    config_json["quantization_config"] = json!(quantization);
+    config_json["tie_word_embeddings"] = json!(config.tie_word_embeddings);
+    for (name, bytes) in source.side_files()? {
+        output.write(&name, &bytes)?;
+    }
+    output.write("config.json", format!("{config_json:#}\n").as_bytes())?;
+    output.write("report.json", format!("{:#}\n", json!(report)).as_bytes())?;
+    output.write("README.md", card::render(source, recipe, &report).as_bytes())?;
+    output.finish()?;
+    Ok(report)
+}
+
+/// Calibrates and quantizes one block, and moves the hidden states through the result.
+fn one_block(source: &Source, index: usize, recipe: &Recipe, states: &mut [Vec<f32>], half: HalfType) -> Result<(Vec<StoredTensor>, Vec<LayerReport>)> {
+    let config = source.config();
+    let prefix = format!("model.layers.{index}");
+    let mut block = Block::read(source, index, None)?;
+    for linear in [&mut block.q, &mut block.k, &mut block.v, &mut block.o, &mut block.gate, &mut block.up, &mut block.down] {
+        if let Linear::Dense(DenseLinear { weight, .. }) = linear {
+            if let DenseWeight::Mapped(view) = weight {
+                *weight = DenseWeight::Owned(view.to_f32()?);
+            }
+        }
+    }
+    let mut reports = Vec::new();
+    let mut tensors = Vec::new();
+    if recipe.scheme.weight_bits < 16 {
+        let rows = states.iter().map(|s| s.len() / config.hidden_size).sum();
+        let with_hessian = matches!(recipe.rounding, Rounding::Gptq(_));
+        let mut stats = Site::ALL
+            .map(|site| SiteStats::new(site_width(config, site), rows, recipe.calibration.search_tokens, with_hessian));
+        // Statistics come from the full-precision block on the quantized blocks' outputs; the states themselves stay.
+        let mut observed = Ok(());
+        run_block(&block, config, KvFormat::F32, &mut states.iter().map(|s| s.clone()).collect::<Vec<_>>(), &mut |site, x| {
+            if observed.is_ok() {
+                observed = stats[site as usize].add(x, &format!("{prefix} {site:?}"));
+            }
+        })?;
+        observed?;
+        for (report, stored) in quantize_block(&mut block, &prefix, &mut stats, recipe, config)? {
+            tensors.extend(stored.tensors(&report.name));
+            reports.push(report);
+        }
+    } else {
+        for (name, linear) in block.linears() {
+            if let Linear::Dense(DenseLinear { weight: DenseWeight::Owned(w), bias, out, inp }) = linear {
+                tensors.push(half.tensor(format!("{prefix}.{name}.weight"), vec![*out, *inp], w));
+                if let Some(bias) = bias {
+                    tensors.push(StoredTensor::f32(format!("{prefix}.{name}.bias"), vec![*out], bias));
+                }
+            }
+        }
+    }
+    run_block(&block, config, recipe.scheme.kv_format(), states, &mut |_, _| ())?;
+    let norms = [
+        ("input_layernorm", Some(&block.input_norm)),
+        ("post_attention_layernorm", Some(&block.post_norm)),
+        ("self_attn.q_norm", block.q_norm.as_ref()),
+        ("self_attn.k_norm", block.k_norm.as_ref()),
+    ];
+    for (name, values) in norms {
+        if let Some(values) = values {
+            tensors.push(StoredTensor::f32(format!("{prefix}.{name}.weight"), vec![values.len()], values));
+        }
+    }
+    Ok((tensors, reports))
+}
+
+/// Runs whole sequences through one block, a few at a time, each with a fresh cache. states: `[tokens, hidden]` each.
+fn run_block(
+    block: &Block,
+    config: &ModelConfig,
+    kv: KvFormat,
+    states: &mut [Vec<f32>],
+    observe: &mut dyn FnMut(Site, &[f32]),
+) -> Result<()> {
+    let hidden = config.hidden_size;
+    let longest = states.iter().map(|s| s.len() / hidden).max().unwrap_or(1).max(1);
+    let inv_freq = config.inv_freq();
+    for batch in states.chunks_mut((BATCH_ROWS / longest).max(1)) {
+        let rows: Vec<usize> = batch.iter().map(|s| s.len() / hidden).collect();
+        let rope = RopeTable::new(&inv_freq, rows.iter().flat_map(|&n| 0..n));
+        let mut x = batch.concat();
+        let mut caches: Vec<KvCache> = rows.iter().map(|_| KvCache::new(kv, config.num_kv_heads, config.head_dim)).collect();
+        let mut spans: Vec<Span> = rows.iter().zip(&mut caches).map(|(&rows, cache)| Span { rows, cache }).collect();
+        block.forward(config, &rope, &mut x, &mut spans, observe)?;
+        let mut rest = x.as_slice();
+        for state in batch {
+            let (head, tail) = rest.split_at(state.len());
+            state.copy_from_slice(head);
+            rest = tail;
+        }
+    }
+    Ok(())
+}
+
+/// The 16-bit type that embeddings and unquantized weights are kept in.
+#[derive(Debug, Clone, Copy, PartialEq)]
+enum HalfType {
+    F16,
+    Bf16,
+}
+
+impl HalfType {
+    fn tensor(self, name: String, shape: Vec<usize>, values: &[f32]) -> StoredTensor {
+        match self {
+            HalfType::F16 => StoredTensor::f16(name, shape, &values.par_iter().map(|&v| f16::from_f32(v)).collect::<Vec<_>>()),
+            HalfType::Bf16 => {
+                let bytes = values.iter().flat_map(|&v| bf16::from_f32(v).to_le_bytes()).collect();
+                StoredTensor { name, dtype: safetensors::Dtype::BF16, shape, bytes }
+            }
+        }
+    }
+}
+
+/// Symmetric int8 codes of a row of embeddings and their scale, `max / 127`.
+fn int8_row(row: &[f32]) -> (f32, Vec<i8>) {
+    let max = row.iter().fold(0.0_f32, |m, v| m.max(v.abs()));
+    let scale = storable_scales(vec![(max / 127.0).max(f16::MIN_POSITIVE.to_f32())])[0];
+    (scale, row.iter().map(|v| (v / scale).round_ties_even().clamp(-127.0, 127.0) as i8).collect())
+}
+
+/// Rounds a row of embeddings to what the checkpoint will hold.
+fn round_row(row: &mut [f32], embeddings: Embeddings, half: HalfType) {
+    match (embeddings, half) {
+        (Embeddings::Int8, _) => {
+            let (scale, codes) = int8_row(row);
+            row.iter_mut().zip(codes).for_each(|(v, c)| *v = f32::from(c) * scale);
+        }
+        (Embeddings::Half, HalfType::F16) => row.iter_mut().for_each(|v| *v = f16::from_f32(*v).to_f32()),
+        (Embeddings::Half, HalfType::Bf16) => row.iter_mut().for_each(|v| *v = bf16::from_f32(*v).to_f32()),
+    }
+}
+
+/// The tensors of an embedding or head, `[vocab, hidden]`.
+fn vocabulary_tensors(source: &Source, name: &str, embeddings: Embeddings, half: HalfType) -> Result<Vec<StoredTensor>> {
+    let view = source.tensor(&format!("{name}.weight"))?;
+    let values = view.to_f32()?;
+    if embeddings == Embeddings::Half {
+        if half == HalfType::F16 && values.iter().any(|v| v.abs() > f16::MAX.to_f32()) {
+            return Err(Error::NotFinite { module: name.to_owned(), what: "an embedding as f16", channel: None });
+        }
+        return Ok(vec![half.tensor(format!("{name}.weight"), view.shape.clone(), &values)]);
+    }
+    let (vocab, hidden) = (view.shape[0], view.shape[1]);
+    let rows: Vec<(f32, Vec<i8>)> = values.par_chunks_exact(hidden).map(int8_row).collect();
+    let (scales, codes): (Vec<f32>, Vec<Vec<i8>>) = rows.into_iter().unzip();
+    let stored = specquant_model::StoredLinear {
+        out: vocab,
+        inp: hidden,
+        bits: 8,
+        group_size: hidden,
+        codes: codes.concat(),
+        scales,
+        bins: Vec::new(),
+        coeffs: Vec::new(),
+        bias: None,
+    };
+    Ok(stored.tensors(name))
+}

@@ -1,0 +1,319 @@
+//! The second-order statistic of a layer's input, and its factorization for [`gptq`](super::gptq).
+
+use super::GptqConfig;
+use faer::linalg::cholesky::llt::factor::{
+    LltParams, LltRegularization, cholesky_in_place, cholesky_in_place_scratch,
+};
+use faer::linalg::matmul::matmul;
+use faer::{Accum, Auto, MatMut, MatRef, Par, Spec, dyn_stack};
+use rayon::prelude::*;
+
+/// Rows of a batch that are multiplied in f32 before they are added up in f64.
+const CHUNK_ROWS: usize = 256;
+/// Rows of the matrix that one task computes.
+const PANEL: usize = 64;
+
+/// `H = 2/n · Σ x xᵀ` over the n calibration inputs x of a layer: the Hessian of its squared output error for every
+/// output channel (GPTQ, arXiv 2210.17323; the factor is that of QuaRot's `gptq_utils.py`).
+///
+/// Products of up to 256 rows are computed in f32, their sums in f64. The split of the rows into batches decides where
+/// these pieces begin, the number of threads has no influence.
+#[derive(Clone, Debug)]
+pub struct Hessian {
+    dim: usize,
+    /// `[dim, dim]`, `Σ x xᵀ`. Only the lower triangle is kept up.
+    sums: Vec<f64>,
+    rows: usize,
+}
+
+impl Hessian {
+    /// Of `dim` input channels, before any input was seen.
+    pub fn new(dim: usize) -> Self {
+        Self { dim, sums: vec![0.0; dim * dim], rows: 0 }
+    }
+
+    /// The identity: with it GPTQ rounds to nearest.
+    pub fn identity(dim: usize) -> Self {
+        let mut matrix = vec![0.0; dim * dim];
+        matrix.iter_mut().step_by(dim + 1).for_each(|v| *v = 1.0);
+        Self::from_matrix(dim, matrix)
+    }
+
+    /// A given H: `[dim, dim]`, of which the lower triangle is read.
+    ///
+    /// # Panics
+    /// If `matrix` is not `dim * dim` long.
+    pub fn from_matrix(dim: usize, matrix: Vec<f64>) -> Self {
+        assert_eq!(matrix.len(), dim * dim, "H is [dim, dim]");
+        // As if from two inputs, for which 2/n is 1.
+        Self { dim, sums: matrix, rows: 2 }
+    }
+
+    /// Adds the inputs `x: [rows, dim]`.
+    ///
+    /// # Panics
+    /// If `x` is not a whole number of rows.
+    pub fn add(&mut self, x: &[f32]) {
+        let dim = self.dim;
+        assert!(dim > 0 && x.len().is_multiple_of(dim), "inputs are [rows, {dim}]");
+        self.rows += x.len() / dim;
+        // A task owns some rows of H and computes them up to the diagonal.
+        self.sums.par_chunks_mut(PANEL * dim).enumerate().with_max_len(1).for_each(|(panel, sums)| {
+            let (first, height) = (panel * PANEL, sums.len() / dim);
+            let width = first + height;
+            let mut product = vec![0.0f32; height * width];
+            for chunk in x.chunks(CHUNK_ROWS * dim) {
+                let chunk = MatRef::from_row_major_slice(chunk, chunk.len() / dim, dim);
+                matmul(
+                    MatMut::from_row_major_slice_mut(&mut product, height, width),
+                    Accum::Replace,
+                    chunk.subcols(first, height).transpose(),
+                    chunk.subcols(0, width),
+                    1.0,
+                    Par::Seq,
+                );
+                for (sums, product) in sums.chunks_exact_mut(dim).zip(product.chunks_exact(width)) {
+                    sums.iter_mut().zip(product).for_each(|(s, &p)| *s += f64::from(p));
+                }
+            }
+        });
+    }
+
+    /// Turns the Hessian of inputs x into that of inputs `x_i · factors_i`, as smoothing makes them.
+    ///
+    /// # Panics
+    /// If there are not `dim` factors.
+    pub fn rescale(&mut self, factors: &[f32]) {
+        assert_eq!(factors.len(), self.dim, "one factor for each input channel");
+        for (i, row) in self.sums.chunks_exact_mut(self.dim.max(1)).enumerate() {
+            row.iter_mut().zip(factors).for_each(|(v, &f)| *v *= f64::from(f) * f64::from(factors[i]));
+        }
+    }
+
+    /// Input channels.
+    pub fn dim(&self) -> usize {
+        self.dim
+    }
+
+    /// Inputs seen.
+    pub fn rows(&self) -> usize {
+        self.rows
+    }
+
+    /// H as a whole, `[dim, dim]`.
+    pub fn normalized(&self) -> Vec<f64> {
+        let (n, scale) = (self.dim, self.scale());
+        (0..n * n).map(|at| scale * self.sums[(at / n).max(at % n) * n + (at / n).min(at % n)]).collect()
+    }
+
+    /// The diagonal of H: twice the mean square of every input channel.
+    pub fn diagonal(&self) -> Vec<f64> {
+        self.sums.iter().step_by(self.dim + 1).map(|v| v * self.scale()).collect()
+    }
+
+    fn scale(&self) -> f64 {
+        2.0 / self.rows.max(1) as f64
+    }
+}
+
+/// A factorized [`Hessian`], to be shared by all layers with the same input (q/k/v, gate/up).
+#[derive(Clone, Debug)]
+pub struct Factor {
+    pub(super) dim: usize,
+    /// `[dim, dim]`; row j holds in its first j places by how much the errors of the columns before it move column j:
+    /// U_ij / U_jj, where `H + damping = U Uᵀ` with U upper triangular. Empty after a fallback.
+    pub(super) feedback: Vec<f32>,
+    /// U_jj², the weight of the squared error of column j.
+    pub(super) pivots: Vec<f64>,
+    /// The input channel that is rounded as the j-th.
+    pub(super) order: Vec<usize>,
+    /// By input channel: no calibration input ever used it.
+    pub(super) dead: Vec<bool>,
+    pub(super) block_size: usize,
+    /// Damping used: this share of the mean diagonal was added to the diagonal.
+    pub dampening_frac: f64,
+    /// Input channels that no calibration input ever used; their weights are rounded to zero.
+    pub dead_columns: usize,
+    /// Why there is no factor, and layers are rounded to nearest.
+    pub fallback: Option<String>,
+}
+
+/// Factorizes a Hessian by f64 Cholesky.
+///
+/// The damping begins at `dampening_frac` times the mean diagonal and grows tenfold after every failure, up to 1; should
+/// that fail too, or H be unusable, [`Factor::fallback`] says why. The mean is taken over the channels that are alive.
+pub fn factorize(h: &Hessian, cfg: &GptqConfig) -> Factor {
+    let n = h.dim;
+    let mut factor = Factor {
+        dim: n,
+        feedback: Vec::new(),
+        pivots: Vec::new(),
+        order: (0..n).collect(),
+        dead: vec![false; n],
+        block_size: cfg.block_size.max(1),
+        dampening_frac: cfg.dampening_frac,
+        dead_columns: 0,
+        fallback: None,
+    };
+    let mut diagonal = h.diagonal();
+    if let Some(at) = (0..n * n).find(|at| at % n <= at / n && !h.sums[*at].is_finite()) {
+        factor.fallback = Some(format!("the Hessian is not finite at [{}, {}]", at / n, at % n));
+        return factor;
+    }
+    let dead: Vec<bool> = diagonal.iter().map(|&v| v == 0.0).collect();
+    let alive = dead.iter().filter(|&&dead| !dead).count();
+    if alive == 0 {
+        factor.fallback = Some("every calibration input is zero".to_string());
+        return factor;
+    }
+    let mean = diagonal.iter().sum::<f64>() / alive as f64;
+    diagonal.iter_mut().filter(|v| **v == 0.0).for_each(|v| *v = 1.0);
+    if cfg.actorder {
+        factor.order.sort_by(|&a, &b| diagonal[b].total_cmp(&diagonal[a])); // stable: ties keep their order
+    }
+
+    // Reversing rows and columns turns the upper factor that is wanted into the lower one that Cholesky gives.
+    let reversed: Vec<usize> = factor.order.iter().rev().copied().collect();
+    let scale = h.scale();
+    let mut lower = vec![0.0f64; n * n]; // column-major
+    let mut frac = cfg.dampening_frac.max(0.0);
+    loop {
+        lower.par_chunks_exact_mut(n).enumerate().for_each(|(c, column)| {
+            let j = reversed[c];
+            for (v, &i) in column.iter_mut().zip(&reversed).skip(c) {
+                *v = scale * h.sums[i.max(j) * n + i.min(j)];
+            }
+            column[c] = diagonal[j] + frac * mean;
+        });
+        if cholesky(&mut lower, n) {
+            break;
+        }
+        if frac >= 1.0 {
+            factor.dampening_frac = frac;
+            factor.fallback = Some(format!("the Hessian has no Cholesky factor, even with damping {frac}"));
+            return factor;
+        }
+        frac = (10.0 * frac.max(1e-4)).min(1.0);
+    }
+
+    factor.feedback = vec![0.0; n * n];
+    factor.feedback.par_chunks_exact_mut(n).enumerate().for_each(|(j, row)| {
+        let column = &lower[(n - 1 - j) * n..][n - 1 - j..n]; // U_jj, U_j-1,j, ..., U_0,j
+        for i in 0..j {
+            row[i] = (column[j - i] / column[0]) as f32;
+        }
+    });
+    factor.pivots = (0..n).map(|j| lower[(n - 1 - j) * (n + 1)].powi(2)).collect();
+    factor.dead_columns = n - alive;
+    factor.dead = dead;
+    factor.dampening_frac = frac;
+    factor
+}
+
+/// Lower Cholesky factor in place, `a: [n, n]` column-major; false if there is none.
+fn cholesky(a: &mut [f64], n: usize) -> bool {
+    let params: Spec<LltParams, f64> = Spec::new(<LltParams as Auto<f64>>::auto());
+    let mut buffer = dyn_stack::MemBuffer::new(cholesky_in_place_scratch::<f64>(n, Par::Seq, params));
+    let stack = dyn_stack::MemStack::new(&mut buffer);
+    let matrix = MatMut::from_column_major_slice_mut(a, n, n);
+    let done = cholesky_in_place(matrix, LltRegularization::default(), Par::Seq, stack, params).is_ok();
+    // A huge but finite H can overflow on the way without an error.
+    done && (0..n * n).step_by(n + 1).all(|at| a[at].is_finite() && a[at] > 0.0)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::super::testing::{correlated, gaussian, with_threads};
+    use super::*;
+
+    #[test]
+    fn batches_add_up_to_the_mean_of_outer_products() {
+        let (rows, dim) = (700, 70);
+        let x = correlated(rows, dim, 1);
+        let mut h = Hessian::new(dim);
+        x.chunks(300 * dim).for_each(|batch| h.add(batch));
+        assert_eq!((h.rows(), h.dim()), (rows, dim));
+        let (got, diagonal) = (h.normalized(), h.diagonal());
+        for i in 0..dim {
+            assert_eq!(diagonal[i], got[i * dim + i]);
+            for j in 0..dim {
+                let products = x.chunks(dim).map(|x| f64::from(x[i]) * f64::from(x[j]));
+                let want = 2.0 * products.sum::<f64>() / rows as f64;
+                let size = (diagonal[i] * diagonal[j]).sqrt();
+                assert!((got[i * dim + j] - want).abs() < 1e-5 * size.max(1e-3), "{i} {j}");
+                assert_eq!(got[i * dim + j], got[j * dim + i]);
+            }
+        }
+    }
+
+    #[test]
+    fn same_bits_for_any_number_of_threads() {
+        let x = gaussian(600 * 150, 2);
+        let run = || {
+            let mut h = Hessian::new(150);
+            h.add(&x);
+            factorize(&h, &GptqConfig::default())
+        };
+        let (one, two) = (with_threads(1, run), with_threads(2, run));
+        assert_eq!(one.feedback, two.feedback);
+        assert_eq!(one.pivots, two.pivots);
+    }
+
+    #[test]
+    fn rescaling_equals_scaled_inputs() {
+        let x = correlated(90, 6, 3);
+        let factors = [0.5f32, 2.0, 1.0, 4.0, 0.25, 8.0]; // powers of two: no rounding
+        let scaled: Vec<f32> = x.iter().enumerate().map(|(i, v)| v * factors[i % 6]).collect();
+        let (mut a, mut b) = (Hessian::new(6), Hessian::new(6));
+        a.add(&x);
+        a.rescale(&factors);
+        b.add(&scaled);
+        for (a, b) in a.normalized().iter().zip(b.normalized()) {
+            assert!((a - b).abs() <= 1e-6 * b.abs().max(1e-2), "{a} {b}");
+        }
+    }
+
+    #[test]
+    fn factor_multiplies_back_to_the_damped_hessian() {
+        let dim = 40;
+        let mut h = Hessian::new(dim);
+        h.add(&correlated(200, dim, 4));
+        let f = factorize(&h, &GptqConfig::default());
+        let (matrix, diagonal) = (h.normalized(), h.diagonal());
+        let mean = diagonal.iter().sum::<f64>() / dim as f64;
+        let unit = |i: usize, j: usize| if i == j { 1.0 } else { f64::from(f.feedback[j * dim + i]) };
+        for i in 0..dim {
+            for j in 0..dim {
+                let got: f64 = (i.max(j)..dim).map(|k| unit(i, k) * f.pivots[k] * unit(j, k)).sum();
+                let want = matrix[i * dim + j] + if i == j { 0.01 * mean } else { 0.0 };
+                assert!(
+                    (got - want).abs() < 1e-5 * (diagonal[i] * diagonal[j]).sqrt(),
+                    "{i} {j}: {got} {want}"
+                );
+            }
+        }
+    }
+
+    #[test]
+    fn damping_escalates_until_the_factorization_succeeds() {
+        // Eigenvalues 1 + 1.05 and 1 - 1.05: 0.01 is not enough, 0.1 is.
+        let h = Hessian::from_matrix(2, vec![1.0, 1.05, 1.05, 1.0]);
+        let f = factorize(&h, &GptqConfig::default());
+        assert_eq!((f.dampening_frac, f.fallback), (0.1, None));
+        // Singular and without damping.
+        let h = Hessian::from_matrix(2, vec![1.0; 4]);
+        let f = factorize(&h, &GptqConfig { dampening_frac: 0.0, ..Default::default() });
+        assert_eq!((f.dampening_frac, f.fallback), (1e-3, None));
+        let f = factorize(&Hessian::from_matrix(2, vec![1.0, 5.0, 5.0, 1.0]), &GptqConfig::default());
+        assert_eq!(f.dampening_frac, 1.0);
+        assert!(f.fallback.unwrap().contains("no Cholesky factor"));
+    }
+
+    #[test]
+    fn unusable_hessians_are_reported() {
+        let mut h = Hessian::new(3);
+        assert!(factorize(&h, &GptqConfig::default()).fallback.unwrap().contains("zero"));
+        h.add(&[1.0, f32::NAN, 2.0]);
+        assert!(factorize(&h, &GptqConfig::default()).fallback.unwrap().contains("not finite at [1, 0]"));
+    }
+}
