@@ -91,6 +91,9 @@ pub struct Overrides {
     /// Fourier bins kept per output channel on average; 0 for no branch [branch.mean_k]
     #[arg(long, value_name = "K")]
     pub mean_k: Option<usize>,
+    /// Most bins that one channel keeps; 0 for no bound [branch.max_k]
+    #[arg(long, value_name = "K")]
+    pub max_k: Option<usize>,
     /// Importance score that shares the bins out [branch.score]
     #[arg(long, value_name = "SCORE")]
     pub score: Option<ScoreArg>,

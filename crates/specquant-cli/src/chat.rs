@@ -6,7 +6,7 @@ use std::process::ExitCode;
 use specquant_model::{Message, Model, Sampler, Source, generate};
 
 use crate::args::ChatArgs;
-use crate::generate::{Printer, sampling};
+use crate::generate::sampling;
 use crate::system;
 
 pub fn run(args: ChatArgs) -> anyhow::Result<ExitCode> {
@@ -39,22 +39,30 @@ pub fn run(args: ChatArgs) -> anyhow::Result<ExitCode> {
         let common = prompt.iter().zip(&seen).take_while(|(a, b)| a == b).count().min(prompt.len() - 1);
         sequence.truncate(common);
         seen.clone_from(&prompt);
-        let (mut out, mut printer) = (stdout(), Printer::new(&tokenizer));
+        let (mut out, mut decode) = (stdout(), tokenizer.decoder(true));
         let (mut answer, mut failure) = (String::new(), None);
-        generate(&model, &mut sequence, &prompt[common..], args.sampling.max_new_tokens, &mut sampler, |id| {
-            if model.config.eos_token_ids.contains(&id) {
-                return false;
-            }
-            let shown = printer.push(id).and_then(|news| {
-                write!(out, "{news}")?;
-                out.flush()?;
-                answer.push_str(&news);
-                Ok(())
-            });
-            seen.push(id);
-            failure = shown.err();
-            failure.is_none()
-        })?;
+        generate(
+            &model,
+            &mut sequence,
+            &prompt[common..],
+            args.sampling.max_new_tokens,
+            &mut sampler,
+            |id| {
+                if model.config.eos_token_ids.contains(&id) {
+                    return false;
+                }
+                let shown = decode(id).map_err(anyhow::Error::from).and_then(|news| {
+                    let news = news.unwrap_or_default();
+                    write!(out, "{news}")?;
+                    out.flush()?;
+                    answer.push_str(&news);
+                    Ok(())
+                });
+                seen.push(id);
+                failure = shown.err();
+                failure.is_none()
+            },
+        )?;
         if let Some(e) = failure {
             return Err(e);
         }

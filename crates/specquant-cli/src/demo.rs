@@ -66,12 +66,13 @@ pub fn measure(args: MeasureArgs) -> anyhow::Result<ExitCode> {
     // Memory while decoding: weights, cache and working space, before the evaluation's windows.
     let rss = system::rss();
     let mut progress = Progress::new("evaluating", 1, false);
-    let result = perplexity(&model, &ids, &Protocol { window: WINDOW, max_windows: 0 }, &mut |done, of, so_far| {
-        if done == 1 {
-            progress = Progress::new("evaluating", of as u64, false);
-        }
-        progress.set(done as u64, &format!("perplexity {so_far:.3}"));
-    })?;
+    let result =
+        perplexity(&model, &ids, &Protocol { window: WINDOW, max_windows: 0 }, &mut |done, of, so_far| {
+            if done == 1 {
+                progress = Progress::new("evaluating", of as u64, false);
+            }
+            progress.set(done as u64, &format!("perplexity {so_far:.3}"));
+        })?;
     let scheme = model.quantization.as_ref().map(|q| q.scheme);
     let measurement = Measurement {
         perplexity: result.perplexity,
@@ -94,7 +95,8 @@ fn measure_apart(model: &Path, threads: Option<usize>) -> anyhow::Result<Measure
     if let Some(n) = threads {
         command.arg("--threads").arg(n.to_string());
     }
-    let output = command.stderr(std::process::Stdio::inherit()).output().context("cannot start the measurement")?;
+    let output =
+        command.stderr(std::process::Stdio::inherit()).output().context("cannot start the measurement")?;
     anyhow::ensure!(output.status.success(), "measuring {} failed", model.display());
     Ok(serde_json::from_slice(&output.stdout)?)
 }
@@ -108,7 +110,11 @@ pub fn run(args: DemoArgs) -> anyhow::Result<ExitCode> {
     let c = source.config();
     eprintln!(
         "quantizing {} ({} blocks, {:.0} M weights in linear layers) to {} by recipe {}",
-        args.model.display(), plan.blocks, plan.weights as f64 / 1e6, recipe.scheme, recipe.name
+        args.model.display(),
+        plan.blocks,
+        plan.weights as f64 / 1e6,
+        recipe.scheme,
+        recipe.name
     );
     let quantizing = Instant::now();
     let report = quantize(&source, &recipe, &args.output, true, false)?;
@@ -117,7 +123,8 @@ pub fn run(args: DemoArgs) -> anyhow::Result<ExitCode> {
     let f16_bytes = 2 * (plan.weights + embedded) as u64;
     drop(source);
 
-    let (full, small) = (measure_apart(&args.model, recipe.threads)?, measure_apart(&args.output, recipe.threads)?);
+    let (full, small) =
+        (measure_apart(&args.model, recipe.threads)?, measure_apart(&args.output, recipe.threads)?);
     let row = |name: String, m: &Measurement, bits: String, size: String| {
         vec![
             name,
@@ -130,11 +137,17 @@ pub fn run(args: DemoArgs) -> anyhow::Result<ExitCode> {
             m.kernel.clone(),
         ]
     };
-    let head = ["model", "perplexity", "bits/weight", "checkpoint", "memory", "prefill t/s", "decode t/s", "kernel"];
+    let head =
+        ["model", "perplexity", "bits/weight", "checkpoint", "memory", "prefill t/s", "decode t/s", "kernel"];
     let rows = vec![
         head.map(str::to_owned).to_vec(),
-        row("full precision".to_owned(), &full, "16".to_owned(), format!("{} (f16)", human(f16_bytes)), ),
-        row(format!("{} {}", recipe.name, recipe.scheme), &small, format!("{:.3}", report.bits_per_weight), human(report.tensor_bytes)),
+        row("full precision".to_owned(), &full, "16".to_owned(), format!("{} (f16)", human(f16_bytes))),
+        row(
+            format!("{} {}", recipe.name, recipe.scheme),
+            &small,
+            format!("{:.3}", report.bits_per_weight),
+            human(report.tensor_bytes),
+        ),
     ];
     let mut out = std::io::stdout();
     writeln!(out, "\n{}", table(&rows))?;
@@ -142,10 +155,20 @@ pub fn run(args: DemoArgs) -> anyhow::Result<ExitCode> {
         out,
         "perplexity: assets/demo-text.txt, {} tokens in windows of {WINDOW}, ± standard error; calibration: {}",
         small.tokens,
-        recipe.calibration.file.as_ref().map_or("text written by the model itself".to_owned(), |f| f.display().to_string()),
+        recipe
+            .calibration
+            .file
+            .as_ref()
+            .map_or("text written by the model itself".to_owned(), |f| f.display().to_string()),
     )?;
-    writeln!(out, "bits/weight: linear layers of the blocks, scales and spectral coefficients counted; full precision runs in f32")?;
-    writeln!(out, "memory: resident while decoding; speed: {PREFILL_TOKENS} tokens of prompt, then {DECODE_TOKENS} decoded, one sequence\n")?;
+    writeln!(
+        out,
+        "bits/weight: linear layers of the blocks, scales and spectral coefficients counted; full precision runs in f32"
+    )?;
+    writeln!(
+        out,
+        "memory: resident while decoding; speed: {PREFILL_TOKENS} tokens of prompt, then {DECODE_TOKENS} decoded, one sequence\n"
+    )?;
     for (name, m) in [("full precision", &full), ("quantized", &small)] {
         writeln!(out, "[{name}] {PROMPT}{}\n", m.sample)?;
     }

@@ -36,7 +36,8 @@ pub fn run(args: DoctorArgs) -> anyhow::Result<ExitCode> {
     let threads = rayon::current_num_threads();
     let ceilings = measure_ceilings(threads, 0.3);
     let products = [(4, 4), (8, 4), (8, 8), (16, 4), (16, 8)];
-    let kernels: Vec<(String, String)> = products.map(|(a, w)| (format!("W{w}A{a}"), kernel_name(a, w))).into();
+    let kernels: Vec<(String, String)> =
+        products.map(|(a, w)| (format!("W{w}A{a}"), kernel_name(a, w))).into();
     let available: Vec<&str> = Isa::available().into_iter().map(Isa::name).collect();
     let mut out = std::io::stdout();
     if args.json {
@@ -55,15 +56,25 @@ pub fn run(args: DoctorArgs) -> anyhow::Result<ExitCode> {
     }
     writeln!(out, "specquant {}", env!("CARGO_PKG_VERSION"))?;
     writeln!(out, "cpu       {} ({threads} threads)", cpu_name().as_deref().unwrap_or("unknown"))?;
-    let shown: Vec<String> = features().iter().map(|(name, has)| format!("{name} {}", if *has { "yes" } else { "no" })).collect();
+    let shown: Vec<String> =
+        features().iter().map(|(name, has)| format!("{name} {}", if *has { "yes" } else { "no" })).collect();
     writeln!(out, "features  {}", shown.join(", "))?;
-    writeln!(out, "kernels   {} of {}; SPECQUANT_ISA chooses another", Isa::active().name(), available.join(", "))?;
+    writeln!(
+        out,
+        "kernels   {} of {}; SPECQUANT_ISA chooses another",
+        Isa::active().name(),
+        available.join(", ")
+    )?;
     for (product, kernel) in &kernels {
         writeln!(out, "          {product:<6} {kernel}")?;
     }
     if let (Some(total), Some(free)) = (system::total_memory(), system::available_memory()) {
         writeln!(out, "memory    {} in all, {} available", human(total), human(free))?;
     }
-    writeln!(out, "ceilings  int8 {:.0} GOP/s, f32 {:.0} GFLOP/s, memory read {:.1} GB/s (measured now)", ceilings.int8_gops, ceilings.f32_gflops, ceilings.read_gbs)?;
+    writeln!(
+        out,
+        "ceilings  int8 {:.0} GOP/s, f32 {:.0} GFLOP/s, memory read {:.1} GB/s (measured now)",
+        ceilings.int8_gops, ceilings.f32_gflops, ceilings.read_gbs
+    )?;
     Ok(ExitCode::SUCCESS)
 }

@@ -43,8 +43,17 @@ fn ppl(args: PplArgs) -> anyhow::Result<ExitCode> {
         value["scheme"] = json!(scheme);
         writeln!(out, "{value:#}")?;
     } else {
-        writeln!(out, "perplexity {:.5} ± {:.5} over {} tokens", result.perplexity, result.stderr, result.tokens)?;
-        writeln!(out, "model {} ({})", args.model.model.display(), scheme.as_deref().unwrap_or("full precision, f32"))?;
+        writeln!(
+            out,
+            "perplexity {:.5} ± {:.5} over {} tokens",
+            result.perplexity, result.stderr, result.tokens
+        )?;
+        writeln!(
+            out,
+            "model {} ({})",
+            args.model.model.display(),
+            scheme.as_deref().unwrap_or("full precision, f32")
+        )?;
         writeln!(out, "protocol: {}", result.protocol)?;
     }
     Ok(ExitCode::SUCCESS)

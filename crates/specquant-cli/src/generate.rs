@@ -5,7 +5,7 @@ use std::process::ExitCode;
 use std::time::Instant;
 
 use serde_json::json;
-use specquant_model::{Model, Sampler, Sampling, Source, Tokenizer, generate};
+use specquant_model::{Model, Sampler, Sampling, Source, generate};
 
 use crate::args::{GenerateArgs, SamplingArgs};
 use crate::system;
@@ -17,32 +17,6 @@ pub fn sampling(args: &SamplingArgs) -> anyhow::Result<Sampling> {
     Ok(Sampling { temperature: args.temperature, top_k: args.top_k, top_p: args.top_p, seed: args.seed })
 }
 
-/// Turns a stream of tokens into text, holding back characters that are not complete.
-pub struct Printer<'a> {
-    tokenizer: &'a Tokenizer,
-    ids: Vec<u32>,
-    shown: usize,
-}
-
-impl<'a> Printer<'a> {
-    pub fn new(tokenizer: &'a Tokenizer) -> Self {
-        Printer { tokenizer, ids: Vec::new(), shown: 0 }
-    }
-
-    /// The text that this token completes.
-    pub fn push(&mut self, id: u32) -> anyhow::Result<String> {
-        self.ids.push(id);
-        let text = self.tokenizer.decode(&self.ids, true)?;
-        // Bytes of an unfinished character decode to the replacement character.
-        if text.ends_with('\u{fffd}') || text.len() < self.shown || !text.is_char_boundary(self.shown) {
-            return Ok(String::new());
-        }
-        let news = text[self.shown..].to_owned();
-        self.shown = text.len();
-        Ok(news)
-    }
-}
-
 pub fn run(args: GenerateArgs) -> anyhow::Result<ExitCode> {
     system::set_threads(args.model.threads)?;
     let sampling = sampling(&args.sampling)?;
@@ -51,7 +25,7 @@ pub fn run(args: GenerateArgs) -> anyhow::Result<ExitCode> {
     let prompt = tokenizer.encode(&args.prompt, true)?;
     anyhow::ensure!(!prompt.is_empty(), "--prompt is empty; give some text to continue");
     let model = Model::load(&source)?;
-    let (mut out, mut printer) = (std::io::stdout(), Printer::new(&tokenizer));
+    let (mut out, mut decode) = (std::io::stdout(), tokenizer.decoder(true));
     if !args.json {
         write!(out, "{}", args.prompt)?;
         out.flush()?;
@@ -60,39 +34,47 @@ pub fn run(args: GenerateArgs) -> anyhow::Result<ExitCode> {
     let started = Instant::now();
     let mut first = started;
     let mut sequence = model.sequence();
-    generate(&model, &mut sequence, &prompt, args.sampling.max_new_tokens, &mut Sampler::new(sampling), |id| {
-        if ids.is_empty() {
-            first = Instant::now();
-        }
-        ids.push(id);
-        if model.config.eos_token_ids.contains(&id) {
-            return false;
-        }
-        let shown = printer.push(id).and_then(|news| {
-            if !args.json {
-                write!(out, "{news}")?;
-                out.flush()?;
+    generate(
+        &model,
+        &mut sequence,
+        &prompt,
+        args.sampling.max_new_tokens,
+        &mut Sampler::new(sampling),
+        |id| {
+            if ids.is_empty() {
+                first = Instant::now();
             }
-            text.push_str(&news);
-            Ok(())
-        });
-        failure = shown.err();
-        failure.is_none()
-    })?;
+            ids.push(id);
+            if model.config.eos_token_ids.contains(&id) {
+                return false;
+            }
+            let shown = decode(id).map_err(anyhow::Error::from).and_then(|news| {
+                let news = news.unwrap_or_default();
+                if !args.json {
+                    write!(out, "{news}")?;
+                    out.flush()?;
+                }
+                text.push_str(&news);
+                Ok(())
+            });
+            failure = shown.err();
+            failure.is_none()
+        },
+    )?;
     if let Some(e) = failure {
         return Err(e);
     }
     let prefill = prompt.len() as f64 / (first - started).as_secs_f64();
-    let decode = ids.len().saturating_sub(1) as f64 / first.elapsed().as_secs_f64();
+    let decode_rate = ids.len().saturating_sub(1) as f64 / first.elapsed().as_secs_f64();
     if args.json {
         let result = json!({
             "text": text, "token_ids": ids, "prompt_tokens": prompt.len(),
-            "prefill_tokens_per_second": prefill, "decode_tokens_per_second": decode,
+            "prefill_tokens_per_second": prefill, "decode_tokens_per_second": decode_rate,
         });
         writeln!(out, "{result:#}")?;
     } else {
         writeln!(out)?;
-        eprintln!("[prefill {prefill:.1} tokens/s, decode {decode:.1} tokens/s]");
+        eprintln!("[prefill {prefill:.1} tokens/s, decode {decode_rate:.1} tokens/s]");
     }
     Ok(ExitCode::SUCCESS)
 }

@@ -48,8 +48,12 @@ pub fn run(args: InspectArgs) -> anyhow::Result<ExitCode> {
         None => None,
         Some(_) => {
             let path = args.model.join("report.json");
-            let text = std::fs::read(&path).with_context(|| format!("cannot read {}; quantize the model again", path.display()))?;
-            Some(serde_json::from_slice(&text).with_context(|| format!("{} is not valid JSON", path.display()))?)
+            let text = std::fs::read(&path)
+                .with_context(|| format!("cannot read {}; quantize the model again", path.display()))?;
+            Some(
+                serde_json::from_slice(&text)
+                    .with_context(|| format!("{} is not valid JSON", path.display()))?,
+            )
         }
     };
     let integrity = check(&source);
@@ -71,24 +75,42 @@ pub fn run(args: InspectArgs) -> anyhow::Result<ExitCode> {
     writeln!(
         out,
         "{}: {}, {} blocks, hidden {}, mlp {}, {} heads ({} kv) of {}, vocabulary {}{}",
-        args.model.display(), c.family.model_type(), c.num_layers, c.hidden_size, c.intermediate_size, c.num_heads, c.num_kv_heads,
-        c.head_dim, c.vocab_size, if c.tie_word_embeddings { ", tied" } else { "" }
+        args.model.display(),
+        c.family.model_type(),
+        c.num_layers,
+        c.hidden_size,
+        c.intermediate_size,
+        c.num_heads,
+        c.num_kv_heads,
+        c.head_dim,
+        c.vocab_size,
+        if c.tie_word_embeddings { ", tied" } else { "" }
     )?;
-    let shown: Vec<String> = types.iter().map(|(t, (n, bytes))| format!("{n} {t} ({})", human(*bytes))).collect();
+    let shown: Vec<String> =
+        types.iter().map(|(t, (n, bytes))| format!("{n} {t} ({})", human(*bytes))).collect();
     writeln!(out, "tensors: {}", shown.join(", "))?;
     if let (Some(quant), Some(report)) = (&quant, &report) {
         writeln!(
             out,
             "quantized: {} by recipe {}, {:.3} bits per weight, {} calibration tokens, specquant {}\n",
-            quant.scheme, quant.recipe["name"].as_str().unwrap_or("?"), report["bits_per_weight"].as_f64().unwrap_or(f64::NAN),
-            report["calibration_tokens"], quant.specquant_version
+            quant.scheme,
+            quant.recipe["name"].as_str().unwrap_or("?"),
+            report["bits_per_weight"].as_f64().unwrap_or(f64::NAN),
+            report["calibration_tokens"],
+            quant.specquant_version
         )?;
-        let mut rows = vec![["layer", "shape", "bits", "k mean", "k max", "alpha", "T", "error"].map(str::to_owned).to_vec()];
-        let number = |v: &Value, digits: usize| v.as_f64().map_or("-".to_owned(), |v| format!("{v:.digits$}"));
+        let mut rows = vec![
+            ["layer", "shape", "bits", "k mean", "k max", "alpha", "T", "error"].map(str::to_owned).to_vec(),
+        ];
+        let number =
+            |v: &Value, digits: usize| v.as_f64().map_or("-".to_owned(), |v| format!("{v:.digits$}"));
         for layer in report["layers"].as_array().into_iter().flatten() {
             let fallback = if layer.get("fallback").is_some() { " (nearest)" } else { "" };
             rows.push(vec![
-                format!("{}{fallback}", layer["name"].as_str().unwrap_or("?").trim_start_matches("model.layers.")),
+                format!(
+                    "{}{fallback}",
+                    layer["name"].as_str().unwrap_or("?").trim_start_matches("model.layers.")
+                ),
                 format!("{}x{}", layer["shape"][0], layer["shape"][1]),
                 number(&layer["bits_per_weight"], 3),
                 number(&layer["mean_k"], 1),

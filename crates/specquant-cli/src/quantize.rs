@@ -40,21 +40,31 @@ pub fn recipe(name: &str, flags: &Overrides) -> anyhow::Result<Recipe> {
     }
     match flags.smoothing_strength {
         Some(Strength::Off) => r.smooth = None,
-        Some(Strength::On(s)) => r.smooth = Some(Smooth { smoothing_strength: s, all_sites: r.smooth.is_none_or(|s| s.all_sites) }),
+        Some(Strength::On(s)) => {
+            r.smooth = Some(Smooth { smoothing_strength: s, all_sites: r.smooth.is_none_or(|s| s.all_sites) })
+        }
         None => {}
     }
     if flags.mean_k == Some(0) {
         r.branch = None;
-    } else if flags.mean_k.is_some() || flags.score.is_some() || flags.temperature.is_some() {
+    } else if flags.mean_k.is_some()
+        || flags.max_k.is_some()
+        || flags.score.is_some()
+        || flags.temperature.is_some()
+    {
         let mut branch = match r.branch {
             Some(branch) => branch,
             None => Fourier {
                 mean_k: flags.mean_k.context("this recipe has no branch: give it one with --mean-k K")?,
+                max_k: 0,
                 score: q::branch::Score::Uniform,
                 temperature: q::Searched::Fixed(0.0),
             },
         };
         branch.mean_k = flags.mean_k.unwrap_or(branch.mean_k);
+        // A bound that only came along with the recipe gives way to a larger mean.
+        branch.max_k =
+            flags.max_k.unwrap_or(if branch.max_k == 0 { 0 } else { branch.max_k.max(2 * branch.mean_k) });
         branch.temperature = flags.temperature.unwrap_or(branch.temperature);
         if let Some(score) = flags.score {
             branch.score = match score {
@@ -98,7 +108,12 @@ fn describe(plan: &Plan, recipe: &Recipe) -> String {
 }
 
 /// The calibration sequences: of the file, or written by the model.
-fn texts(source: &Source, tokenizer: &Tokenizer, recipe: &Recipe, quiet: bool) -> anyhow::Result<Vec<Vec<u32>>> {
+fn texts(
+    source: &Source,
+    tokenizer: &Tokenizer,
+    recipe: &Recipe,
+    quiet: bool,
+) -> anyhow::Result<Vec<Vec<u32>>> {
     let c = &recipe.calibration;
     if let Some(file) = &c.file {
         let texts = q::calibration::from_file(file, tokenizer, c, recipe.seed)?;
@@ -111,12 +126,20 @@ fn texts(source: &Source, tokenizer: &Tokenizer, recipe: &Recipe, quiet: bool) -
     let mut model = Model::load(source)?;
     model.widen()?;
     let mut progress = Progress::new("writing text", (c.samples * c.sequence_length) as u64, quiet);
-    let texts = q::calibration::self_generated(&model, c, recipe.seed, &mut |done| progress.set(done as u64, "tokens"))?;
+    let texts = q::calibration::self_generated(&model, c, recipe.seed, &mut |done| {
+        progress.set(done as u64, "tokens")
+    })?;
     Ok(texts)
 }
 
 /// Plans and runs; what `quantize` and `demo` share.
-pub fn quantize(source: &Source, recipe: &Recipe, output: &std::path::Path, overwrite: bool, quiet: bool) -> anyhow::Result<Report> {
+pub fn quantize(
+    source: &Source,
+    recipe: &Recipe,
+    output: &std::path::Path,
+    overwrite: bool,
+    quiet: bool,
+) -> anyhow::Result<Report> {
     let tokenizer = source.tokenizer()?;
     let (have, known) = (tokenizer.vocab_size(), source.config().vocab_size);
     anyhow::ensure!(
@@ -127,15 +150,19 @@ pub fn quantize(source: &Source, recipe: &Recipe, output: &std::path::Path, over
     q::check_output(output, overwrite)?;
     let texts = texts(source, &tokenizer, recipe, quiet)?;
     let mut progress = Progress::new("block", source.config().num_layers as u64, quiet);
-    let report = q::run(source, recipe, &texts, output, overwrite, &mut |Event::Block { index, layers, .. }| {
-        let worst = layers.iter().max_by(|a, b| a.relative_error.total_cmp(&b.relative_error));
-        let mean = layers.iter().map(|l| l.relative_error).sum::<f64>() / layers.len().max(1) as f64;
-        let news = worst.map_or(String::new(), |w| {
-            let short = w.name.rsplit('.').next().unwrap_or(&w.name);
-            format!("{:.3} bits, error mean {mean:.4}, largest {:.4} ({short})", w.bits_per_weight, w.relative_error)
-        });
-        progress.step(index as u64 + 1, &news);
-    })?;
+    let report =
+        q::run(source, recipe, &texts, output, overwrite, &mut |Event::Block { index, layers, .. }| {
+            let worst = layers.iter().max_by(|a, b| a.relative_error.total_cmp(&b.relative_error));
+            let mean = layers.iter().map(|l| l.relative_error).sum::<f64>() / layers.len().max(1) as f64;
+            let news = worst.map_or(String::new(), |w| {
+                let short = w.name.rsplit('.').next().unwrap_or(&w.name);
+                format!(
+                    "{:.3} bits, error mean {mean:.4}, largest {:.4} ({short})",
+                    w.bits_per_weight, w.relative_error
+                )
+            });
+            progress.step(index as u64 + 1, &news);
+        })?;
     Ok(report)
 }
 

@@ -14,11 +14,6 @@ pub fn peak_rss() -> Option<u64> {
     proc_bytes("/proc/self/status", "VmHWM:")
 }
 
-/// Resident memory of this process that no file backs: what it would take on top of the page cache.
-pub fn anonymous_rss() -> Option<u64> {
-    proc_bytes("/proc/self/status", "RssAnon:")
-}
-
 /// Resident memory of this process.
 pub fn rss() -> Option<u64> {
     proc_bytes("/proc/self/status", "VmRSS:")
@@ -39,7 +34,10 @@ pub fn set_threads(threads: Option<usize>) -> anyhow::Result<()> {
     match threads {
         None => Ok(()),
         Some(0) => anyhow::bail!("--threads 0: give at least 1, or leave it out for all cores"),
-        Some(n) => rayon::ThreadPoolBuilder::new().num_threads(n).build_global().context("cannot start the worker threads"),
+        Some(n) => rayon::ThreadPoolBuilder::new()
+            .num_threads(n)
+            .build_global()
+            .context("cannot start the worker threads"),
     }
 }
 

@@ -22,8 +22,11 @@ impl Progress {
     /// Starts at zero. `quiet` shows nothing.
     pub fn new(what: &'static str, total: u64, quiet: bool) -> Self {
         let bar = (stderr().is_terminal() && !quiet).then(|| {
-            let style = ProgressStyle::with_template("{prefix:>12} [{bar:30}] {pos}/{len} {elapsed} eta {eta} {msg}");
-            ProgressBar::new(total).with_style(style.unwrap_or_else(|_| ProgressStyle::default_bar())).with_prefix(what)
+            let style =
+                ProgressStyle::with_template("{prefix:>12} [{bar:30}] {pos}/{len} {elapsed} eta {eta} {msg}");
+            ProgressBar::new(total)
+                .with_style(style.unwrap_or_else(|_| ProgressStyle::default_bar()))
+                .with_prefix(what)
         });
         let now = Instant::now();
         Progress { bar, what, total, started: now, last_line: now, quiet }
@@ -51,7 +54,8 @@ impl Progress {
     fn line(&mut self, done: u64, message: &str) {
         let elapsed = self.started.elapsed().as_secs_f64();
         let eta = elapsed / done.max(1) as f64 * self.total.saturating_sub(done) as f64;
-        let _ = writeln!(stderr(), "{} {done}/{} {elapsed:.0}s eta {eta:.0}s {message}", self.what, self.total);
+        let _ =
+            writeln!(stderr(), "{} {done}/{} {elapsed:.0}s eta {eta:.0}s {message}", self.what, self.total);
         self.last_line = Instant::now();
     }
 }

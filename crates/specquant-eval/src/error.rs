@@ -7,7 +7,9 @@ pub type Result<T> = std::result::Result<T, Error>;
 #[derive(Debug, thiserror::Error)]
 pub enum Error {
     /// The text has fewer tokens than one window.
-    #[error("the text has {tokens} tokens, fewer than one window of {window}; give a longer text or a smaller --window")]
+    #[error(
+        "the text has {tokens} tokens, fewer than one window of {window}; give a longer text or a smaller --window"
+    )]
     TooShort {
         /// Tokens in the text.
         tokens: usize,

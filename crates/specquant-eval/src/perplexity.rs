@@ -44,10 +44,17 @@ pub struct Perplexity {
 ///
 /// # Errors
 /// [`Error::TooShort`], [`Error::Setting`] for a window below 2, and [`Error::NotFinite`].
-pub fn perplexity(model: &Model, ids: &[u32], protocol: &Protocol, progress: &mut dyn FnMut(usize, usize, f64)) -> Result<Perplexity> {
+pub fn perplexity(
+    model: &Model,
+    ids: &[u32],
+    protocol: &Protocol,
+    progress: &mut dyn FnMut(usize, usize, f64),
+) -> Result<Perplexity> {
     let window = protocol.window;
     if window < 2 {
-        return Err(Error::Setting(format!("--window {window}: a window has at least 2 tokens, one of them predicted")));
+        return Err(Error::Setting(format!(
+            "--window {window}: a window has at least 2 tokens, one of them predicted"
+        )));
     }
     let available = ids.len() / window;
     if available == 0 {
@@ -71,13 +78,16 @@ pub fn perplexity(model: &Model, ids: &[u32], protocol: &Protocol, progress: &mu
     }
     let perplexity = mean(&window_nll).exp();
     let n = window_nll.len() as f64;
-    let variance = window_nll.iter().map(|x| (x - mean(&window_nll)).powi(2)).sum::<f64>() / (n - 1.0).max(1.0);
+    let variance =
+        window_nll.iter().map(|x| (x - mean(&window_nll)).powi(2)).sum::<f64>() / (n - 1.0).max(1.0);
     Ok(Perplexity {
         perplexity,
         stderr: perplexity * (variance / n).sqrt(),
         tokens: count * (window - 1),
         window_nll,
-        protocol: format!("token-level, {count} of {available} non-overlapping windows of {window} tokens, tail dropped, no BOS added"),
+        protocol: format!(
+            "token-level, {count} of {available} non-overlapping windows of {window} tokens, tail dropped, no BOS added"
+        ),
     })
 }
 

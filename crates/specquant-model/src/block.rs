@@ -78,7 +78,6 @@ impl RopeTable {
     }
 }
 
-
 /// One sequence's share of a batch: its next `rows` tokens and the layer's cache.
 pub struct Span<'a> {
     /// Number of tokens.
@@ -139,7 +138,15 @@ impl Block {
     }
 
     /// q: `[rows, heads * head_dim]`; k, v: `[rows, kv_heads * head_dim]`; out as q. Each span attends to its own cache only.
-    fn attend(&self, config: &ModelConfig, q: &[f32], k: &[f32], v: &[f32], spans: &mut [Span], out: &mut [f32]) {
+    fn attend(
+        &self,
+        config: &ModelConfig,
+        q: &[f32],
+        k: &[f32],
+        v: &[f32],
+        spans: &mut [Span],
+        out: &mut [f32],
+    ) {
         let scale = 1.0 / (config.head_dim as f32).sqrt();
         let (wide, narrow) = (config.num_heads * config.head_dim, config.num_kv_heads * config.head_dim);
         let mut first = 0;

@@ -46,11 +46,13 @@ impl QuantizationConfig {
     /// # Errors
     /// [`Error::Checkpoint`] when it is ours but cannot be understood.
     pub fn from_config(config: &serde_json::Value) -> Result<Option<Self>> {
-        let Some(value) = config.get("quantization_config").filter(|v| v["quant_method"] == "specquant") else {
+        let Some(value) = config.get("quantization_config").filter(|v| v["quant_method"] == "specquant")
+        else {
             return Ok(None);
         };
-        let quant: Self = serde_json::from_value(value.clone())
-            .map_err(|e| Error::Checkpoint(format!("quantization_config of config.json: {e}; quantize the model again")))?;
+        let quant: Self = serde_json::from_value(value.clone()).map_err(|e| {
+            Error::Checkpoint(format!("quantization_config of config.json: {e}; quantize the model again"))
+        })?;
         if quant.format_version != FORMAT_VERSION {
             return Err(Error::Checkpoint(format!(
                 "config.json: checkpoint format {} is not the {FORMAT_VERSION} that this version reads; quantize the model again",
@@ -101,12 +103,22 @@ pub struct StoredTensor {
 impl StoredTensor {
     /// An F32 tensor.
     pub fn f32(name: String, shape: Vec<usize>, values: &[f32]) -> Self {
-        StoredTensor { name, dtype: safetensors::Dtype::F32, shape, bytes: le_bytes(values, f32::to_le_bytes) }
+        StoredTensor {
+            name,
+            dtype: safetensors::Dtype::F32,
+            shape,
+            bytes: le_bytes(values, f32::to_le_bytes),
+        }
     }
 
     /// An F16 tensor.
     pub fn f16(name: String, shape: Vec<usize>, values: &[f16]) -> Self {
-        StoredTensor { name, dtype: safetensors::Dtype::F16, shape, bytes: le_bytes(values, f16::to_le_bytes) }
+        StoredTensor {
+            name,
+            dtype: safetensors::Dtype::F16,
+            shape,
+            bytes: le_bytes(values, f16::to_le_bytes),
+        }
     }
 }
 
@@ -146,7 +158,10 @@ impl StoredLinear {
         } else {
             StoredTensor::f32(name("weight_scale"), scale_shape, &self.scales)
         };
-        let mut tensors = vec![StoredTensor { name: name("weight_packed"), dtype, shape: vec![self.out, width], bytes }, scale];
+        let mut tensors = vec![
+            StoredTensor { name: name("weight_packed"), dtype, shape: vec![self.out, width], bytes },
+            scale,
+        ];
         if !self.coeffs.is_empty() {
             tensors.push(StoredTensor {
                 name: name("spectral_bins"),
@@ -154,7 +169,11 @@ impl StoredLinear {
                 shape: vec![self.out],
                 bytes: le_bytes(&self.bins, u16::to_le_bytes),
             });
-            tensors.push(StoredTensor::f16(name("spectral_coeffs"), vec![self.coeffs.len() / 2, 2], &self.coeffs));
+            tensors.push(StoredTensor::f16(
+                name("spectral_coeffs"),
+                vec![self.coeffs.len() / 2, 2],
+                &self.coeffs,
+            ));
         }
         if let Some(bias) = &self.bias {
             tensors.push(StoredTensor::f32(name("bias"), vec![self.out], bias));
@@ -166,16 +185,31 @@ impl StoredLinear {
     ///
     /// # Errors
     /// [`Error::Checkpoint`] names the tensor and what is wrong with it.
-    pub fn read(source: &Source, prefix: &str, out: usize, inp: usize, bits: u8, group_size: usize) -> Result<Self> {
+    pub fn read(
+        source: &Source,
+        prefix: &str,
+        out: usize,
+        inp: usize,
+        bits: u8,
+        group_size: usize,
+    ) -> Result<Self> {
         let name = |suffix: &str| format!("{prefix}.{suffix}");
         let fail = |suffix: &str, why: String| {
-            Error::Checkpoint(format!("{}: tensor {prefix}.{suffix} {why}; quantize the model again", source.path().display()))
+            Error::Checkpoint(format!(
+                "{}: tensor {prefix}.{suffix} {why}; quantize the model again",
+                source.path().display()
+            ))
         };
         let packed = source.tensor(&name("weight_packed"))?;
         let (dtype, width) = if bits <= 4 { (Dtype::U8, inp.div_ceil(2)) } else { (Dtype::I8, inp) };
         if packed.dtype != dtype || packed.shape != [out, width] {
             let got = format!("is {:?} {:?}", packed.dtype, packed.shape);
-            return Err(fail("weight_packed", format!("{got} where {bits}-bit codes of a [{out}, {inp}] layer are {dtype:?} [{out}, {width}]")));
+            return Err(fail(
+                "weight_packed",
+                format!(
+                    "{got} where {bits}-bit codes of a [{out}, {inp}] layer are {dtype:?} [{out}, {width}]"
+                ),
+            ));
         }
         let codes: Vec<i8> = if bits <= 4 {
             let row = |row: &[u8]| -> Vec<i8> {
@@ -187,7 +221,10 @@ impl StoredLinear {
         };
         let scales = source.tensor(&name("weight_scale"))?;
         if scales.shape != [out, inp / group_size] {
-            return Err(fail("weight_scale", format!("has shape {:?} instead of [{out}, {}]", scales.shape, inp / group_size)));
+            return Err(fail(
+                "weight_scale",
+                format!("has shape {:?} instead of [{out}, {}]", scales.shape, inp / group_size),
+            ));
         }
         let scales = scales.to_f32()?;
 
@@ -195,13 +232,19 @@ impl StoredLinear {
         if source.has(&name("spectral_coeffs")) {
             let view = source.tensor(&name("spectral_bins"))?;
             if view.dtype != Dtype::U16 || view.shape != [out] {
-                return Err(fail("spectral_bins", format!("is {:?} {:?} instead of U16 [{out}]", view.dtype, view.shape)));
+                return Err(fail(
+                    "spectral_bins",
+                    format!("is {:?} {:?} instead of U16 [{out}]", view.dtype, view.shape),
+                ));
             }
             bins = view.bytes().chunks_exact(2).map(|b| u16::from_le_bytes([b[0], b[1]])).collect();
             let total: usize = bins.iter().map(|&k| usize::from(k)).sum();
             let view = source.tensor(&name("spectral_coeffs"))?;
             if view.dtype != Dtype::F16 || view.shape != [total, 2] {
-                return Err(fail("spectral_coeffs", format!("is {:?} {:?} where the bins ask for F16 [{total}, 2]", view.dtype, view.shape)));
+                return Err(fail(
+                    "spectral_coeffs",
+                    format!("is {:?} {:?} where the bins ask for F16 [{total}, 2]", view.dtype, view.shape),
+                ));
             }
             coeffs = view.bytes().chunks_exact(2).map(|b| f16::from_le_bytes([b[0], b[1]])).collect();
         }
@@ -215,7 +258,9 @@ impl StoredLinear {
     /// [`Error::Kernel`] when codes, scales or coefficients are out of range; `prefix` names the layer.
     pub fn to_linear(&self, prefix: &str, scheme: &Scheme) -> Result<Linear> {
         let named = |source| Error::Kernel { name: prefix.to_owned(), source };
-        let weights = PackedWeights::pack(&self.codes, &self.scales, self.out, self.inp, self.bits, self.group_size).map_err(named)?;
+        let weights =
+            PackedWeights::pack(&self.codes, &self.scales, self.out, self.inp, self.bits, self.group_size)
+                .map_err(named)?;
         let branch = match self.coeffs.is_empty() {
             true => None,
             false => Some(SpectralCoeffs::pack(self.inp, &self.bins, &self.coeffs).map_err(named)?),
@@ -231,7 +276,12 @@ impl StoredLinear {
 
     /// Bits on disk, everything counted: codes, scales, bins and coefficients (a bias is not a weight).
     pub fn stored_bits(&self) -> usize {
-        8 * self.tensors("").iter().filter(|t| !t.name.ends_with(".bias")).map(|t| t.bytes.len()).sum::<usize>()
+        8 * self
+            .tensors("")
+            .iter()
+            .filter(|t| !t.name.ends_with(".bias"))
+            .map(|t| t.bytes.len())
+            .sum::<usize>()
     }
 }
 
@@ -243,21 +293,35 @@ pub(crate) fn read_bias(source: &Source, prefix: &str, out: usize) -> Result<Opt
     }
     let view = source.tensor(&name)?;
     if view.shape != [out] {
-        return Err(Error::Checkpoint(format!("{}: tensor {name} has shape {:?} instead of [{out}]", source.path().display(), view.shape)));
+        return Err(Error::Checkpoint(format!(
+            "{}: tensor {name} has shape {:?} instead of [{out}]",
+            source.path().display(),
+            view.shape
+        )));
     }
     Ok(Some(view.to_f32()?))
 }
 
 /// The linear layer `prefix` of shape `[out, inp]`: quantized where the source holds codes, dense on the memory map otherwise.
-pub(crate) fn read_linear(source: &Source, quant: Option<&QuantizationConfig>, prefix: &str, out: usize, inp: usize) -> Result<Linear> {
+pub(crate) fn read_linear(
+    source: &Source,
+    quant: Option<&QuantizationConfig>,
+    prefix: &str,
+    out: usize,
+    inp: usize,
+) -> Result<Linear> {
     if let Some(quant) = quant.filter(|_| source.has(&format!("{prefix}.weight_packed"))) {
         let scheme = &quant.scheme;
-        return StoredLinear::read(source, prefix, out, inp, scheme.weight_bits, scheme.group(inp))?.to_linear(prefix, scheme);
+        return StoredLinear::read(source, prefix, out, inp, scheme.weight_bits, scheme.group(inp))?
+            .to_linear(prefix, scheme);
     }
     let weight = source.tensor(&format!("{prefix}.weight"))?;
     if weight.shape != [out, inp] {
         let file = source.path().display();
-        return Err(Error::Checkpoint(format!("{file}: tensor {prefix}.weight has shape {:?} instead of [{out}, {inp}]", weight.shape)));
+        return Err(Error::Checkpoint(format!(
+            "{file}: tensor {prefix}.weight has shape {:?} instead of [{out}, {inp}]",
+            weight.shape
+        )));
     }
     let bias = read_bias(source, prefix, out)?;
     Ok(Linear::Dense(DenseLinear { out, inp, weight: DenseWeight::Mapped(weight), bias }))

@@ -128,14 +128,21 @@ mod tests {
         for (id, &logit) in logits.iter().enumerate() {
             let p = f64::from(logit / 0.7).exp() / total;
             let seen = drawn.iter().filter(|&&d| d as usize == id).count() as f64 / n as f64;
-            assert!((seen - p).abs() < 4.0 * (p * (1.0 - p) / n as f64).sqrt(), "id {id}: {seen} instead of {p}");
+            assert!(
+                (seen - p).abs() < 4.0 * (p * (1.0 - p) / n as f64).sqrt(),
+                "id {id}: {seen} instead of {p}"
+            );
         }
     }
 
     #[test]
     fn top_k_and_top_p_cut_the_tail() {
         let logits = [0.0, 1.0, 2.0, 3.0];
-        assert!(draw(Sampling { temperature: 5.0, top_k: 2, top_p: 1.0, seed: 1 }, &logits, 200).iter().all(|d| *d >= 2));
+        assert!(
+            draw(Sampling { temperature: 5.0, top_k: 2, top_p: 1.0, seed: 1 }, &logits, 200)
+                .iter()
+                .all(|d| *d >= 2)
+        );
         // softmax = .03 .09 .24 .64: the two largest are the first to reach 0.7.
         let drawn = draw(Sampling { temperature: 1.0, top_k: 0, top_p: 0.7, seed: 1 }, &logits, 200);
         assert!(drawn.iter().all(|d| *d >= 2) && drawn.contains(&2) && drawn.contains(&3));

@@ -83,11 +83,13 @@ impl DenseLinear {
     fn forward(&self, x: &[f32], rows: usize, y: &mut [f32]) -> Result<()> {
         match &self.weight {
             DenseWeight::Owned(w) => kernels::matmul_nt(x, w, y, rows, self.inp, self.out, false),
-            DenseWeight::Mapped(_) if rows == 1 => y.par_chunks_mut(PANEL).enumerate().try_for_each(|(p, y)| {
-                let w = self.weight.rows(p * PANEL..p * PANEL + y.len(), self.inp)?;
-                kernels::matmul_nt(x, &w, y, 1, self.inp, y.len(), false);
-                Ok(())
-            })?,
+            DenseWeight::Mapped(_) if rows == 1 => {
+                y.par_chunks_mut(PANEL).enumerate().try_for_each(|(p, y)| {
+                    let w = self.weight.rows(p * PANEL..p * PANEL + y.len(), self.inp)?;
+                    kernels::matmul_nt(x, &w, y, 1, self.inp, y.len(), false);
+                    Ok(())
+                })?
+            }
             DenseWeight::Mapped(_) => {
                 let panel = |start: usize| -> Result<(usize, Vec<f32>)> {
                     let width = PANEL.min(self.out - start);
@@ -209,7 +211,8 @@ pub fn forward_shared<const N: usize>(layers: [&Linear; N], x: &[f32], rows: usi
             }
         };
         if let Some(bias) = bias {
-            y.chunks_exact_mut(bias.len()).for_each(|row| row.iter_mut().zip(bias).for_each(|(y, b)| *y += b));
+            y.chunks_exact_mut(bias.len())
+                .for_each(|row| row.iter_mut().zip(bias).for_each(|(y, b)| *y += b));
         }
     }
     Ok(outputs)

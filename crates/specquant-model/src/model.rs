@@ -27,7 +27,8 @@ pub enum Embedding {
 }
 
 /// The int8-per-row form of embeddings and head.
-const INT8_ROWS: Scheme = Scheme { weight_bits: 8, act_bits: 16, kv_bits: 16, group_size: 0, act_clip: 1.0, kv_clip: 1.0 };
+const INT8_ROWS: Scheme =
+    Scheme { weight_bits: 8, act_bits: 16, kv_bits: 16, group_size: 0, act_clip: 1.0, kv_clip: 1.0 };
 
 impl Embedding {
     /// Reads `model.embed_tokens`.
@@ -39,12 +40,18 @@ impl Embedding {
         let (vocab, hidden) = (config.vocab_size, config.hidden_size);
         if source.has("model.embed_tokens.weight_packed") {
             let stored = StoredLinear::read(source, "model.embed_tokens", vocab, hidden, 8, hidden)?;
-            return Ok(Embedding::Int8 { codes: source.tensor("model.embed_tokens.weight_packed")?, scales: stored.scales });
+            return Ok(Embedding::Int8 {
+                codes: source.tensor("model.embed_tokens.weight_packed")?,
+                scales: stored.scales,
+            });
         }
         let view = source.tensor("model.embed_tokens.weight")?;
         if view.shape != [vocab, hidden] {
             let file = source.path().display();
-            return Err(Error::Checkpoint(format!("{file}: tensor model.embed_tokens.weight has shape {:?} instead of [{vocab}, {hidden}]", view.shape)));
+            return Err(Error::Checkpoint(format!(
+                "{file}: tensor model.embed_tokens.weight has shape {:?} instead of [{vocab}, {hidden}]",
+                view.shape
+            )));
         }
         Ok(Embedding::Float(view))
     }
@@ -106,7 +113,10 @@ fn norm(source: &Source, name: &str, width: usize) -> Result<Vec<f32>> {
     let view = source.tensor(name)?;
     if view.shape != [width] {
         let file = source.path().display();
-        return Err(Error::Checkpoint(format!("{file}: tensor {name} has shape {:?} instead of [{width}]", view.shape)));
+        return Err(Error::Checkpoint(format!(
+            "{file}: tensor {name} has shape {:?} instead of [{width}]",
+            view.shape
+        )));
     }
     view.to_f32()
 }
@@ -197,7 +207,9 @@ impl Model {
     pub fn load(source: &Source) -> Result<Self> {
         let quantization = QuantizationConfig::from_config(source.config_json())?;
         let config = source.config().clone();
-        let blocks = (0..config.num_layers).map(|i| Block::read(source, i, quantization.as_ref())).collect::<Result<_>>()?;
+        let blocks = (0..config.num_layers)
+            .map(|i| Block::read(source, i, quantization.as_ref()))
+            .collect::<Result<_>>()?;
         let kv_format = quantization.as_ref().map_or(KvFormat::F32, |q| q.scheme.kv_format());
         Ok(Model {
             embedding: Embedding::read(source)?,
@@ -215,7 +227,10 @@ impl Model {
     /// # Errors
     /// When a weight is not finite.
     pub fn widen(&mut self) -> Result<()> {
-        let blocks = self.blocks.iter_mut().flat_map(|b| [&mut b.q, &mut b.k, &mut b.v, &mut b.o, &mut b.gate, &mut b.up, &mut b.down]);
+        let blocks = self
+            .blocks
+            .iter_mut()
+            .flat_map(|b| [&mut b.q, &mut b.k, &mut b.v, &mut b.o, &mut b.gate, &mut b.up, &mut b.down]);
         for linear in blocks.chain([&mut self.head.linear]) {
             if let Linear::Dense(DenseLinear { weight, .. }) = linear {
                 if let DenseWeight::Mapped(view) = weight {
@@ -293,7 +308,10 @@ impl Model {
         let mut first = 0;
         for rows in hidden.chunks(LOGIT_ROWS * self.config.hidden_size) {
             let logits = self.logits(rows)?;
-            logits.chunks_exact(self.config.vocab_size).enumerate().for_each(|(i, row)| visit(first + i, row));
+            logits
+                .chunks_exact(self.config.vocab_size)
+                .enumerate()
+                .for_each(|(i, row)| visit(first + i, row));
             first += rows.len() / self.config.hidden_size;
         }
         Ok(())

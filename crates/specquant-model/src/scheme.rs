@@ -52,7 +52,9 @@ impl Scheme {
     pub fn validate(&self) -> Result<(), Error> {
         for (what, bits) in [("W", self.weight_bits), ("A", self.act_bits), ("KV", self.kv_bits)] {
             if !(2..=8).contains(&bits) && bits != 16 {
-                return Err(Error::Scheme(format!("{what}{bits}: a width is 2 to 8 bits, or 16 for unquantized")));
+                return Err(Error::Scheme(format!(
+                    "{what}{bits}: a width is 2 to 8 bits, or 16 for unquantized"
+                )));
             }
         }
         if self.weight_bits == 16 && self.act_bits != 16 {
@@ -87,7 +89,11 @@ impl Scheme {
     /// # Errors
     /// [`Error::Scheme`] when `text` has another form or a width is out of range.
     pub fn with_widths(&self, text: &str) -> Result<Scheme, Error> {
-        let bad = || Error::Scheme(format!("\"{text}\" is not a scheme: write W<bits>A<bits>KV<bits>, such as W4A4KV4, W4A16 or W8A8KV8"));
+        let bad = || {
+            Error::Scheme(format!(
+                "\"{text}\" is not a scheme: write W<bits>A<bits>KV<bits>, such as W4A4KV4, W4A16 or W8A8KV8"
+            ))
+        };
         let upper = text.to_ascii_uppercase();
         let rest = upper.strip_prefix('W').ok_or_else(bad)?;
         let (weight, rest) = split_number(rest).ok_or_else(bad)?;
@@ -133,11 +139,19 @@ mod tests {
 
     #[test]
     fn schemes_are_read_as_written() {
-        for (text, want) in [("W4A4KV4", (4, 4, 4)), ("w4a16", (4, 16, 16)), ("W8A8KV8", (8, 8, 8)), ("W3A8", (3, 8, 16)), ("W16A16KV4", (16, 16, 4))] {
+        for (text, want) in [
+            ("W4A4KV4", (4, 4, 4)),
+            ("w4a16", (4, 16, 16)),
+            ("W8A8KV8", (8, 8, 8)),
+            ("W3A8", (3, 8, 16)),
+            ("W16A16KV4", (16, 16, 4)),
+        ] {
             let s: Scheme = text.parse().unwrap();
             assert_eq!((s.weight_bits, s.act_bits, s.kv_bits), want, "{text}");
         }
-        for text in ["", "4A4", "W", "W4A", "W4A4KV", "W4B4", "W1A4", "W9", "W4A4KV4x", "W4A12", "W256A4", "W16A4"] {
+        for text in
+            ["", "4A4", "W", "W4A", "W4A4KV", "W4B4", "W1A4", "W9", "W4A4KV4x", "W4A12", "W256A4", "W16A4"]
+        {
             assert!(text.parse::<Scheme>().is_err(), "{text:?} was taken for a scheme");
         }
     }

@@ -12,7 +12,9 @@ fn golden() -> PathBuf {
 
 /// `scripts/fetch-model.sh` puts it there.
 fn smollm2() -> PathBuf {
-    let cache = || Path::new(&std::env::var("HOME").unwrap()).join(".cache/specquant/SmolLM2-135M-Instruct.Q4_1.gguf");
+    let cache = || {
+        Path::new(&std::env::var("HOME").unwrap()).join(".cache/specquant/SmolLM2-135M-Instruct.Q4_1.gguf")
+    };
     std::env::var("SPECQUANT_SMOLLM2").map_or_else(|_| cache(), PathBuf::from)
 }
 
@@ -25,19 +27,29 @@ fn max_difference(a: &[f32], b: &[f32]) -> f32 {
     a.iter().zip(b).map(|(a, b)| (a - b).abs()).fold(0.0, f32::max)
 }
 
-const TINY: [&str; 6] = ["llama-tied-bf16", "llama3-rope-scaled", "llama-sharded", "mistral", "qwen2", "qwen3"];
+const TINY: [&str; 6] =
+    ["llama-tied-bf16", "llama3-rope-scaled", "llama-sharded", "mistral", "qwen2", "qwen3"];
 
 fn tiny_case(name: &str) -> (Model, Vec<u32>, Vec<f32>) {
     let dir = golden().join("tiny").join(name);
     let bytes = std::fs::read(dir.join("expected.safetensors")).unwrap();
     let expected = SafeTensors::deserialize(&bytes).unwrap();
-    let ids = expected.tensor("input_ids").unwrap().data().chunks_exact(8).map(|b| b[0] as u32 + 256 * b[1] as u32).collect();
+    let ids = expected
+        .tensor("input_ids")
+        .unwrap()
+        .data()
+        .chunks_exact(8)
+        .map(|b| b[0] as u32 + 256 * b[1] as u32)
+        .collect();
     let mut model = Model::open(&dir).unwrap();
     // The expected logits come from a model cast to its 16-bit type and back, which left its rotary frequencies rounded to that
     // type. A model loaded as float32 has them in f32 (the real model below does).
     let config = std::fs::read_to_string(dir.join("config.json")).unwrap();
-    let round: fn(f32) -> f32 =
-        if config.contains("bfloat16") { |f| half::bf16::from_f32(f).to_f32() } else { |f| half::f16::from_f32(f).to_f32() };
+    let round: fn(f32) -> f32 = if config.contains("bfloat16") {
+        |f| half::bf16::from_f32(f).to_f32()
+    } else {
+        |f| half::f16::from_f32(f).to_f32()
+    };
     model.set_inv_freq(model.config.inv_freq().into_iter().map(round).collect());
     (model, ids, f32s(expected.tensor("logits").unwrap().data()))
 }
@@ -86,8 +98,15 @@ fn a_short_cache_of_eight_bits_stays_close() {
         let got = model.logits(&hidden).unwrap();
         got.iter().zip(&want).map(|(a, b)| (a - b) * (a - b)).sum::<f32>().sqrt() / norm
     };
-    let (half, eight, four) = (error(KvFormat::F16), error(KvFormat::Int { bits: 8, clip: 1.0 }), error(KvFormat::Int { bits: 4, clip: 1.0 }));
-    assert!(half < 1e-3 && half < eight && eight < 0.02 && eight < four, "f16 {half}, 8 bits {eight}, 4 bits {four}");
+    let (half, eight, four) = (
+        error(KvFormat::F16),
+        error(KvFormat::Int { bits: 8, clip: 1.0 }),
+        error(KvFormat::Int { bits: 4, clip: 1.0 }),
+    );
+    assert!(
+        half < 1e-3 && half < eight && eight < 0.02 && eight < four,
+        "f16 {half}, 8 bits {eight}, 4 bits {four}"
+    );
 }
 
 #[test]
@@ -106,11 +125,14 @@ fn smollm2_gives_the_token_ids_logits_and_continuations_of_transformers() {
     let model = Model::load(&source).unwrap();
     let bytes = std::fs::read(golden().join("logits/logits_gguf_f32.safetensors")).unwrap();
     let expected = SafeTensors::deserialize(&bytes).unwrap();
-    let texts: serde_json::Value = serde_json::from_slice(&std::fs::read(golden().join("logits/logits.json")).unwrap()).unwrap();
+    let texts: serde_json::Value =
+        serde_json::from_slice(&std::fs::read(golden().join("logits/logits.json")).unwrap()).unwrap();
     for prompt in texts["prompts"].as_array().unwrap() {
         let name = prompt["name"].as_str().unwrap();
         let tensor = |suffix: &str| expected.tensor(&format!("{name}.{suffix}")).unwrap().data().to_vec();
-        let i32s = |bytes: Vec<u8>| -> Vec<u32> { bytes.chunks_exact(4).map(|b| u32::from_le_bytes(b.try_into().unwrap())).collect() };
+        let i32s = |bytes: Vec<u8>| -> Vec<u32> {
+            bytes.chunks_exact(4).map(|b| u32::from_le_bytes(b.try_into().unwrap())).collect()
+        };
         let ids = tokenizer.encode(prompt["text"].as_str().unwrap(), true).unwrap();
         assert_eq!(ids, i32s(tensor("token_ids")), "{name}");
 
@@ -122,15 +144,31 @@ fn smollm2_gives_the_token_ids_logits_and_continuations_of_transformers() {
         let (top_ids, top_logits) = (i32s(tensor("top10_ids")), f32s(&tensor("top10_logits")));
         for (i, (id, want)) in top_ids.iter().zip(&top_logits).enumerate() {
             let got = logits[i / 10 * vocab + *id as usize];
-            assert!((got - want).abs() < 2e-3, "{name}, position {}, id {id}: {got} instead of {want}", i / 10);
+            assert!(
+                (got - want).abs() < 2e-3,
+                "{name}, position {}, id {id}: {got} instead of {want}",
+                i / 10
+            );
         }
 
-        let want: Vec<u32> = prompt["greedy"]["token_ids_32_no_stop"].as_array().unwrap().iter().map(|v| v.as_u64().unwrap() as u32).collect();
+        let want: Vec<u32> = prompt["greedy"]["token_ids_32_no_stop"]
+            .as_array()
+            .unwrap()
+            .iter()
+            .map(|v| v.as_u64().unwrap() as u32)
+            .collect();
         let mut got = Vec::new();
-        generate(&model, &mut model.sequence(), &ids, want.len(), &mut Sampler::new(Sampling::GREEDY), |id| {
-            got.push(id);
-            true
-        })
+        generate(
+            &model,
+            &mut model.sequence(),
+            &ids,
+            want.len(),
+            &mut Sampler::new(Sampling::GREEDY),
+            |id| {
+                got.push(id);
+                true
+            },
+        )
         .unwrap();
         assert_eq!(got, want, "{name}");
     }

@@ -48,9 +48,15 @@ impl SiteStats {
                 self.sample.extend_from_slice(row);
             }
             self.rows += 1;
-            for (channel, (&x, (max, sum))) in row.iter().zip(self.max.iter_mut().zip(&mut self.sum)).enumerate() {
+            for (channel, (&x, (max, sum))) in
+                row.iter().zip(self.max.iter_mut().zip(&mut self.sum)).enumerate()
+            {
                 if !x.is_finite() {
-                    return Err(Error::NotFinite { module: module.to_owned(), what: "the calibration input", channel: Some(channel) });
+                    return Err(Error::NotFinite {
+                        module: module.to_owned(),
+                        what: "the calibration input",
+                        channel: Some(channel),
+                    });
                 }
                 *max = max.max(x.abs());
                 *sum += f64::from(x.abs());
@@ -68,7 +74,9 @@ impl SiteStats {
             self.max[channel] /= l;
             self.sum[channel] /= f64::from(l);
         }
-        self.sample.chunks_exact_mut(lambda.len()).for_each(|row| row.iter_mut().zip(lambda).for_each(|(x, l)| *x /= l));
+        self.sample
+            .chunks_exact_mut(lambda.len())
+            .for_each(|row| row.iter_mut().zip(lambda).for_each(|(x, l)| *x /= l));
         if let Some(hessian) = &mut self.hessian {
             hessian.rescale(&lambda.iter().map(|l| 1.0 / l).collect::<Vec<_>>());
         }
@@ -149,7 +157,13 @@ fn fold(block: &mut Block, site: Site, lambda: &[f32], kv_lambda: &[f32]) {
 }
 
 /// Smoothing factors of a site at migration strength `alpha`, `[in]`, and those of its KV heads where they are shared.
-fn site_factors(stats: &SiteStats, weight_max: &[f32], site: Site, alpha: f32, config: &ModelConfig) -> (Vec<f32>, Vec<f32>) {
+fn site_factors(
+    stats: &SiteStats,
+    weight_max: &[f32],
+    site: Site,
+    alpha: f32,
+    config: &ModelConfig,
+) -> (Vec<f32>, Vec<f32>) {
     let mut lambda = smooth::factors(&stats.max, weight_max, alpha);
     let kv_lambda = match site {
         Site::O => smooth::share_in_groups(&mut lambda, config.num_heads, config.num_kv_heads),
@@ -159,7 +173,14 @@ fn site_factors(stats: &SiteStats, weight_max: &[f32], site: Site, alpha: f32, c
 }
 
 /// Chooses a site's migration strength by the output error of its layers as they would be quantized; `None` is no smoothing.
-fn search_strength(block: &mut Block, site: Site, stats: &SiteStats, weight_max: &[f32], recipe: &Recipe, config: &ModelConfig) -> Result<Option<f32>> {
+fn search_strength(
+    block: &mut Block,
+    site: Site,
+    stats: &SiteStats,
+    weight_max: &[f32],
+    recipe: &Recipe,
+    config: &ModelConfig,
+) -> Result<Option<f32>> {
     let rows = stats.sampled_rows();
     let mean_abs = stats.mean_abs();
     let mut layers = Vec::new();
@@ -173,9 +194,13 @@ fn search_strength(block: &mut Block, site: Site, stats: &SiteStats, weight_max:
     let mut best = (f64::INFINITY, None);
     let strengths = (0..=20).map(|i| Some(i as f32 / 20.0));
     for alpha in [None].into_iter().chain(strengths) {
-        let lambda = alpha.map_or_else(|| vec![1.0; stats.max.len()], |a| site_factors(stats, weight_max, site, a, config).0);
+        let lambda = alpha.map_or_else(
+            || vec![1.0; stats.max.len()],
+            |a| site_factors(stats, weight_max, site, a, config).0,
+        );
         let mut x = stats.sample.clone();
-        x.chunks_exact_mut(lambda.len()).for_each(|row| row.iter_mut().zip(&lambda).for_each(|(x, l)| *x /= l));
+        x.chunks_exact_mut(lambda.len())
+            .for_each(|row| row.iter_mut().zip(&lambda).for_each(|(x, l)| *x /= l));
         let mean_abs: Vec<f32> = mean_abs.iter().zip(&lambda).map(|(m, l)| m / l).collect();
         let mut error = 0.0;
         for (name, out, inp, w, bias, want) in &layers {
@@ -212,7 +237,8 @@ pub fn quantize_block(
             }
             let inp = stats[i].max.len();
             let weights = site_layers(block, site);
-            let weights: Vec<&[f32]> = weights.into_iter().filter_map(|(_, l)| dense(l)).map(|(w, _)| w.as_slice()).collect();
+            let weights: Vec<&[f32]> =
+                weights.into_iter().filter_map(|(_, l)| dense(l)).map(|(w, _)| w.as_slice()).collect();
             let weight_max = smooth::column_max(&weights, inp);
             strengths[i] = match recipe_smooth.smoothing_strength {
                 Searched::Fixed(alpha) => Some(alpha),

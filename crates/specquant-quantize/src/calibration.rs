@@ -18,12 +18,19 @@ const GENERATION_BATCH: usize = 16;
 ///
 /// # Errors
 /// [`Error::Calibration`] when the file is unreadable, has no text, or fewer than two tokens.
-pub fn from_file(path: &Path, tokenizer: &Tokenizer, calibration: &Calibration, seed: u64) -> Result<Vec<Vec<u32>>> {
+pub fn from_file(
+    path: &Path,
+    tokenizer: &Tokenizer,
+    calibration: &Calibration,
+    seed: u64,
+) -> Result<Vec<Vec<u32>>> {
     let fail = |why: String| Error::Calibration { path: path.to_owned(), why };
     let text = read_text(path).map_err(fail)?;
     let ids = tokenizer.encode(&text, false)?;
     if ids.len() < 2 {
-        return Err(fail("has no tokens to calibrate on; name a file with a few pages of ordinary text".to_owned()));
+        return Err(fail(
+            "has no tokens to calibrate on; name a file with a few pages of ordinary text".to_owned(),
+        ));
     }
     let length = calibration.sequence_length.min(ids.len());
     let mut rng = ChaCha8Rng::seed_from_u64(seed);
@@ -44,7 +51,8 @@ pub fn read_text(path: &Path) -> std::result::Result<String, String> {
     let raw = std::fs::read_to_string(path).map_err(|e| format!("cannot be read as UTF-8 text: {e}"))?;
     let text = if path.extension().is_some_and(|e| e == "jsonl") {
         let line = |(i, line): (usize, &str)| {
-            let value: serde_json::Value = serde_json::from_str(line).map_err(|e| format!("line {}: {e}", i + 1))?;
+            let value: serde_json::Value =
+                serde_json::from_str(line).map_err(|e| format!("line {}: {e}", i + 1))?;
             let text = value.get("text").and_then(|t| t.as_str());
             text.map(str::to_owned).ok_or_else(|| format!("line {} has no string \"text\"", i + 1))
         };
@@ -66,11 +74,17 @@ pub fn read_text(path: &Path) -> std::result::Result<String, String> {
 ///
 /// # Errors
 /// When the model cannot be run.
-pub fn self_generated(model: &Model, calibration: &Calibration, seed: u64, progress: &mut dyn FnMut(usize)) -> Result<Vec<Vec<u32>>> {
+pub fn self_generated(
+    model: &Model,
+    calibration: &Calibration,
+    seed: u64,
+    progress: &mut dyn FnMut(usize),
+) -> Result<Vec<Vec<u32>>> {
     let mut rng = ChaCha8Rng::seed_from_u64(seed);
     let mut sampler = Sampler::new(Sampling { temperature: 1.0, top_k: 0, top_p: 1.0, seed });
     let vocab = model.config.vocab_size;
-    let mut texts: Vec<Vec<u32>> = (0..calibration.samples).map(|_| vec![rng.random_range(0..vocab as u32)]).collect();
+    let mut texts: Vec<Vec<u32>> =
+        (0..calibration.samples).map(|_| vec![rng.random_range(0..vocab as u32)]).collect();
     let mut done = texts.len();
     for batch in texts.chunks_mut(GENERATION_BATCH) {
         let mut sequences: Vec<Sequence> = batch.iter().map(|_| model.sequence()).collect();

@@ -30,7 +30,8 @@ pub fn render(source: &Source, recipe: &Recipe, report: &Report) -> String {
     for layer in worst.iter().take(5) {
         let _ = writeln!(card, "| {} | {:.4} |", layer.name, layer.relative_error);
     }
-    let fallbacks: Vec<_> = report.layers.iter().filter_map(|l| Some((&l.name, l.rounding.fallback.as_ref()?))).collect();
+    let fallbacks: Vec<_> =
+        report.layers.iter().filter_map(|l| Some((&l.name, l.rounding.fallback.as_ref()?))).collect();
     if !fallbacks.is_empty() {
         card.push_str("\n## Layers rounded to nearest instead of by GPTQ\n\n");
         for (name, why) in fallbacks {

@@ -55,14 +55,22 @@ fn allocate(w: &Weight, fourier: &Fourier, mean_abs: &[f32], t: f32) -> Vec<u16>
         Score::Entropy if t > 0.0 => branch::spectral_entropy(w.values, w.out, w.inp),
         _ => vec![0.0; w.out],
     };
-    branch::allocate(&scores, t, fourier.mean_k, w.inp)
+    let bins = w.inp / 2 + 1;
+    let most = if fourier.max_k == 0 { bins } else { fourier.max_k.min(bins) };
+    branch::allocate(&scores, t, fourier.mean_k, most)
 }
 
 /// Splits off the lowest `bins` of every channel, rounds the residual, and returns the layer as it will lie on disk.
 ///
 /// # Errors
 /// When a coefficient or a scale is not finite.
-pub fn quantize(w: &Weight, scheme: &Scheme, bins: Vec<u16>, clip: &ClipSearch, round: Round) -> Result<(StoredLinear, RoundingReport)> {
+pub fn quantize(
+    w: &Weight,
+    scheme: &Scheme,
+    bins: Vec<u16>,
+    clip: &ClipSearch,
+    round: Round,
+) -> Result<(StoredLinear, RoundingReport)> {
     let branched = bins.iter().any(|&k| k > 0);
     let truncated = branched
         .then(|| branch::truncate(w.values, w.out, w.inp, &bins))
@@ -79,7 +87,9 @@ pub fn quantize(w: &Weight, scheme: &Scheme, bins: Vec<u16>, clip: &ClipSearch, 
         return Err(Error::NotFinite { module: w.name.to_owned(), what: "a weight scale", channel });
     }
     let (codes, report) = match round {
-        Round::Nearest => (rounding::round_to_nearest(&residual, w.out, w.inp, &scales, &grid), RoundingReport::default()),
+        Round::Nearest => {
+            (rounding::round_to_nearest(&residual, w.out, w.inp, &scales, &grid), RoundingReport::default())
+        }
         Round::Gptq(factor) => {
             let result = rounding::gptq(&residual, w.out, w.inp, &scales, &grid, factor);
             let report = RoundingReport {
@@ -92,7 +102,20 @@ pub fn quantize(w: &Weight, scheme: &Scheme, bins: Vec<u16>, clip: &ClipSearch, 
     };
     let (bins, coeffs) = truncated.map_or((Vec::new(), Vec::new()), |t| (t.bins, t.coeffs));
     let (out, inp, bits, group_size) = (w.out, w.inp, scheme.weight_bits, grid.group_size);
-    Ok((StoredLinear { out, inp, bits, group_size, codes, scales, bins, coeffs, bias: w.bias.map(<[f32]>::to_vec) }, report))
+    Ok((
+        StoredLinear {
+            out,
+            inp,
+            bits,
+            group_size,
+            codes,
+            scales,
+            bins,
+            coeffs,
+            bias: w.bias.map(<[f32]>::to_vec),
+        },
+        report,
+    ))
 }
 
 /// Squared error of the layer's output, by the engine that will run it, relative to the output's energy.
@@ -115,7 +138,15 @@ pub fn output_error(layer: &Linear, x: &[f32], want: &[f32], rows: usize) -> Res
 ///
 /// # Errors
 /// As [`quantize`].
-pub fn trial_error(w: &Weight, recipe: &Recipe, mean_abs: &[f32], t: f32, x: &[f32], want: &[f32], rows: usize) -> Result<f64> {
+pub fn trial_error(
+    w: &Weight,
+    recipe: &Recipe,
+    mean_abs: &[f32],
+    t: f32,
+    x: &[f32],
+    want: &[f32],
+    rows: usize,
+) -> Result<f64> {
     let bins = recipe.branch.as_ref().map_or(Vec::new(), |f| allocate(w, f, mean_abs, t));
     let (stored, _) = quantize(w, &recipe.scheme, bins, &SEARCH_CLIP, Round::Nearest)?;
     output_error(&stored.to_linear(w.name, &recipe.scheme)?, x, want, rows)

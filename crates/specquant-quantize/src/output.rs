@@ -31,13 +31,20 @@ impl Output {
     /// [`Error::Output`] when the destination exists and `overwrite` is false, or nothing can be written there.
     pub fn create(destination: &Path, overwrite: bool, shards: usize) -> Result<Self> {
         let fail = |why: String| Error::Output { path: destination.to_owned(), why };
-        let name = destination.file_name().ok_or_else(|| fail("is not the name of a directory; give -o DIRECTORY".to_owned()))?;
+        let name = destination
+            .file_name()
+            .ok_or_else(|| fail("is not the name of a directory; give -o DIRECTORY".to_owned()))?;
         if destination.symlink_metadata().is_ok() {
             if !overwrite {
-                return Err(fail("exists already; choose another -o, or add --overwrite to replace it".to_owned()));
+                return Err(fail(
+                    "exists already; choose another -o, or add --overwrite to replace it".to_owned(),
+                ));
             }
             if !is_ours(destination) {
-                return Err(fail("is not a SpecQuant checkpoint, so --overwrite does not touch it; choose another -o".to_owned()));
+                return Err(fail(
+                    "is not a SpecQuant checkpoint, so --overwrite does not touch it; choose another -o"
+                        .to_owned(),
+                ));
             }
         }
         let mut partial_name = name.to_owned();
@@ -45,11 +52,22 @@ impl Output {
         let partial = destination.with_file_name(partial_name);
         if partial.exists() {
             // Left by a run that was killed; nothing in it is complete.
-            fs::remove_dir_all(&partial).map_err(|e| fail(format!("cannot remove the unfinished {}: {e}", partial.display())))?;
+            fs::remove_dir_all(&partial)
+                .map_err(|e| fail(format!("cannot remove the unfinished {}: {e}", partial.display())))?;
         }
-        fs::create_dir_all(&partial).map_err(|e| fail(format!("cannot be created: {e}; choose a directory you can write to")))?;
+        fs::create_dir_all(&partial)
+            .map_err(|e| fail(format!("cannot be created: {e}; choose a directory you can write to")))?;
         let destination = destination.to_owned();
-        Ok(Output { destination, partial, overwrite, shards, written: 0, index: BTreeMap::new(), bytes: 0, finished: false })
+        Ok(Output {
+            destination,
+            partial,
+            overwrite,
+            shards,
+            written: 0,
+            index: BTreeMap::new(),
+            bytes: 0,
+            finished: false,
+        })
     }
 
     /// Writes the next shard.
@@ -64,7 +82,8 @@ impl Output {
             view.map(|v| (t.name.as_str(), v)).map_err(|e| self.fail(&file, e))
         });
         let views = views.collect::<Result<Vec<_>>>()?;
-        let bytes = safetensors::serialize(views, Some([("format".to_owned(), "pt".to_owned())].into())).map_err(|e| self.fail(&file, e))?;
+        let bytes = safetensors::serialize(views, Some([("format".to_owned(), "pt".to_owned())].into()))
+            .map_err(|e| self.fail(&file, e))?;
         self.write(&file, &bytes)?;
         for tensor in tensors {
             self.index.insert(tensor.name.clone(), file.clone());
@@ -103,7 +122,10 @@ impl Output {
         debug_assert_eq!(self.written, self.shards);
         let index = json!({ "metadata": { "total_size": self.bytes }, "weight_map": self.index });
         self.write("model.safetensors.index.json", format!("{index:#}\n").as_bytes())?;
-        let moved = |e: std::io::Error| Error::Output { path: self.destination.clone(), why: format!("cannot be moved into place: {e}") };
+        let moved = |e: std::io::Error| Error::Output {
+            path: self.destination.clone(),
+            why: format!("cannot be moved into place: {e}"),
+        };
         let old = self.partial.with_extension("replaced");
         let replaces = self.overwrite && self.destination.exists();
         if replaces {
@@ -139,7 +161,9 @@ pub fn check_output(destination: &Path, overwrite: bool) -> Result<()> {
 /// Whether a directory may be replaced: it is empty, or a checkpoint of ours.
 fn is_ours(path: &Path) -> bool {
     let empty = fs::read_dir(path).is_ok_and(|mut entries| entries.next().is_none());
-    let config = || -> Option<serde_json::Value> { serde_json::from_slice(&fs::read(path.join("config.json")).ok()?).ok() };
+    let config = || -> Option<serde_json::Value> {
+        serde_json::from_slice(&fs::read(path.join("config.json")).ok()?).ok()
+    };
     empty || config().is_some_and(|c| c["quantization_config"]["quant_method"] == "specquant")
 }
 
@@ -175,7 +199,8 @@ mod tests {
         assert!(error.contains("--overwrite"), "{error}");
         let error = Output::create(&dst, true, 0).err().unwrap().to_string();
         assert!(error.contains("not a SpecQuant checkpoint") && dst.join("precious").exists(), "{error}");
-        fs::write(dst.join("config.json"), r#"{"quantization_config": {"quant_method": "specquant"}}"#).unwrap();
+        fs::write(dst.join("config.json"), r#"{"quantization_config": {"quant_method": "specquant"}}"#)
+            .unwrap();
         Output::create(&dst, true, 0).unwrap().finish().unwrap();
         assert!(!dst.join("precious").exists() && dst.join("model.safetensors.index.json").exists());
         assert_eq!(fs::read_dir(dir.path()).unwrap().count(), 1);
@@ -190,7 +215,8 @@ mod tests {
         output.write_shard(&[StoredTensor::f32("b".into(), vec![1], &[3.0])]).unwrap();
         assert_eq!(output.bytes(), 12);
         output.finish().unwrap();
-        let index: serde_json::Value = serde_json::from_slice(&fs::read(dst.join("model.safetensors.index.json")).unwrap()).unwrap();
+        let index: serde_json::Value =
+            serde_json::from_slice(&fs::read(dst.join("model.safetensors.index.json")).unwrap()).unwrap();
         assert_eq!(index["weight_map"]["b"], "model-00002-of-00002.safetensors");
         let bytes = fs::read(dst.join("model-00001-of-00002.safetensors")).unwrap();
         let tensors = safetensors::SafeTensors::deserialize(&bytes).unwrap();

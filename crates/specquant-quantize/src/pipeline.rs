@@ -11,8 +11,8 @@ use serde::Serialize;
 use serde_json::json;
 use specquant_kernels::{KvCache, KvFormat};
 use specquant_model::{
-    Block, DenseLinear, DenseWeight, Dtype, FORMAT_VERSION, Linear, ModelConfig, QuantizationConfig, RopeTable, Site, Source, Span,
-    StoredTensor, storable_scales,
+    Block, DenseLinear, DenseWeight, Dtype, FORMAT_VERSION, Linear, ModelConfig, QuantizationConfig,
+    RopeTable, Site, Source, Span, StoredTensor, storable_scales,
 };
 
 use crate::block::{LayerReport, SiteStats, quantize_block};
@@ -81,7 +81,10 @@ pub fn plan(source: &Source, recipe: &Recipe) -> Result<Plan> {
     let config = source.config();
     let mut problems = Vec::new();
     if source.config_json().get("quantization_config").is_some_and(|q| !q.is_null()) {
-        problems.push(format!("  {} is quantized already: give the full-precision model", source.path().display()));
+        problems.push(format!(
+            "  {} is quantized already: give the full-precision model",
+            source.path().display()
+        ));
     }
     let scheme = &recipe.scheme;
     let shapes = config.linear_shapes(0);
@@ -89,16 +92,22 @@ pub fn plan(source: &Source, recipe: &Recipe) -> Result<Plan> {
         let (inp, name) = (*inp, name.trim_start_matches("model.layers.0."));
         let group = scheme.group(inp);
         if inp % group != 0 || (group < inp && group % 8 != 0) {
-            let fits: Vec<String> = [32, 64, 96, 128, 192, 256].iter().filter(|g| inp % *g == 0).map(usize::to_string).collect();
+            let fits: Vec<String> =
+                [32, 64, 96, 128, 192, 256].iter().filter(|g| inp % *g == 0).map(usize::to_string).collect();
             problems.push(format!("  {name}: group size {group} does not divide its {inp} inputs into groups of a multiple of 8; these would: {}, or 0", fits.join(", ")));
         }
         let bins = inp / 2 + 1;
         if recipe.branch.as_ref().is_some_and(|b| b.mean_k > bins) {
-            problems.push(format!("  {name}: has {bins} frequency bins, fewer than branch.mean_k; lower it (--mean-k)"));
+            problems.push(format!(
+                "  {name}: has {bins} frequency bins, fewer than branch.mean_k; lower it (--mean-k)"
+            ));
         }
     }
     if recipe.branch.is_some() && scheme.weight_bits == 16 {
-        problems.push("  a spectral branch needs integer weights: lower the W of the scheme, or drop the branch".to_owned());
+        problems.push(
+            "  a spectral branch needs integer weights: lower the W of the scheme, or drop the branch"
+                .to_owned(),
+        );
     }
     if !problems.is_empty() {
         return Err(Error::Unfit(problems.join("\n")));
@@ -106,14 +115,19 @@ pub fn plan(source: &Source, recipe: &Recipe) -> Result<Plan> {
 
     let mean_k = recipe.branch.as_ref().map_or(0, |b| b.mean_k) as f64;
     let bits = |out: usize, inp: usize| {
-        let container = if scheme.weight_bits <= 4 { 4 * inp.next_multiple_of(2) } else { inp * if scheme.weight_bits == 16 { 16 } else { 8 } };
+        let container = if scheme.weight_bits <= 4 {
+            4 * inp.next_multiple_of(2)
+        } else {
+            inp * if scheme.weight_bits == 16 { 16 } else { 8 }
+        };
         let groups = if scheme.weight_bits == 16 { 0 } else { inp / scheme.group(inp) };
         let branch = if mean_k > 0.0 { 32.0 * mean_k + 16.0 } else { 0.0 };
         out as f64 * ((container + 16 * groups) as f64 + branch)
     };
     let block_weights: usize = shapes.iter().map(|(_, [out, inp])| out * inp).sum();
     let block_bits: f64 = shapes.iter().map(|(_, [out, inp])| bits(*out, *inp)).sum();
-    let vocab_weights = config.vocab_size * config.hidden_size * if config.tie_word_embeddings { 1 } else { 2 };
+    let vocab_weights =
+        config.vocab_size * config.hidden_size * if config.tie_word_embeddings { 1 } else { 2 };
     let vocab_bytes = vocab_weights * if recipe.embeddings == Embeddings::Int8 { 1 } else { 2 };
     let tokens = recipe.calibration.samples * recipe.calibration.sequence_length;
 
@@ -122,7 +136,9 @@ pub fn plan(source: &Source, recipe: &Recipe) -> Result<Plan> {
         Rounding::Gptq(_) => Site::ALL.iter().map(|s| site_width(config, *s).pow(2) * 8).sum::<usize>() * 2,
     };
     let states = tokens * config.hidden_size * 4;
-    let batch = BATCH_ROWS.min(tokens) * (4 * config.hidden_size + 3 * config.intermediate_size + 2 * config.num_heads * config.head_dim) * 4;
+    let batch = BATCH_ROWS.min(tokens)
+        * (4 * config.hidden_size + 3 * config.intermediate_size + 2 * config.num_heads * config.head_dim)
+        * 4;
     let peak = block_weights * 4 * 3 + hessians + states + batch + vocab_bytes.max(64 << 20);
     Ok(Plan {
         blocks: config.num_layers,
@@ -180,7 +196,8 @@ pub fn run(
         .iter()
         .map(|ids| {
             let mut x = embedding.lookup(ids, config.hidden_size)?;
-            x.chunks_exact_mut(config.hidden_size).for_each(|row| round_row(row, recipe.embeddings, half_dtype));
+            x.chunks_exact_mut(config.hidden_size)
+                .for_each(|row| round_row(row, recipe.embeddings, half_dtype));
             Ok(x)
         })
         .collect::<Result<Vec<_>>>()?;
@@ -224,11 +241,25 @@ pub fn run(
 }
 
 /// Calibrates and quantizes one block, and moves the hidden states through the result.
-fn one_block(source: &Source, index: usize, recipe: &Recipe, states: &mut [Vec<f32>], half: HalfType) -> Result<(Vec<StoredTensor>, Vec<LayerReport>)> {
+fn one_block(
+    source: &Source,
+    index: usize,
+    recipe: &Recipe,
+    states: &mut [Vec<f32>],
+    half: HalfType,
+) -> Result<(Vec<StoredTensor>, Vec<LayerReport>)> {
     let config = source.config();
     let prefix = format!("model.layers.{index}");
     let mut block = Block::read(source, index, None)?;
-    for linear in [&mut block.q, &mut block.k, &mut block.v, &mut block.o, &mut block.gate, &mut block.up, &mut block.down] {
+    for linear in [
+        &mut block.q,
+        &mut block.k,
+        &mut block.v,
+        &mut block.o,
+        &mut block.gate,
+        &mut block.up,
+        &mut block.down,
+    ] {
         if let Linear::Dense(DenseLinear { weight, .. }) = linear {
             if let DenseWeight::Mapped(view) = weight {
                 *weight = DenseWeight::Owned(view.to_f32()?);
@@ -240,15 +271,22 @@ fn one_block(source: &Source, index: usize, recipe: &Recipe, states: &mut [Vec<f
     if recipe.scheme.weight_bits < 16 {
         let rows = states.iter().map(|s| s.len() / config.hidden_size).sum();
         let with_hessian = matches!(recipe.rounding, Rounding::Gptq(_));
-        let mut stats = Site::ALL
-            .map(|site| SiteStats::new(site_width(config, site), rows, recipe.calibration.search_tokens, with_hessian));
+        let mut stats = Site::ALL.map(|site| {
+            SiteStats::new(site_width(config, site), rows, recipe.calibration.search_tokens, with_hessian)
+        });
         // Statistics come from the full-precision block on the quantized blocks' outputs; the states themselves stay.
         let mut observed = Ok(());
-        run_block(&block, config, KvFormat::F32, &mut states.iter().map(|s| s.clone()).collect::<Vec<_>>(), &mut |site, x| {
-            if observed.is_ok() {
-                observed = stats[site as usize].add(x, &format!("{prefix} {site:?}"));
-            }
-        })?;
+        run_block(
+            &block,
+            config,
+            KvFormat::F32,
+            &mut states.iter().map(|s| s.clone()).collect::<Vec<_>>(),
+            &mut |site, x| {
+                if observed.is_ok() {
+                    observed = stats[site as usize].add(x, &format!("{prefix} {site:?}"));
+                }
+            },
+        )?;
         observed?;
         for (report, stored) in quantize_block(&mut block, &prefix, &mut stats, recipe, config)? {
             tensors.extend(stored.tensors(&report.name));
@@ -294,8 +332,10 @@ fn run_block(
         let rows: Vec<usize> = batch.iter().map(|s| s.len() / hidden).collect();
         let rope = RopeTable::new(&inv_freq, rows.iter().flat_map(|&n| 0..n));
         let mut x = batch.concat();
-        let mut caches: Vec<KvCache> = rows.iter().map(|_| KvCache::new(kv, config.num_kv_heads, config.head_dim)).collect();
-        let mut spans: Vec<Span> = rows.iter().zip(&mut caches).map(|(&rows, cache)| Span { rows, cache }).collect();
+        let mut caches: Vec<KvCache> =
+            rows.iter().map(|_| KvCache::new(kv, config.num_kv_heads, config.head_dim)).collect();
+        let mut spans: Vec<Span> =
+            rows.iter().zip(&mut caches).map(|(&rows, cache)| Span { rows, cache }).collect();
         block.forward(config, &rope, &mut x, &mut spans, observe)?;
         let mut rest = x.as_slice();
         for state in batch {
@@ -317,7 +357,11 @@ enum HalfType {
 impl HalfType {
     fn tensor(self, name: String, shape: Vec<usize>, values: &[f32]) -> StoredTensor {
         match self {
-            HalfType::F16 => StoredTensor::f16(name, shape, &values.par_iter().map(|&v| f16::from_f32(v)).collect::<Vec<_>>()),
+            HalfType::F16 => StoredTensor::f16(
+                name,
+                shape,
+                &values.par_iter().map(|&v| f16::from_f32(v)).collect::<Vec<_>>(),
+            ),
             HalfType::Bf16 => {
                 let bytes = values.iter().flat_map(|&v| bf16::from_f32(v).to_le_bytes()).collect();
                 StoredTensor { name, dtype: safetensors::Dtype::BF16, shape, bytes }
@@ -346,12 +390,21 @@ fn round_row(row: &mut [f32], embeddings: Embeddings, half: HalfType) {
 }
 
 /// The tensors of an embedding or head, `[vocab, hidden]`.
-fn vocabulary_tensors(source: &Source, name: &str, embeddings: Embeddings, half: HalfType) -> Result<Vec<StoredTensor>> {
+fn vocabulary_tensors(
+    source: &Source,
+    name: &str,
+    embeddings: Embeddings,
+    half: HalfType,
+) -> Result<Vec<StoredTensor>> {
     let view = source.tensor(&format!("{name}.weight"))?;
     let values = view.to_f32()?;
     if embeddings == Embeddings::Half {
         if half == HalfType::F16 && values.iter().any(|v| v.abs() > f16::MAX.to_f32()) {
-            return Err(Error::NotFinite { module: name.to_owned(), what: "an embedding as f16", channel: None });
+            return Err(Error::NotFinite {
+                module: name.to_owned(),
+                what: "an embedding as f16",
+                channel: None,
+            });
         }
         return Ok(vec![half.tensor(format!("{name}.weight"), view.shape.clone(), &values)]);
     }

@@ -83,7 +83,10 @@ impl std::str::FromStr for Searched {
     fn from_str(text: &str) -> std::result::Result<Self, String> {
         match text {
             "search" => Ok(SEARCH),
-            number => number.parse().map(Searched::Fixed).map_err(|_| format!("\"{number}\" is neither a number nor \"search\"")),
+            number => number
+                .parse()
+                .map(Searched::Fixed)
+                .map_err(|_| format!("\"{number}\" is neither a number nor \"search\"")),
         }
     }
 }
@@ -109,6 +112,10 @@ fn yes() -> bool {
 pub struct Fourier {
     /// k̄: complex coefficients kept per output channel, on average (paper, section "Implementation details": 16 at 4 bits).
     pub mean_k: usize,
+    /// The most that one channel keeps; 0 for all of its floor(in/2)+1 bins. It is also the width of the projection that
+    /// all channels share at run time, 2·max_k − 1, which the paper does not bound.
+    #[serde(default = "default_max_k")]
+    pub max_k: usize,
     /// What a channel's share of the budget follows.
     pub score: Score,
     /// Shares are softmax(T · z-score); 0 is uniform. The search tries 0, 0.25, 0.5 and 1.
@@ -155,6 +162,10 @@ pub struct Calibration {
     pub search_tokens: usize,
 }
 
+fn default_max_k() -> usize {
+    32
+}
+
 fn default_samples() -> usize {
     16
 }
@@ -188,8 +199,11 @@ impl Recipe {
             return Recipe::parse(text, name_or_file);
         }
         let names = BUILT_IN.map(|(name, _)| name).join(", ");
-        let text = std::fs::read_to_string(Path::new(name_or_file))
-            .map_err(|e| Error::Recipe(format!("\"{name_or_file}\" is neither a built-in recipe ({names}) nor a readable file: {e}")))?;
+        let text = std::fs::read_to_string(Path::new(name_or_file)).map_err(|e| {
+            Error::Recipe(format!(
+                "\"{name_or_file}\" is neither a built-in recipe ({names}) nor a readable file: {e}"
+            ))
+        })?;
         Recipe::parse(&text, name_or_file)
     }
 
@@ -216,18 +230,37 @@ impl Recipe {
                 return refuse(format!("branch.temperature = {t}: choose 0 (uniform) to 100, or \"search\""));
             }
         }
+        if let Some(Fourier { mean_k, max_k, .. }) = self.branch {
+            if max_k > 0 && max_k < mean_k {
+                return refuse(format!(
+                    "branch.max_k = {max_k} is less than branch.mean_k = {mean_k}: raise it (--max-k), or 0 for no bound"
+                ));
+            }
+        }
         if let Rounding::Gptq(g) = &self.rounding {
             if !(g.dampening_frac > 0.0 && g.dampening_frac <= 1.0) || g.block_size == 0 {
-                return refuse("rounding: dampening_frac lies in (0, 1] and block_size is at least 1".to_owned());
+                return refuse(
+                    "rounding: dampening_frac lies in (0, 1] and block_size is at least 1".to_owned(),
+                );
             }
         }
         let clip = &self.weight_clip;
-        if clip.enabled && (clip.grid == 0 || !(0.0..1.0).contains(&clip.max_shrink) || clip.norm.is_nan() || clip.norm <= 0.0) {
-            return refuse("weight_clip: grid is at least 1, max_shrink lies in [0, 1) and norm is positive".to_owned());
+        if clip.enabled
+            && (clip.grid == 0
+                || !(0.0..1.0).contains(&clip.max_shrink)
+                || clip.norm.is_nan()
+                || clip.norm <= 0.0)
+        {
+            return refuse(
+                "weight_clip: grid is at least 1, max_shrink lies in [0, 1) and norm is positive".to_owned(),
+            );
         }
         let c = &self.calibration;
         if c.samples == 0 || c.sequence_length < 2 || c.search_tokens == 0 {
-            return refuse("calibration: samples and search_tokens are at least 1, sequence_length at least 2".to_owned());
+            return refuse(
+                "calibration: samples and search_tokens are at least 1, sequence_length at least 2"
+                    .to_owned(),
+            );
         }
         Ok(())
     }

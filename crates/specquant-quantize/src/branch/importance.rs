@@ -40,11 +40,11 @@ pub fn activation_score(w_hat: &[f32], out: usize, inp: usize, mean_abs_x: &[f32
 /// Bins for every output channel: `mean_k` on average, shared out by `softmax(temperature · standardized score)` and
 /// rounded by largest remainder. A temperature of 0 gives every channel `mean_k`.
 ///
-/// Every channel gets at least 1 and at most `inp / 2 + 1` bins; what these bounds take or leave is spread over the other
+/// Every channel gets at least 1 and at most `most` bins, of which a width of n has n / 2 + 1; what these bounds take or leave is spread over the other
 /// channels in proportion, and the sum is `mean_k · out` exactly. Ties go to the lower channel. `mean_k = 0` gives none, a
 /// `mean_k` above the most there is gives that.
-pub fn allocate(scores: &[f32], temperature: f32, mean_k: usize, inp: usize) -> Vec<u16> {
-    let (out, most) = (scores.len(), (inp / 2 + 1).min(usize::from(u16::MAX)));
+pub fn allocate(scores: &[f32], temperature: f32, mean_k: usize, most: usize) -> Vec<u16> {
+    let (out, most) = (scores.len(), most.min(usize::from(u16::MAX)));
     let mean_k = mean_k.min(most);
     if mean_k == 0 || out == 0 {
         return vec![0; out];
@@ -93,18 +93,18 @@ mod tests {
 
     #[test]
     fn no_temperature_is_uniform() {
-        assert_eq!(allocate(&[1.0, 5.0, -3.0], 0.0, 16, 576), [16; 3]);
-        assert_eq!(allocate(&[2.0; 4], 1.0, 16, 576), [16; 4]);
-        assert_eq!(allocate(&[2.0, 3.0], 1.0, 0, 576), [0; 2]);
-        assert_eq!(allocate(&[2.0, 3.0], 1.0, 99, 8), [5; 2]);
-        assert_eq!(allocate(&[f32::NAN, 3.0], 1.0, 2, 8), [2; 2]);
-        assert!(allocate(&[], 1.0, 2, 8).is_empty());
+        assert_eq!(allocate(&[1.0, 5.0, -3.0], 0.0, 16, 289), [16; 3]);
+        assert_eq!(allocate(&[2.0; 4], 1.0, 16, 289), [16; 4]);
+        assert_eq!(allocate(&[2.0, 3.0], 1.0, 0, 289), [0; 2]);
+        assert_eq!(allocate(&[2.0, 3.0], 1.0, 99, 5), [5; 2]);
+        assert_eq!(allocate(&[f32::NAN, 3.0], 1.0, 2, 5), [2; 2]);
+        assert!(allocate(&[], 1.0, 2, 5).is_empty());
     }
 
     #[test]
     fn shares_follow_the_softmax() {
         let scores: Vec<f32> = (0..100).map(|i| (i as f32 * 0.37).sin()).collect();
-        let bins = allocate(&scores, 0.5, 64, 4096);
+        let bins = allocate(&scores, 0.5, 64, 2049);
         let mean = scores.iter().sum::<f32>() / 100.0;
         let deviation = (scores.iter().map(|s| (s - mean).powi(2)).sum::<f32>() / 100.0).sqrt();
         let weights: Vec<f32> = scores.iter().map(|s| (0.5 * (s - mean) / deviation).exp()).collect();
@@ -117,8 +117,8 @@ mod tests {
     #[test]
     fn what_the_bounds_cut_off_goes_to_the_others() {
         // One channel asks for everything, gets the 9 there are, and the rest is shared by equals, low channels first.
-        assert_eq!(allocate(&[0.0, 0.0, 100.0, 0.0], 20.0, 4, 16), [3, 2, 9, 2]);
-        assert_eq!(allocate(&[0.0, 0.0, 100.0, 0.0], 20.0, 2, 16), [1, 1, 5, 1]);
+        assert_eq!(allocate(&[0.0, 0.0, 100.0, 0.0], 20.0, 4, 9), [3, 2, 9, 2]);
+        assert_eq!(allocate(&[0.0, 0.0, 100.0, 0.0], 20.0, 2, 9), [1, 1, 5, 1]);
     }
 
     #[test]

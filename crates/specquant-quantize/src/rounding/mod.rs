@@ -81,7 +81,8 @@ pub(crate) mod testing {
         for r in 0..rows {
             for j in 0..dim {
                 let shared: f32 = (0..dim).map(|i| z[r * dim + i] * mix[i * dim + j]).sum();
-                x[r * dim + j] = (shared / (dim as f32).sqrt() + 0.3 * z[r * dim + j]) * (1.0 + (j % 5) as f32);
+                x[r * dim + j] =
+                    (shared / (dim as f32).sqrt() + 0.3 * z[r * dim + j]) * (1.0 + (j % 5) as f32);
             }
         }
         x

@@ -21,7 +21,8 @@ pub fn factors(act_max: &[f32], weight_max: &[f32], alpha: f32) -> Vec<f32> {
         if x <= 0.0 || w <= 0.0 {
             return 1.0;
         }
-        let lambda = f64::from(x.max(MIN_FACTOR)).powf(alpha.into()) / f64::from(w.max(MIN_FACTOR)).powf(1.0 - f64::from(alpha));
+        let lambda = f64::from(x.max(MIN_FACTOR)).powf(alpha.into())
+            / f64::from(w.max(MIN_FACTOR)).powf(1.0 - f64::from(alpha));
         (lambda as f32).max(MIN_FACTOR)
     };
     act_max.iter().zip(weight_max).map(factor).collect()
@@ -83,7 +84,8 @@ mod tests {
 
     #[test]
     fn products_are_unchanged() {
-        let (x, w, lambda) = ([1.0_f32, -2.0, 3.0], [0.5_f32, 1.0, -1.0, 2.0, 0.25, 4.0], [2.0_f32, 0.5, 4.0]);
+        let (x, w, lambda) =
+            ([1.0_f32, -2.0, 3.0], [0.5_f32, 1.0, -1.0, 2.0, 0.25, 4.0], [2.0_f32, 0.5, 4.0]);
         let dot = |x: &[f32], w: &[f32]| -> f32 { x.iter().zip(w).map(|(a, b)| a * b).sum() };
         let mut scaled = w;
         scale_columns(&mut scaled, &lambda);
