@@ -1,33 +1,34 @@
 //! `specquant chat`: lines of stdin are the user's messages.
 
-use std::io::{BufRead, IsTerminal, Write, stdin, stdout};
+use std::io::{BufRead, IsTerminal, Write, stderr, stdin, stdout};
 use std::process::ExitCode;
 
-use specquant_model::{Message, Model, Sampler, Source, generate};
+use specquant_model::{Message, Sampler, Source, generate};
 
 use crate::args::ChatArgs;
 use crate::generate::sampling;
 use crate::system;
+use crate::ui::note;
 
 pub fn run(args: ChatArgs) -> anyhow::Result<ExitCode> {
     system::set_threads(args.model.threads)?;
     let mut sampler = Sampler::new(sampling(&args.sampling)?);
     let source = Source::open(&args.model.model)?;
     let tokenizer = source.tokenizer()?;
-    let model = Model::load(&source)?;
+    let model = system::load_for_decoding(&source)?;
     let mut messages: Vec<Message> = args.system.iter().map(|text| message("system", text)).collect();
     // Fails now, not after the first message, if there is no template.
     tokenizer.chat_prompt(&[message("user", "hello")], true)?;
     let interactive = stdin().is_terminal();
     if interactive {
-        eprintln!("Chatting with {}. An empty line or Ctrl-D ends.", args.model.model.display());
+        note!("Chatting with {}. An empty line or Ctrl-D ends.", args.model.model.display());
     }
     let mut sequence = model.sequence();
     let mut seen: Vec<u32> = Vec::new();
     let mut lines = stdin().lock().lines();
     loop {
         if interactive {
-            eprint!("> ");
+            let _ = write!(stderr(), "> ");
         }
         let Some(line) = lines.next().transpose()? else { break };
         if line.trim().is_empty() {

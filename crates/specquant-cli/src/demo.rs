@@ -10,13 +10,13 @@ use serde::{Deserialize, Serialize};
 use serde_json::json;
 use specquant_eval::{Protocol, perplexity};
 use specquant_kernels::kernel_name;
-use specquant_model::{Model, Sampler, Sampling, Source, generate};
+use specquant_model::{Sampler, Sampling, Source, generate};
 use specquant_quantize as q;
 
 use crate::args::{DemoArgs, MeasureArgs};
 use crate::quantize::{quantize, recipe};
 use crate::system::{self, human};
-use crate::ui::{Progress, table};
+use crate::ui::{Progress, note, table};
 
 /// Written for this purpose; in no training or calibration set.
 const TEXT: &str = include_str!("../../../assets/demo-text.txt");
@@ -44,8 +44,7 @@ pub fn measure(args: MeasureArgs) -> anyhow::Result<ExitCode> {
     system::set_threads(args.model.threads)?;
     let source = Source::open(&args.model.model)?;
     let tokenizer = source.tokenizer()?;
-    let mut model = Model::load(&source)?;
-    model.widen()?;
+    let model = system::load_for_decoding(&source)?;
     let greedy = || Sampler::new(Sampling::GREEDY);
     let prompt = tokenizer.encode(PROMPT, true)?;
     let mut sample = Vec::new();
@@ -108,7 +107,7 @@ pub fn run(args: DemoArgs) -> anyhow::Result<ExitCode> {
     let source = Source::open(&args.model)?;
     let plan = q::plan(&source, &recipe)?;
     let c = source.config();
-    eprintln!(
+    note!(
         "quantizing {} ({} blocks, {:.0} M weights in linear layers) to {} by recipe {}",
         args.model.display(),
         plan.blocks,

@@ -5,7 +5,7 @@ use std::process::ExitCode;
 
 use anyhow::Context;
 use serde_json::json;
-use specquant_eval::{Protocol, perplexity};
+use specquant_eval::{Error, Protocol, perplexity};
 use specquant_model::{Model, Source};
 
 use crate::args::{EvalArgs, EvalCommand, PplArgs};
@@ -33,6 +33,12 @@ fn ppl(args: PplArgs) -> anyhow::Result<ExitCode> {
             progress = Progress::new("window", of as u64, args.json);
         }
         progress.step(done as u64, &format!("perplexity {so_far:.4}"));
+    })
+    .or_else(|e| match e {
+        // The weights, which are not checked when they are used, can say where.
+        Error::NotFinite { .. } => source.check_finite().map_err(anyhow::Error::from).and(Err(e.into())),
+        Error::TooShort { .. } => Err(e).with_context(|| format!("evaluation text {}", args.text.display())),
+        e => Err(e.into()),
     })?;
     drop(progress);
     let scheme = model.quantization.as_ref().map(|q| q.scheme.to_string());

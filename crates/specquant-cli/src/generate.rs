@@ -5,10 +5,11 @@ use std::process::ExitCode;
 use std::time::Instant;
 
 use serde_json::json;
-use specquant_model::{Model, Sampler, Sampling, Source, generate};
+use specquant_model::{Sampler, Sampling, Source, generate};
 
 use crate::args::{GenerateArgs, SamplingArgs};
 use crate::system;
+use crate::ui::note;
 
 /// The sampler that the flags describe.
 pub fn sampling(args: &SamplingArgs) -> anyhow::Result<Sampling> {
@@ -24,7 +25,7 @@ pub fn run(args: GenerateArgs) -> anyhow::Result<ExitCode> {
     let tokenizer = source.tokenizer()?;
     let prompt = tokenizer.encode(&args.prompt, true)?;
     anyhow::ensure!(!prompt.is_empty(), "--prompt is empty; give some text to continue");
-    let model = Model::load(&source)?;
+    let model = system::load_for_decoding(&source)?;
     let (mut out, mut decode) = (std::io::stdout(), tokenizer.decoder(true));
     if !args.json {
         write!(out, "{}", args.prompt)?;
@@ -74,7 +75,7 @@ pub fn run(args: GenerateArgs) -> anyhow::Result<ExitCode> {
         writeln!(out, "{result:#}")?;
     } else {
         writeln!(out)?;
-        eprintln!("[prefill {prefill:.1} tokens/s, decode {decode_rate:.1} tokens/s]");
+        note!("[prefill {prefill:.1} tokens/s, decode {decode_rate:.1} tokens/s]");
     }
     Ok(ExitCode::SUCCESS)
 }

@@ -35,7 +35,8 @@ fn types(source: &Source) -> anyhow::Result<BTreeMap<String, (usize, u64)>> {
 
 /// Reads every tensor as the engine would: lengths, ranges, finiteness.
 fn check(source: &Source) -> anyhow::Result<()> {
-    Model::load(source)?.widen()?;
+    Model::load(source)?;
+    source.check_finite()?;
     source.tokenizer()?;
     Ok(())
 }
@@ -43,7 +44,7 @@ fn check(source: &Source) -> anyhow::Result<()> {
 pub fn run(args: InspectArgs) -> anyhow::Result<ExitCode> {
     let source = Source::open(&args.model)?;
     let types = types(&source)?;
-    let quant = QuantizationConfig::from_config(source.config_json())?;
+    let quant = QuantizationConfig::from_config(source.config_json(), source.path())?;
     let report: Option<Value> = match quant {
         None => None,
         Some(_) => {

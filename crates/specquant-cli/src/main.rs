@@ -17,6 +17,7 @@ use std::process::ExitCode;
 
 use args::{Args, Command};
 use clap::Parser;
+use ui::note;
 
 fn main() -> ExitCode {
     let args = Args::parse();
@@ -30,7 +31,7 @@ fn main() -> ExitCode {
             ExitCode::SUCCESS
         }
         Err(e) => {
-            eprintln!("error: {e:#}");
+            note!("error: {e:#}");
             ExitCode::from(2)
         }
     }

@@ -6,13 +6,13 @@ use std::time::Instant;
 
 use anyhow::Context;
 use serde_json::json;
-use specquant_model::{Model, Source, Tokenizer};
+use specquant_model::{Source, Tokenizer};
 use specquant_quantize as q;
 use specquant_quantize::{Embeddings, Event, Fourier, Plan, Recipe, Report, Rounding, Smooth};
 
 use crate::args::{EmbeddingsArg, Overrides, QuantizeArgs, ScoreArg, Strength};
 use crate::system::{self, human};
-use crate::ui::Progress;
+use crate::ui::{Progress, note};
 
 /// The recipe with the flags' values in place of its own.
 pub fn recipe(name: &str, flags: &Overrides) -> anyhow::Result<Recipe> {
@@ -119,12 +119,11 @@ fn texts(
         let texts = q::calibration::from_file(file, tokenizer, c, recipe.seed)?;
         let got: usize = texts.iter().map(Vec::len).sum();
         if got < c.samples * c.sequence_length && !quiet {
-            eprintln!("note: {} holds only {got} tokens; calibrating on those", file.display());
+            note!("note: {} holds only {got} tokens; calibrating on those", file.display());
         }
         return Ok(texts);
     }
-    let mut model = Model::load(source)?;
-    model.widen()?;
+    let model = system::load_for_decoding(source)?;
     let mut progress = Progress::new("writing text", (c.samples * c.sequence_length) as u64, quiet);
     let texts = q::calibration::self_generated(&model, c, recipe.seed, &mut |done| {
         progress.set(done as u64, "tokens")
@@ -172,10 +171,10 @@ pub fn run(args: QuantizeArgs) -> anyhow::Result<ExitCode> {
     let source = Source::open(&args.model)?;
     let plan = q::plan(&source, &recipe)?;
     if !args.json {
-        eprintln!("{}", describe(&plan, &recipe));
+        note!("{}", describe(&plan, &recipe));
     }
     if let Some(free) = system::available_memory().filter(|free| *free < plan.peak_bytes) {
-        eprintln!(
+        note!(
             "warning: only {} of memory are free; lower --samples or --sequence-length if the run is killed",
             human(free)
         );
@@ -191,7 +190,7 @@ pub fn run(args: QuantizeArgs) -> anyhow::Result<ExitCode> {
     let seconds = started.elapsed().as_secs_f64();
     for layer in &report.layers {
         if let Some(why) = &layer.rounding.fallback {
-            eprintln!("warning: {}: rounded to nearest: {why}", layer.name);
+            note!("warning: {}: rounded to nearest: {why}", layer.name);
         }
     }
     let peak = system::peak_rss();

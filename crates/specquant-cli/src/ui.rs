@@ -5,6 +5,15 @@ use std::time::{Duration, Instant};
 
 use indicatif::{ProgressBar, ProgressStyle};
 
+/// A line on stderr. Unlike `eprintln!` it does not mind when nobody reads: `specquant ... 2>&1 | head`.
+macro_rules! note {
+    ($($line:tt)*) => {{
+        use std::io::Write as _;
+        let _ = writeln!(std::io::stderr(), $($line)*);
+    }};
+}
+pub(crate) use note;
+
 /// Progress over a known number of steps, on stderr.
 pub struct Progress {
     bar: Option<ProgressBar>,

@@ -100,6 +100,11 @@ impl Block {
         ]
     }
 
+    /// The layers of [`Block::linears`], to be changed.
+    pub fn linears_mut(&mut self) -> [&mut Linear; 7] {
+        [&mut self.q, &mut self.k, &mut self.v, &mut self.o, &mut self.gate, &mut self.up, &mut self.down]
+    }
+
     /// Adds the block's output to the residual stream.
     ///
     /// x: `[rows, hidden]`, the spans' tokens one after another; rope: one row a token; `observe` sees the input of every

@@ -15,6 +15,8 @@
 //! Everything else keeps its Hugging Face name: norms in F32 (smoothing is folded into them), embeddings and `lm_head` in 16 bit
 //! or as `weight_packed` I8 + `weight_scale`.
 
+use std::path::Path;
+
 use half::f16;
 use serde::{Deserialize, Serialize};
 use specquant_kernels::{PackedWeights, SpectralCoeffs};
@@ -41,25 +43,30 @@ pub struct QuantizationConfig {
 }
 
 impl QuantizationConfig {
-    /// The `quantization_config` of a config.json, if it is ours.
+    /// The `quantization_config` of a config.json, if it is ours. `dir` is where it lies, for messages.
     ///
     /// # Errors
     /// [`Error::Checkpoint`] when it is ours but cannot be understood.
-    pub fn from_config(config: &serde_json::Value) -> Result<Option<Self>> {
+    pub fn from_config(config: &serde_json::Value, dir: &Path) -> Result<Option<Self>> {
         let Some(value) = config.get("quantization_config").filter(|v| v["quant_method"] == "specquant")
         else {
             return Ok(None);
         };
-        let quant: Self = serde_json::from_value(value.clone()).map_err(|e| {
-            Error::Checkpoint(format!("quantization_config of config.json: {e}; quantize the model again"))
-        })?;
+        let fail = |why: String| {
+            let file = dir.join("config.json");
+            Error::Checkpoint(format!(
+                "{}: quantization_config: {why}; quantize the model again",
+                file.display()
+            ))
+        };
+        let quant: Self = serde_json::from_value(value.clone()).map_err(|e| fail(e.to_string()))?;
         if quant.format_version != FORMAT_VERSION {
-            return Err(Error::Checkpoint(format!(
-                "config.json: checkpoint format {} is not the {FORMAT_VERSION} that this version reads; quantize the model again",
+            return Err(fail(format!(
+                "checkpoint format {} is not the {FORMAT_VERSION} that this version reads",
                 quant.format_version
             )));
         }
-        quant.scheme.validate()?;
+        quant.scheme.validate().map_err(|e| fail(e.to_string()))?;
         Ok(Some(quant))
     }
 }

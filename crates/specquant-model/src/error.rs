@@ -99,7 +99,9 @@ pub enum Error {
         problem: String,
     },
     /// Tensors are missing, have another shape than the configuration asks for, or are stored in an unsupported type; all are listed.
-    #[error("{path}: the tensors do not match the configuration: {problems}")]
+    #[error(
+        "{path}: the tensors do not match the configuration (take both from one revision of the model): {problems}"
+    )]
     Tensors {
         /// The model.
         path: PathBuf,
@@ -107,7 +109,7 @@ pub enum Error {
         problems: Problems,
     },
     /// A tensor that was asked for is not in the model.
-    #[error("{path} has no tensor {tensor}")]
+    #[error("{path} has no tensor {tensor}; the model is incomplete, get it again")]
     NoTensor {
         /// The model.
         path: PathBuf,
@@ -143,7 +145,9 @@ pub enum Error {
         buffer: usize,
     },
     /// A weight is NaN or infinite.
-    #[error("{file}: tensor {tensor} holds {value} at row {row}, column {col}; the checkpoint is damaged")]
+    #[error(
+        "{file}: tensor {tensor} holds {value} at row {row}, column {col}; the checkpoint is damaged, get it again"
+    )]
     NotFinite {
         /// The file.
         file: PathBuf,
@@ -196,7 +200,7 @@ pub enum Error {
     },
     /// A token id outside the vocabulary.
     #[error(
-        "token id {id} is outside the model's vocabulary of {vocab}; tokenizer and model do not belong together"
+        "token id {id} is outside the model's vocabulary of {vocab}; tokenizer and model do not belong together, take both from one revision"
     )]
     TokenId {
         /// The id.

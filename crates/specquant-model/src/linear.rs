@@ -146,6 +146,19 @@ impl Linear {
         }
     }
 
+    /// Widens a dense weight on the memory map to f32 in memory; anything else stays as it is.
+    ///
+    /// # Errors
+    /// When a weight is not finite.
+    pub fn widen(&mut self) -> Result<()> {
+        if let Linear::Dense(DenseLinear { weight, .. }) = self {
+            if let DenseWeight::Mapped(view) = weight {
+                *weight = DenseWeight::Owned(view.to_f32()?);
+            }
+        }
+        Ok(())
+    }
+
     /// Bytes of memory that the layer owns.
     pub fn resident_bytes(&self) -> usize {
         match self {

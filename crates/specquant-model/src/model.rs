@@ -7,7 +7,7 @@ use specquant_kernels::{KvCache, KvFormat};
 
 use crate::block::{Block, RopeTable, Site, Span};
 use crate::checkpoint::{QuantizationConfig, StoredLinear, read_linear};
-use crate::linear::{DenseLinear, DenseWeight, Linear};
+use crate::linear::Linear;
 use crate::{Error, ModelConfig, Result, Scheme, Source, TensorView};
 
 /// Rows of logits computed at a time: `64 × 49152` f32 are 12 MiB.
@@ -59,7 +59,7 @@ impl Embedding {
     /// The embeddings of `ids`, `[ids, hidden]`.
     ///
     /// # Errors
-    /// [`Error::TokenId`] for an id outside the vocabulary.
+    /// [`Error::TokenId`] for an id outside the vocabulary; [`Error::NotFinite`] for a row that is damaged.
     pub fn lookup(&self, ids: &[u32], hidden: usize) -> Result<Vec<f32>> {
         let vocab = match self {
             Embedding::Float(view) | Embedding::Int8 { codes: view, .. } => view.shape[0],
@@ -71,7 +71,12 @@ impl Embedding {
                 return Err(Error::TokenId { id, vocab });
             }
             match self {
-                Embedding::Float(view) => view.rows_f32(i..i + 1, row)?,
+                Embedding::Float(view) => {
+                    view.rows_f32(i..i + 1, row)?;
+                    if let Some(col) = row.iter().position(|x| !x.is_finite()) {
+                        return Err(view.not_finite(i, col, row[col]));
+                    }
+                }
                 Embedding::Int8 { codes, scales } => {
                     let codes = &codes.bytes()[i * hidden..(i + 1) * hidden];
                     row.iter_mut().zip(codes).for_each(|(x, &c)| *x = f32::from(c as i8) * scales[i]);
@@ -205,7 +210,7 @@ impl Model {
     /// # Errors
     /// When a tensor is missing, has another shape, or is out of range.
     pub fn load(source: &Source) -> Result<Self> {
-        let quantization = QuantizationConfig::from_config(source.config_json())?;
+        let quantization = QuantizationConfig::from_config(source.config_json(), source.path())?;
         let config = source.config().clone();
         let blocks = (0..config.num_layers)
             .map(|i| Block::read(source, i, quantization.as_ref()))
@@ -227,18 +232,18 @@ impl Model {
     /// # Errors
     /// When a weight is not finite.
     pub fn widen(&mut self) -> Result<()> {
-        let blocks = self
-            .blocks
-            .iter_mut()
-            .flat_map(|b| [&mut b.q, &mut b.k, &mut b.v, &mut b.o, &mut b.gate, &mut b.up, &mut b.down]);
-        for linear in blocks.chain([&mut self.head.linear]) {
-            if let Linear::Dense(DenseLinear { weight, .. }) = linear {
-                if let DenseWeight::Mapped(view) = weight {
-                    *weight = DenseWeight::Owned(view.to_f32()?);
-                }
-            }
-        }
-        Ok(())
+        let blocks = self.blocks.iter_mut().flat_map(Block::linears_mut);
+        blocks.chain([&mut self.head.linear]).try_for_each(Linear::widen)
+    }
+
+    /// Bytes that [`Model::widen`] would take.
+    pub fn widened_bytes(&self) -> usize {
+        let linears = self.blocks.iter().flat_map(|b| b.linears().map(|(_, l)| l)).chain([&self.head.linear]);
+        let bytes = |l: &Linear| match l {
+            Linear::Dense(d) => 4 * d.out * d.inp,
+            Linear::Quantized(_) => 0,
+        };
+        linears.map(bytes).sum()
     }
 
     /// Replaces the rotary frequencies, `[head_dim / 2]` radians per position. By default they are those of the configuration in

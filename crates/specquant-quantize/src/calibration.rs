@@ -43,6 +43,9 @@ pub fn from_file(
         .collect())
 }
 
+/// What a line of jsonl should be.
+const FORM: &str = "; every line of a .jsonl file is an object such as {\"text\": \"Some prose.\"}";
+
 /// The text of a plain file, or of every line of a jsonl file joined by empty lines.
 ///
 /// # Errors
@@ -52,9 +55,9 @@ pub fn read_text(path: &Path) -> std::result::Result<String, String> {
     let text = if path.extension().is_some_and(|e| e == "jsonl") {
         let line = |(i, line): (usize, &str)| {
             let value: serde_json::Value =
-                serde_json::from_str(line).map_err(|e| format!("line {}: {e}", i + 1))?;
+                serde_json::from_str(line).map_err(|_| format!("line {} is not JSON{FORM}", i + 1))?;
             let text = value.get("text").and_then(|t| t.as_str());
-            text.map(str::to_owned).ok_or_else(|| format!("line {} has no string \"text\"", i + 1))
+            text.map(str::to_owned).ok_or_else(|| format!("line {} has no string \"text\"{FORM}", i + 1))
         };
         let lines = raw.lines().enumerate().filter(|(_, l)| !l.trim().is_empty());
         lines.map(line).collect::<std::result::Result<Vec<_>, _>>()?.join("\n\n")

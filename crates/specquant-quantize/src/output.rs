@@ -11,6 +11,9 @@ use specquant_model::StoredTensor;
 
 use crate::{Error, Result};
 
+/// Tells an unfinished checkpoint of ours from somebody's directory of that name.
+const MARK: &str = ".specquant-unfinished";
+
 /// A checkpoint in the making. Everything goes to `NAME.partial` beside the destination; [`Output::finish`] renames it. Dropped
 /// before that, it removes what it wrote.
 pub struct Output {
@@ -50,12 +53,19 @@ impl Output {
         let mut partial_name = name.to_owned();
         partial_name.push(".partial");
         let partial = destination.with_file_name(partial_name);
-        if partial.exists() {
+        if partial.symlink_metadata().is_ok() {
+            let stale = partial.join(MARK).exists()
+                || fs::read_dir(&partial).is_ok_and(|mut entries| entries.next().is_none());
+            if !stale {
+                let it = partial.display();
+                return Err(fail(format!("needs {it} while it is written, and that exists; move it away")));
+            }
             // Left by a run that was killed; nothing in it is complete.
             fs::remove_dir_all(&partial)
                 .map_err(|e| fail(format!("cannot remove the unfinished {}: {e}", partial.display())))?;
         }
         fs::create_dir_all(&partial)
+            .and_then(|()| fs::write(partial.join(MARK), ""))
             .map_err(|e| fail(format!("cannot be created: {e}; choose a directory you can write to")))?;
         let destination = destination.to_owned();
         Ok(Output {
@@ -82,9 +92,10 @@ impl Output {
             view.map(|v| (t.name.as_str(), v)).map_err(|e| self.fail(&file, e))
         });
         let views = views.collect::<Result<Vec<_>>>()?;
-        let bytes = safetensors::serialize(views, Some([("format".to_owned(), "pt".to_owned())].into()))
-            .map_err(|e| self.fail(&file, e))?;
-        self.write(&file, &bytes)?;
+        let path = self.partial.join(&file);
+        let metadata = Some([("format".to_owned(), "pt".to_owned())].into());
+        safetensors::serialize_to_file(views, metadata, &path).map_err(|e| self.fail(&file, e))?;
+        File::open(&path).and_then(|f| f.sync_all()).map_err(|e| self.fail(&file, e))?;
         for tensor in tensors {
             self.index.insert(tensor.name.clone(), file.clone());
             self.bytes += tensor.bytes.len() as u64;
@@ -126,6 +137,7 @@ impl Output {
             path: self.destination.clone(),
             why: format!("cannot be moved into place: {e}"),
         };
+        fs::remove_file(self.partial.join(MARK)).map_err(moved)?;
         let old = self.partial.with_extension("replaced");
         let replaces = self.overwrite && self.destination.exists();
         if replaces {

@@ -23,6 +23,9 @@ use crate::{Error, Result, card};
 /// Rows that run through a block together.
 const BATCH_ROWS: usize = 2048;
 
+/// Memory that does not depend on the model: code, tokenizer, allocator.
+const BASE_BYTES: usize = 100 << 20;
+
 /// What will happen, known before a weight is read.
 #[derive(Debug, Clone, PartialEq, Serialize)]
 pub struct Plan {
@@ -34,7 +37,7 @@ pub struct Plan {
     pub weights: usize,
     /// Calibration tokens asked for.
     pub calibration_tokens: usize,
-    /// Peak memory in bytes, estimated: one block, its Hessians and the hidden states.
+    /// Peak memory in bytes, estimated, without the pages of the source file that the system keeps mapped.
     pub peak_bytes: u64,
     /// Bytes of the checkpoint's tensors, estimated.
     pub output_bytes: u64,
@@ -93,13 +96,14 @@ pub fn plan(source: &Source, recipe: &Recipe) -> Result<Plan> {
         let group = scheme.group(inp);
         if inp % group != 0 || (group < inp && group % 8 != 0) {
             let fits: Vec<String> =
-                [32, 64, 96, 128, 192, 256].iter().filter(|g| inp % *g == 0).map(usize::to_string).collect();
+                (16..inp.min(257)).step_by(8).filter(|g| inp % g == 0).map(|g| g.to_string()).collect();
             problems.push(format!("  {name}: group size {group} does not divide its {inp} inputs into groups of a multiple of 8; these would: {}, or 0", fits.join(", ")));
         }
         let bins = inp / 2 + 1;
-        if recipe.branch.as_ref().is_some_and(|b| b.mean_k > bins) {
+        if let Some(b) = recipe.branch.as_ref().filter(|b| b.mean_k > bins) {
             problems.push(format!(
-                "  {name}: has {bins} frequency bins, fewer than branch.mean_k; lower it (--mean-k)"
+                "  {name}: has {bins} frequency bins, fewer than branch.mean_k = {}; lower it (--mean-k)",
+                b.mean_k
             ));
         }
     }
@@ -131,15 +135,26 @@ pub fn plan(source: &Source, recipe: &Recipe) -> Result<Plan> {
     let vocab_bytes = vocab_weights * if recipe.embeddings == Embeddings::Int8 { 1 } else { 2 };
     let tokens = recipe.calibration.samples * recipe.calibration.sequence_length;
 
+    // The largest of three moments: the model writing text, the embeddings on their way to the disk, a block at work.
+    let generation = if recipe.calibration.file.is_none() {
+        4 * (config.num_layers * block_weights + vocab_weights)
+    } else {
+        0
+    };
+    let vocabulary = config.vocab_size * config.hidden_size * 6
+        + if config.tie_word_embeddings { 0 } else { vocab_bytes / 2 };
     let hessians: usize = match recipe.rounding {
         Rounding::Rtn => 0,
-        Rounding::Gptq(_) => Site::ALL.iter().map(|s| site_width(config, *s).pow(2) * 8).sum::<usize>() * 2,
+        Rounding::Gptq(_) => {
+            let squares = Site::ALL.map(|s| site_width(config, s).pow(2));
+            8 * (squares.iter().sum::<usize>() + 2 * squares.iter().max().unwrap_or(&0))
+        }
     };
-    let states = tokens * config.hidden_size * 4;
-    let batch = BATCH_ROWS.min(tokens)
-        * (4 * config.hidden_size + 3 * config.intermediate_size + 2 * config.num_heads * config.head_dim)
-        * 4;
-    let peak = block_weights * 4 * 3 + hessians + states + batch + vocab_bytes.max(64 << 20);
+    let widest_site = shapes.iter().map(|(_, [out, inp])| out * inp).max().unwrap_or(0) * 2;
+    let wide = 4 * config.hidden_size + 3 * config.intermediate_size + 3 * config.num_heads * config.head_dim;
+    let work = 4
+        * (block_weights + 4 * widest_site + 2 * tokens * config.hidden_size + BATCH_ROWS.min(tokens) * wide);
+    let peak = BASE_BYTES + generation.max(vocabulary).max(hessians + work);
     Ok(Plan {
         blocks: config.num_layers,
         layers: config.num_layers * shapes.len(),
@@ -182,13 +197,13 @@ pub fn run(
         _ => HalfType::F16,
     };
 
-    let mut ends = vec![vocabulary_tensors(source, "model.embed_tokens", recipe.embeddings, half_dtype)?];
+    let mut ends = vocabulary_tensors(source, "model.embed_tokens", recipe.embeddings, half_dtype)?;
     if !config.tie_word_embeddings {
-        ends.push(vocabulary_tensors(source, "lm_head", recipe.embeddings, half_dtype)?);
+        ends.extend(vocabulary_tensors(source, "lm_head", recipe.embeddings, half_dtype)?);
     }
     let norm = source.tensor("model.norm.weight")?.to_f32()?;
-    ends.push(vec![StoredTensor::f32("model.norm.weight".to_owned(), vec![norm.len()], &norm)]);
-    output.write_shard(&ends.concat())?;
+    ends.push(StoredTensor::f32("model.norm.weight".to_owned(), vec![norm.len()], &norm));
+    output.write_shard(&ends)?;
     drop(ends);
 
     let embedding = specquant_model::Embedding::read(source)?;
@@ -251,21 +266,7 @@ fn one_block(
     let config = source.config();
     let prefix = format!("model.layers.{index}");
     let mut block = Block::read(source, index, None)?;
-    for linear in [
-        &mut block.q,
-        &mut block.k,
-        &mut block.v,
-        &mut block.o,
-        &mut block.gate,
-        &mut block.up,
-        &mut block.down,
-    ] {
-        if let Linear::Dense(DenseLinear { weight, .. }) = linear {
-            if let DenseWeight::Mapped(view) = weight {
-                *weight = DenseWeight::Owned(view.to_f32()?);
-            }
-        }
-    }
+    block.linears_mut().into_iter().try_for_each(Linear::widen)?;
     let mut reports = Vec::new();
     let mut tensors = Vec::new();
     if recipe.scheme.weight_bits < 16 {
@@ -356,17 +357,13 @@ enum HalfType {
 
 impl HalfType {
     fn tensor(self, name: String, shape: Vec<usize>, values: &[f32]) -> StoredTensor {
-        match self {
-            HalfType::F16 => StoredTensor::f16(
-                name,
-                shape,
-                &values.par_iter().map(|&v| f16::from_f32(v)).collect::<Vec<_>>(),
-            ),
-            HalfType::Bf16 => {
-                let bytes = values.iter().flat_map(|&v| bf16::from_f32(v).to_le_bytes()).collect();
-                StoredTensor { name, dtype: safetensors::Dtype::BF16, shape, bytes }
-            }
-        }
+        let (dtype, to): (_, fn(f32) -> [u8; 2]) = match self {
+            HalfType::F16 => (safetensors::Dtype::F16, |v| f16::from_f32(v).to_le_bytes()),
+            HalfType::Bf16 => (safetensors::Dtype::BF16, |v| bf16::from_f32(v).to_le_bytes()),
+        };
+        let mut bytes = vec![0; 2 * values.len()];
+        bytes.par_chunks_exact_mut(2).zip(values).for_each(|(b, &v)| b.copy_from_slice(&to(v)));
+        StoredTensor { name, dtype, shape, bytes }
     }
 }
 

@@ -40,7 +40,12 @@ impl Source {
     /// Whatever can be known to be wrong without reading a weight: missing shards, truncated files, an unsupported model type, and
     /// in one list every tensor that is missing, unexpected, of another shape or of an unsupported type.
     pub fn open(path: &Path) -> Result<Source> {
-        let meta = std::fs::metadata(path).map_err(Error::io(path))?;
+        let meta = std::fs::metadata(path).map_err(|e| Error::NotAModel {
+            path: path.to_owned(),
+            problem: format!(
+                "cannot read it ({e}); give a Hugging Face directory, a GGUF file or a SpecQuant checkpoint"
+            ),
+        })?;
         let source = if meta.is_dir() { Self::open_dir(path)? } else { Self::open_gguf(path)? };
         source.validate()?;
         Ok(source)
@@ -128,8 +133,9 @@ impl Source {
                 None => problems.push(format!("{name} {shape:?} is missing")),
                 Some(t) if t.shape != shape => {
                     problems.push(format!(
-                        "{name} has shape {:?}, but the configuration asks for {shape:?}",
-                        t.shape
+                        "{name} has shape {:?}, but the configuration asks for {shape:?} ({})",
+                        t.shape,
+                        t.file().display()
                     ));
                 }
                 Some(t) if !t.dtype.widens() => problems.push(format!(
@@ -191,6 +197,14 @@ impl Source {
     pub fn tensor(&self, name: &str) -> Result<TensorView> {
         let missing = || Error::NoTensor { path: self.path.clone(), tensor: name.to_owned() };
         self.tensors.get(name).cloned().ok_or_else(missing)
+    }
+
+    /// Reads every floating-point tensor.
+    ///
+    /// # Errors
+    /// [`Error::NotFinite`] names the first value that is NaN or infinite.
+    pub fn check_finite(&self) -> Result<()> {
+        self.tensors.values().filter(|t| t.dtype.widens()).try_for_each(|t| t.to_f32().map(drop))
     }
 
     /// Name and content of the files that belong to the model besides config.json and weights: tokenizer, chat template, generation

@@ -238,14 +238,13 @@ impl TensorView {
         })?;
         match all.par_iter().position_first(|x| !x.is_finite()) {
             None => Ok(all),
-            Some(i) => Err(Error::NotFinite {
-                file: self.file.to_path_buf(),
-                tensor: self.name.to_string(),
-                row: i / cols,
-                col: i % cols,
-                value: all[i],
-            }),
+            Some(i) => Err(self.not_finite(i / cols, i % cols, all[i])),
         }
+    }
+
+    /// The complaint about a value that is NaN or infinite.
+    pub(crate) fn not_finite(&self, row: usize, col: usize, value: f32) -> Error {
+        Error::NotFinite { file: self.file.to_path_buf(), tensor: self.name.to_string(), row, col, value }
     }
 }
 
