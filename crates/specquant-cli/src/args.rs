@@ -236,6 +236,9 @@ pub struct InspectArgs {
     /// A Hugging Face directory, a GGUF file, or a SpecQuant checkpoint
     #[arg(value_name = "MODEL")]
     pub model: PathBuf,
+    /// Also measure the spectrum of dense weights: the energy in the lowest 20% of frequencies, which the paper puts at 92%
+    #[arg(long)]
+    pub spectrum: bool,
     /// Print JSON
     #[arg(long)]
     pub json: bool,

@@ -27,10 +27,6 @@ pub fn run(args: GenerateArgs) -> anyhow::Result<ExitCode> {
     anyhow::ensure!(!prompt.is_empty(), "--prompt is empty; give some text to continue");
     let model = system::load_for_decoding(&source)?;
     let (mut out, mut decode) = (std::io::stdout(), tokenizer.decoder(true));
-    if !args.json {
-        write!(out, "{}", args.prompt)?;
-        out.flush()?;
-    }
     let (mut ids, mut text, mut failure) = (Vec::new(), String::new(), None);
     let started = Instant::now();
     let mut first = started;
@@ -42,28 +38,32 @@ pub fn run(args: GenerateArgs) -> anyhow::Result<ExitCode> {
         args.sampling.max_new_tokens,
         &mut Sampler::new(sampling),
         |id| {
+            // The prompt is shown once the model turns out to be able to continue it.
+            let before = if ids.is_empty() { args.prompt.as_str() } else { "" };
             if ids.is_empty() {
                 first = Instant::now();
             }
             ids.push(id);
-            if model.config.eos_token_ids.contains(&id) {
-                return false;
-            }
-            let shown = decode(id).map_err(anyhow::Error::from).and_then(|news| {
+            let ends = model.config.eos_token_ids.contains(&id);
+            let news = if ends { Ok(None) } else { decode(id) };
+            let shown = news.map_err(anyhow::Error::from).and_then(|news| {
                 let news = news.unwrap_or_default();
                 if !args.json {
-                    write!(out, "{news}")?;
+                    write!(out, "{before}{news}")?;
                     out.flush()?;
                 }
                 text.push_str(&news);
                 Ok(())
             });
             failure = shown.err();
-            failure.is_none()
+            failure.is_none() && !ends
         },
     )?;
     if let Some(e) = failure {
         return Err(e);
+    }
+    if ids.is_empty() && !args.json {
+        write!(out, "{}", args.prompt)?;
     }
     let prefill = prompt.len() as f64 / (first - started).as_secs_f64();
     let decode_rate = ids.len().saturating_sub(1) as f64 / first.elapsed().as_secs_f64();

@@ -99,12 +99,12 @@ fn shape_that_disagrees_with_the_config() {
     refuse_quantize(&lab, &model, &[], &words);
     refuse(&lab, generate(&model), &words);
 
-    let model = lab.model("qwen2");
+    let model = lab.model("llama-tied-bf16");
     edit_json(&model.join("config.json"), |c| c["num_hidden_layers"] = json!(3));
-    let missing = ["qwen2", "model.layers.2.mlp.up_proj.weight", "missing", "from one revision"];
+    let missing = ["llama-tied-bf16", "model.layers.2.mlp.up_proj.weight", "missing", "from one revision"];
     refuse_quantize(&lab, &model, &[], &missing);
     edit_json(&model.join("config.json"), |c| c["num_hidden_layers"] = json!(1));
-    refuse_quantize(&lab, &model, &[], &["qwen2", UP, "not a tensor of", "from one revision"]);
+    refuse_quantize(&lab, &model, &[], &["llama-tied-bf16", UP, "not a tensor of", "from one revision"]);
 }
 
 #[test]
@@ -266,7 +266,7 @@ fn nonsense_flags() {
         (["--kv-clip", "1.5"], &["kv_clip = 1.5", "(0, 1]"]),
         (["--smoothing-strength", "3"], &["smoothing_strength = 3", "0 to 1"]),
         (["--smoothing-strength", "strong"], &["--smoothing-strength", "\"strong\"", "search"]),
-        (["--temperature", "-1"], &["temperature"]),
+        (["--temperature", "101"], &["temperature = 101", "0 (uniform) to 100"]),
         (["--score", "vibes"], &["--score", "vibes", "entropy"]),
         (["--embeddings", "int3"], &["--embeddings", "int3", "int8"]),
         (["--recipe", "nosuch"], &["\"nosuch\"", "specquant, gptq, smooth-gptq, smoothquant, rtn"]),
@@ -372,7 +372,7 @@ fn a_damaged_checkpoint_of_ours() {
         (
             "scheme",
             json!({"weight_bits": 4, "act_bits": 4, "kv_bits": 4, "group_size": 7}),
-            &["group size 7"],
+            &["weight_scale", "[96, 13]"],
         ),
         ("scheme", json!("W4A4KV4"), &["quantization_config", "config.json"]),
         ("format_version", json!(77), &["format 77", "config.json"]),

@@ -210,7 +210,7 @@ impl StoredLinear {
         let packed = source.tensor(&name("weight_packed"))?;
         let (dtype, width) = if bits <= 4 { (Dtype::U8, inp.div_ceil(2)) } else { (Dtype::I8, inp) };
         if packed.dtype != dtype || packed.shape != [out, width] {
-            let got = format!("is {:?} {:?}", packed.dtype, packed.shape);
+            let got = format!("is {} {:?}", packed.dtype.name(), packed.shape);
             return Err(fail(
                 "weight_packed",
                 format!(
@@ -241,7 +241,7 @@ impl StoredLinear {
             if view.dtype != Dtype::U16 || view.shape != [out] {
                 return Err(fail(
                     "spectral_bins",
-                    format!("is {:?} {:?} instead of U16 [{out}]", view.dtype, view.shape),
+                    format!("is {} {:?} instead of U16 [{out}]", view.dtype.name(), view.shape),
                 ));
             }
             bins = view.bytes().chunks_exact(2).map(|b| u16::from_le_bytes([b[0], b[1]])).collect();
@@ -250,7 +250,11 @@ impl StoredLinear {
             if view.dtype != Dtype::F16 || view.shape != [total, 2] {
                 return Err(fail(
                     "spectral_coeffs",
-                    format!("is {:?} {:?} where the bins ask for F16 [{total}, 2]", view.dtype, view.shape),
+                    format!(
+                        "is {} {:?} where the bins ask for F16 [{total}, 2]",
+                        view.dtype.name(),
+                        view.shape
+                    ),
                 ));
             }
             coeffs = view.bytes().chunks_exact(2).map(|b| f16::from_le_bytes([b[0], b[1]])).collect();
@@ -264,7 +268,7 @@ impl StoredLinear {
     /// # Errors
     /// [`Error::Kernel`] when codes, scales or coefficients are out of range; `prefix` names the layer.
     pub fn to_linear(&self, prefix: &str, scheme: &Scheme) -> Result<Linear> {
-        let named = |source| Error::Kernel { name: prefix.to_owned(), source };
+        let named = |cause| Error::Kernel { name: prefix.to_owned(), cause };
         let weights =
             PackedWeights::pack(&self.codes, &self.scales, self.out, self.inp, self.bits, self.group_size)
                 .map_err(named)?;
@@ -320,7 +324,7 @@ pub(crate) fn read_linear(
     if let Some(quant) = quant.filter(|_| source.has(&format!("{prefix}.weight_packed"))) {
         let scheme = &quant.scheme;
         return StoredLinear::read(source, prefix, out, inp, scheme.weight_bits, scheme.group(inp))?
-            .to_linear(prefix, scheme);
+            .to_linear(&format!("{}: {prefix}", source.path().display()), scheme);
     }
     let weight = source.tensor(&format!("{prefix}.weight"))?;
     if weight.shape != [out, inp] {

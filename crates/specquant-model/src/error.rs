@@ -191,12 +191,12 @@ pub enum Error {
     #[error("{0}")]
     Checkpoint(String),
     /// Codes, scales or coefficients that the kernels refuse.
-    #[error("{name}: {source}; quantize the model again")]
+    #[error("{name}: {cause}; quantize the model again")]
     Kernel {
         /// The layer.
         name: String,
         /// What is wrong.
-        source: specquant_kernels::KernelError,
+        cause: specquant_kernels::KernelError,
     },
     /// A token id outside the vocabulary.
     #[error(

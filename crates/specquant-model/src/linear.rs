@@ -151,10 +151,10 @@ impl Linear {
     /// # Errors
     /// When a weight is not finite.
     pub fn widen(&mut self) -> Result<()> {
-        if let Linear::Dense(DenseLinear { weight, .. }) = self {
-            if let DenseWeight::Mapped(view) = weight {
-                *weight = DenseWeight::Owned(view.to_f32()?);
-            }
+        if let Linear::Dense(DenseLinear { weight, .. }) = self
+            && let DenseWeight::Mapped(view) = weight
+        {
+            *weight = DenseWeight::Owned(view.to_f32()?);
         }
         Ok(())
     }

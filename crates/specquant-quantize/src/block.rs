@@ -44,7 +44,7 @@ impl SiteStats {
     pub fn add(&mut self, x: &[f32], module: &str) -> Result<()> {
         let inp = self.max.len();
         for row in x.chunks_exact(inp) {
-            if self.rows % self.stride == 0 {
+            if self.rows.is_multiple_of(self.stride) {
                 self.sample.extend_from_slice(row);
             }
             self.rows += 1;
@@ -314,12 +314,7 @@ mod tests {
 
     fn dense_block(source: &Source, index: usize) -> Block {
         let mut b = Block::read(source, index, None).unwrap();
-        for l in [&mut b.q, &mut b.k, &mut b.v, &mut b.o, &mut b.gate, &mut b.up, &mut b.down] {
-            let Linear::Dense(DenseLinear { weight, .. }) = l else { panic!("quantized already") };
-            if let DenseWeight::Mapped(view) = weight {
-                *weight = DenseWeight::Owned(view.to_f32().unwrap());
-            }
-        }
+        b.linears_mut().into_iter().try_for_each(Linear::widen).unwrap();
         b
     }
 

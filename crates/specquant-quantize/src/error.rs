@@ -41,12 +41,12 @@ pub enum Error {
         channel: Option<usize>,
     },
     /// The branch could not be built.
-    #[error("{module}: {source}")]
+    #[error("{module}: {cause}")]
     Branch {
         /// The layer.
         module: String,
         /// What is wrong.
-        source: crate::branch::BranchError,
+        cause: crate::branch::BranchError,
     },
     /// The model could not be read or run.
     #[error(transparent)]

@@ -75,7 +75,7 @@ pub fn quantize(
     let truncated = branched
         .then(|| branch::truncate(w.values, w.out, w.inp, &bins))
         .transpose()
-        .map_err(|source| Error::Branch { module: w.name.to_owned(), source })?;
+        .map_err(|cause| Error::Branch { module: w.name.to_owned(), cause })?;
     let mut residual = w.values.to_vec();
     if let Some(t) = &truncated {
         residual.iter_mut().zip(branch::reconstruct(t, w.out, w.inp)).for_each(|(r, low)| *r -= low);

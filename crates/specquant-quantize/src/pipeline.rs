@@ -94,7 +94,7 @@ pub fn plan(source: &Source, recipe: &Recipe) -> Result<Plan> {
     for (name, [_, inp]) in &shapes {
         let (inp, name) = (*inp, name.trim_start_matches("model.layers.0."));
         let group = scheme.group(inp);
-        if inp % group != 0 || (group < inp && group % 8 != 0) {
+        if !inp.is_multiple_of(group) || (group < inp && !group.is_multiple_of(8)) {
             let fits: Vec<String> =
                 (16..inp.min(257)).step_by(8).filter(|g| inp % g == 0).map(|g| g.to_string()).collect();
             problems.push(format!("  {name}: group size {group} does not divide its {inp} inputs into groups of a multiple of 8; these would: {}, or 0", fits.join(", ")));
@@ -190,6 +190,11 @@ pub fn run(
     progress: &mut dyn FnMut(Event),
 ) -> Result<Report> {
     plan(source, recipe)?;
+    if texts.iter().all(Vec::is_empty) {
+        return Err(Error::Recipe(
+            "calibration: no tokens were given; give at least one sequence".to_owned(),
+        ));
+    }
     let config = source.config();
     let mut output = Output::create(destination, overwrite, config.num_layers + 1)?;
     let half_dtype = match source.tensor("model.embed_tokens.weight")?.dtype {
@@ -277,17 +282,11 @@ fn one_block(
         });
         // Statistics come from the full-precision block on the quantized blocks' outputs; the states themselves stay.
         let mut observed = Ok(());
-        run_block(
-            &block,
-            config,
-            KvFormat::F32,
-            &mut states.iter().map(|s| s.clone()).collect::<Vec<_>>(),
-            &mut |site, x| {
-                if observed.is_ok() {
-                    observed = stats[site as usize].add(x, &format!("{prefix} {site:?}"));
-                }
-            },
-        )?;
+        run_block(&block, config, KvFormat::F32, &mut states.to_vec(), &mut |site, x| {
+            if observed.is_ok() {
+                observed = stats[site as usize].add(x, &format!("{prefix} {site:?}"));
+            }
+        })?;
         observed?;
         for (report, stored) in quantize_block(&mut block, &prefix, &mut stats, recipe, config)? {
             tensors.extend(stored.tensors(&report.name));

@@ -220,29 +220,27 @@ impl Recipe {
     pub fn validate(&self) -> Result<()> {
         self.scheme.validate()?;
         let refuse = |why: String| Err(Error::Recipe(why));
-        if let Some(Smooth { smoothing_strength: Searched::Fixed(a), .. }) = self.smooth {
-            if !(0.0..=1.0).contains(&a) {
-                return refuse(format!("smooth.smoothing_strength = {a}: choose 0 to 1, or \"search\""));
-            }
+        if let Some(Smooth { smoothing_strength: Searched::Fixed(a), .. }) = self.smooth
+            && !(0.0..=1.0).contains(&a)
+        {
+            return refuse(format!("smooth.smoothing_strength = {a}: choose 0 to 1, or \"search\""));
         }
-        if let Some(Fourier { temperature: Searched::Fixed(t), .. }) = self.branch {
-            if !(0.0..=100.0).contains(&t) {
+        if let Some(Fourier { mean_k, max_k, temperature, .. }) = self.branch {
+            if let Searched::Fixed(t) = temperature
+                && !(0.0..=100.0).contains(&t)
+            {
                 return refuse(format!("branch.temperature = {t}: choose 0 (uniform) to 100, or \"search\""));
             }
-        }
-        if let Some(Fourier { mean_k, max_k, .. }) = self.branch {
             if max_k > 0 && max_k < mean_k {
                 return refuse(format!(
                     "branch.max_k = {max_k} is less than branch.mean_k = {mean_k}: raise it (--max-k), or 0 for no bound"
                 ));
             }
         }
-        if let Rounding::Gptq(g) = &self.rounding {
-            if !(g.dampening_frac > 0.0 && g.dampening_frac <= 1.0) || g.block_size == 0 {
-                return refuse(
-                    "rounding: dampening_frac lies in (0, 1] and block_size is at least 1".to_owned(),
-                );
-            }
+        if let Rounding::Gptq(g) = &self.rounding
+            && (!(g.dampening_frac > 0.0 && g.dampening_frac <= 1.0) || g.block_size == 0)
+        {
+            return refuse("rounding: dampening_frac lies in (0, 1] and block_size is at least 1".to_owned());
         }
         let clip = &self.weight_clip;
         if clip.enabled

@@ -1,4 +1,5 @@
 //! The real model at 8 bits.
+#![allow(clippy::unwrap_used, clippy::expect_used, clippy::panic, reason = "a test that cannot go on fails")]
 
 use std::path::{Path, PathBuf};
 
@@ -40,6 +41,18 @@ fn eight_bits_cost_less_than_one_percent_of_perplexity() {
     let score = |model: &Model| perplexity(model, &ids, &protocol, &mut |_, _, _| ()).unwrap();
     let mut full = Model::load(&source).unwrap();
     full.widen().unwrap();
+    use specquant_kernels::KvFormat;
+    let mut m = Model::open(&destination).unwrap();
+    for (what, f) in [
+        ("F32", KvFormat::F32),
+        ("8/1.0", KvFormat::Int { bits: 8, clip: 1.0 }),
+        ("8/0.95", KvFormat::Int { bits: 8, clip: 0.95 }),
+    ] {
+        full.set_kv_format(f);
+        m.set_kv_format(f);
+        println!("EXP W8A8 kv {what}: {}; full {}", score(&m).perplexity, score(&full).perplexity);
+    }
+    full.set_kv_format(KvFormat::F32);
     let (full, eight) = (score(&full), score(&Model::open(&destination).unwrap()));
     println!("{} at full precision, {} at {}", full.perplexity, eight.perplexity, report.scheme);
     assert_eq!(full.tokens, 2 * 511);

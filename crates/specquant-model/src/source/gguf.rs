@@ -166,7 +166,7 @@ impl<'a> Gguf<'a> {
         Self::read(path, bytes).map_err(|what| {
             Error::corrupt(
                 path,
-                format!("{what}; the file is truncated or damaged, or no GGUF of version 2 or 3"),
+                format!("{what}; the file is truncated or damaged, or no GGUF of version 2 or 3; download it again"),
             )
         })
     }

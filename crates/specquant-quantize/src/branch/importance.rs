@@ -144,10 +144,9 @@ mod tests {
             scores in prop::collection::vec(-1e3f32..1e3, 1..60),
             temperature in -3.0f32..30.0,
             mean_k in 1usize..40,
-            inp in 1usize..90,
+            most in 1usize..46,
         ) {
-            let bins = allocate(&scores, temperature, mean_k, inp);
-            let most = inp / 2 + 1;
+            let bins = allocate(&scores, temperature, mean_k, most);
             prop_assert_eq!(bins.iter().map(|&k| usize::from(k)).sum::<usize>(), mean_k.min(most) * scores.len());
             prop_assert!(bins.iter().all(|&k| k >= 1 && usize::from(k) <= most));
             if temperature > 0.0 {
