@@ -54,7 +54,7 @@ cpu = next((l.split(":")[1].strip() for l in open("/proc/cpuinfo") if l.startswi
 print(f"# {model} at {scheme}, {text}\n")
 print(f"Protocol: {full['protocol']}. Calibration: {rows[0]['calibration_tokens']} tokens of {calibration}, seed 0, the same for all rows.")
 print("Every row runs through the integer engine. Times are of one run on a machine that may have been busy.\n")
-print(f"```\nSCHEME={scheme} scripts/wikitext2-table.sh {model} {text} {calibration} {out}\n```\n")
+print(f"```\nSCHEME={scheme} scripts/wikitext2-table.sh {model} {text} {calibration}\n```\n")
 print("| recipe | perplexity | over full precision | bits/weight | mean layer error | quantized in |")
 print("|---|--:|--:|--:|--:|--:|")
 base = full["perplexity"]

@@ -82,7 +82,7 @@ pub struct Overrides {
     /// Clip ratio of activations, in (0, 1] [scheme.act_clip]
     #[arg(long, value_name = "RATIO")]
     pub act_clip: Option<f32>,
-    /// Clip ratio of keys and values, in (0, 1] [scheme.kv_clip]
+    /// Clip ratio of keys and values, in (0, 1]; 0.95 up to 4 bits, 1 above [scheme.kv_clip]
     #[arg(long, value_name = "RATIO")]
     pub kv_clip: Option<f32>,
     /// Migration strength of smoothing: a number in [0, 1], "search", or "off" [smooth.smoothing_strength]

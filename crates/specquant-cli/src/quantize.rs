@@ -26,7 +26,6 @@ pub fn recipe(name: &str, flags: &Overrides) -> anyhow::Result<Recipe> {
     replace! {
         group_size => r.scheme.group_size,
         act_clip => r.scheme.act_clip,
-        kv_clip => r.scheme.kv_clip,
         samples => r.calibration.samples,
         sequence_length => r.calibration.sequence_length,
         search_tokens => r.calibration.search_tokens,
@@ -34,6 +33,9 @@ pub fn recipe(name: &str, flags: &Overrides) -> anyhow::Result<Recipe> {
     }
     if flags.calibration.is_some() {
         r.calibration.file.clone_from(&flags.calibration);
+    }
+    if flags.kv_clip.is_some() {
+        r.scheme.kv_clip = flags.kv_clip;
     }
     if flags.threads.is_some() {
         r.threads = flags.threads;

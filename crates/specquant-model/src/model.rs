@@ -28,7 +28,7 @@ pub enum Embedding {
 
 /// The int8-per-row form of embeddings and head.
 const INT8_ROWS: Scheme =
-    Scheme { weight_bits: 8, act_bits: 16, kv_bits: 16, group_size: 0, act_clip: 1.0, kv_clip: 1.0 };
+    Scheme { weight_bits: 8, act_bits: 16, kv_bits: 16, group_size: 0, act_clip: 1.0, kv_clip: None };
 
 impl Embedding {
     /// Reads `model.embed_tokens`.

@@ -24,23 +24,20 @@ pub struct Scheme {
     /// Clip ratio on an activation row's minimum and maximum (SpinQuant: 1.0).
     #[serde(default = "one")]
     pub act_clip: f32,
-    /// Clip ratio on a cached row's minimum and maximum (QuaRot, section 5: 0.95).
-    #[serde(default = "kv_clip")]
-    pub kv_clip: f32,
+    /// Clip ratio on a cached row's minimum and maximum. By default 0.95 up to 4 bits (QuaRot, section 5) and 1 above, where
+    /// clipping loses more than the finer step gains.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub kv_clip: Option<f32>,
 }
 
 fn one() -> f32 {
     1.0
 }
 
-fn kv_clip() -> f32 {
-    0.95
-}
-
 impl Default for Scheme {
     /// `W4A4KV4`, the paper's headline setting.
     fn default() -> Self {
-        Scheme { weight_bits: 4, act_bits: 4, kv_bits: 4, group_size: 0, act_clip: one(), kv_clip: kv_clip() }
+        Scheme { weight_bits: 4, act_bits: 4, kv_bits: 4, group_size: 0, act_clip: one(), kv_clip: None }
     }
 }
 
@@ -63,7 +60,7 @@ impl Scheme {
                 self.act_bits
             )));
         }
-        for (what, clip) in [("act_clip", self.act_clip), ("kv_clip", self.kv_clip)] {
+        for (what, clip) in [("act_clip", self.act_clip), ("kv_clip", self.kv_clip())] {
             if !(clip > 0.0 && clip <= 1.0) {
                 return Err(Error::Scheme(format!("{what} = {clip}: a clip ratio lies in (0, 1]")));
             }
@@ -76,11 +73,16 @@ impl Scheme {
         if self.group_size == 0 { inp } else { self.group_size }
     }
 
+    /// Clip ratio of the KV cache, given or by its bits.
+    pub fn kv_clip(&self) -> f32 {
+        self.kv_clip.unwrap_or(if self.kv_bits <= 4 { 0.95 } else { 1.0 })
+    }
+
     /// Storage of the KV cache.
     pub fn kv_format(&self) -> KvFormat {
         match self.kv_bits {
             16 => KvFormat::F16,
-            bits => KvFormat::Int { bits, clip: self.kv_clip },
+            bits => KvFormat::Int { bits, clip: self.kv_clip() },
         }
     }
 

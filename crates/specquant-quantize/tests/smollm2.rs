@@ -23,9 +23,10 @@ fn smollm2() -> PathBuf {
 fn eight_bits_cost_less_than_one_percent_of_perplexity() {
     let source = Source::open(&smollm2()).expect("run scripts/fetch-model.sh first");
     let tokenizer = source.tokenizer().unwrap();
-    let mut recipe = Recipe::load("rtn").unwrap();
+    let mut recipe = Recipe::load("specquant").unwrap();
     recipe.scheme = recipe.scheme.with_widths("W8A8KV8").unwrap();
-    recipe.calibration = Calibration { samples: 2, sequence_length: 256, ..Calibration::default() };
+    recipe.calibration =
+        Calibration { samples: 2, sequence_length: 256, search_tokens: 64, ..Calibration::default() };
     let text = shared().join("data/wikitext2/wiki.valid.raw");
     let texts = calibration::from_file(&text, &tokenizer, &recipe.calibration, 0).unwrap();
     assert_eq!(texts.iter().map(Vec::len).collect::<Vec<_>>(), [256, 256]);
@@ -41,18 +42,6 @@ fn eight_bits_cost_less_than_one_percent_of_perplexity() {
     let score = |model: &Model| perplexity(model, &ids, &protocol, &mut |_, _, _| ()).unwrap();
     let mut full = Model::load(&source).unwrap();
     full.widen().unwrap();
-    use specquant_kernels::KvFormat;
-    let mut m = Model::open(&destination).unwrap();
-    for (what, f) in [
-        ("F32", KvFormat::F32),
-        ("8/1.0", KvFormat::Int { bits: 8, clip: 1.0 }),
-        ("8/0.95", KvFormat::Int { bits: 8, clip: 0.95 }),
-    ] {
-        full.set_kv_format(f);
-        m.set_kv_format(f);
-        println!("EXP W8A8 kv {what}: {}; full {}", score(&m).perplexity, score(&full).perplexity);
-    }
-    full.set_kv_format(KvFormat::F32);
     let (full, eight) = (score(&full), score(&Model::open(&destination).unwrap()));
     println!("{} at full precision, {} at {}", full.perplexity, eight.perplexity, report.scheme);
     assert_eq!(full.tokens, 2 * 511);
