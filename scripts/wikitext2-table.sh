@@ -53,7 +53,7 @@ rows = [json.load(open(f"{out}/{r}.json")) for r in recipes]
 cpu = next((l.split(":")[1].strip() for l in open("/proc/cpuinfo") if l.startswith("model name")), platform.machine())
 print(f"# {model} at {scheme}, {text}\n")
 print(f"Protocol: {full['protocol']}. Calibration: {rows[0]['calibration_tokens']} tokens of {calibration}, seed 0, the same for all rows.")
-print("Every row runs through the integer engine. Times are of one run on a machine that may have been busy.\n")
+print("\"Full precision\" is the source's values in f32 (a quantized GGUF has its own rounding in them). Every quantized row runs through the integer engine. Times are of one run on a machine that may have been busy.\n")
 print(f"```\nSCHEME={scheme} scripts/wikitext2-table.sh {model} {text} {calibration}\n```\n")
 print("| recipe | perplexity | over full precision | bits/weight | mean layer error | quantized in |")
 print("|---|--:|--:|--:|--:|--:|")

@@ -1,4 +1,5 @@
 //! What can be typed. Values are checked here for their form only; the libraries check their sense.
+#![allow(rustdoc::broken_intra_doc_links, reason = "these comments are help texts: [key] is a recipe key, not a link")]
 
 use std::path::PathBuf;
 
@@ -88,7 +89,7 @@ pub struct Overrides {
     /// Migration strength of smoothing: a number in [0, 1], "search", or "off" [smooth.smoothing_strength]
     #[arg(long, value_name = "ALPHA")]
     pub smoothing_strength: Option<Strength>,
-    /// Fourier bins kept per output channel on average; 0 for no branch [branch.mean_k]
+    /// Fourier bins kept per output channel on average; 0 for no branch; above the recipe's max_k, that becomes twice this [branch.mean_k]
     #[arg(long, value_name = "K")]
     pub mean_k: Option<usize>,
     /// Most bins that one channel keeps; 0 for no bound [branch.max_k]

@@ -36,6 +36,11 @@ pub fn run(args: ChatArgs) -> anyhow::Result<ExitCode> {
         }
         messages.push(message("user", &line));
         let prompt = tokenizer.encode(&tokenizer.chat_prompt(&messages, true)?, false)?;
+        anyhow::ensure!(
+            !prompt.is_empty(),
+            "the chat template of {} renders nothing",
+            args.model.model.display()
+        );
         // What the cache holds of this prompt already need not be computed again; one token is always left to feed.
         let common = prompt.iter().zip(&seen).take_while(|(a, b)| a == b).count().min(prompt.len() - 1);
         sequence.truncate(common);

@@ -140,7 +140,7 @@ pub fn run(args: DemoArgs) -> anyhow::Result<ExitCode> {
         ["model", "perplexity", "bits/weight", "checkpoint", "memory", "prefill t/s", "decode t/s", "kernel"];
     let rows = vec![
         head.map(str::to_owned).to_vec(),
-        row("full precision".to_owned(), &full, "16".to_owned(), format!("{} (f16)", human(f16_bytes))),
+        row("source, in f32".to_owned(), &full, "16".to_owned(), format!("{} (f16)", human(f16_bytes))),
         row(
             format!("{} {}", recipe.name, recipe.scheme),
             &small,
@@ -162,13 +162,13 @@ pub fn run(args: DemoArgs) -> anyhow::Result<ExitCode> {
     )?;
     writeln!(
         out,
-        "bits/weight: linear layers of the blocks, scales and spectral coefficients counted; full precision runs in f32"
+        "bits/weight: linear layers of the blocks, scales and spectral coefficients counted; the source (GGUF: its own rounding included) runs in f32"
     )?;
     writeln!(
         out,
         "memory: resident while decoding; speed: {PREFILL_TOKENS} tokens of prompt, then {DECODE_TOKENS} decoded, one sequence\n"
     )?;
-    for (name, m) in [("full precision", &full), ("quantized", &small)] {
+    for (name, m) in [("source, in f32", &full), ("quantized", &small)] {
         writeln!(out, "[{name}] {PROMPT}{}\n", m.sample)?;
     }
     writeln!(

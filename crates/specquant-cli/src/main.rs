@@ -17,6 +17,7 @@ use std::process::ExitCode;
 
 use args::{Args, Command};
 use clap::Parser;
+use specquant_kernels::Isa;
 use ui::note;
 
 fn main() -> ExitCode {
@@ -37,7 +38,20 @@ fn main() -> ExitCode {
     }
 }
 
+/// A wish that cannot be granted is an error, not a benchmark of something else.
+fn check_isa() -> anyhow::Result<()> {
+    let Some(wish) = std::env::var_os("SPECQUANT_ISA") else { return Ok(()) };
+    let available = Isa::available().into_iter().map(Isa::name).collect::<Vec<_>>().join(", ");
+    anyhow::ensure!(
+        wish.to_string_lossy().trim().eq_ignore_ascii_case(Isa::active().name()),
+        "SPECQUANT_ISA={}: this machine has {available}",
+        wish.to_string_lossy()
+    );
+    Ok(())
+}
+
 fn run(args: Args) -> anyhow::Result<ExitCode> {
+    check_isa()?;
     match args.command {
         Command::Quantize(a) => quantize::run(*a),
         Command::Eval(a) => eval::run(a),

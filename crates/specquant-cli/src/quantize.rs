@@ -58,15 +58,18 @@ pub fn recipe(name: &str, flags: &Overrides) -> anyhow::Result<Recipe> {
             Some(branch) => branch,
             None => Fourier {
                 mean_k: flags.mean_k.context("this recipe has no branch: give it one with --mean-k K")?,
-                max_k: 0,
+                max_k: q::DEFAULT_MAX_K,
                 score: q::branch::Score::Uniform,
                 temperature: q::Searched::Fixed(0.0),
             },
         };
         branch.mean_k = flags.mean_k.unwrap_or(branch.mean_k);
-        // A bound that only came along with the recipe gives way to a larger mean.
-        branch.max_k =
-            flags.max_k.unwrap_or(if branch.max_k == 0 { 0 } else { branch.max_k.max(2 * branch.mean_k) });
+        if let Some(max_k) = flags.max_k {
+            branch.max_k = max_k;
+        } else if branch.max_k > 0 && branch.max_k < branch.mean_k {
+            // A bound that came along with the recipe gives way to a larger mean.
+            branch.max_k = branch.mean_k.saturating_mul(2);
+        }
         branch.temperature = flags.temperature.unwrap_or(branch.temperature);
         if let Some(score) = flags.score {
             branch.score = match score {
@@ -91,7 +94,7 @@ fn describe(plan: &Plan, recipe: &Recipe) -> String {
     let smooth = if recipe.smooth.is_some() { "smoothing, " } else { "" };
     let branch = recipe.branch.map_or(String::new(), |b| format!("{} Fourier bins per channel, ", b.mean_k));
     let rounding = match recipe.rounding {
-        Rounding::Rtn => "nearest rounding",
+        Rounding::Rtn {} => "nearest rounding",
         Rounding::Gptq(_) => "GPTQ",
     };
     format!(
@@ -149,7 +152,10 @@ pub fn quantize(
         source.path().display()
     );
     q::check_output(output, overwrite)?;
-    let texts = texts(source, &tokenizer, recipe, quiet)?;
+    let texts = match recipe.scheme.weight_bits {
+        16 => Vec::new(),
+        _ => texts(source, &tokenizer, recipe, quiet)?,
+    };
     let mut progress = Progress::new("block", source.config().num_layers as u64, quiet);
     let report =
         q::run(source, recipe, &texts, output, overwrite, &mut |Event::Block { index, layers, .. }| {

@@ -76,6 +76,8 @@ pub fn perplexity(
         window_nll.push(nll / (window - 1) as f64);
         progress(i + 1, count, mean(&window_nll).exp());
     }
+    let starts = model.config.bos_token_id.is_some_and(|bos| ids.first() == Some(&bos));
+    let bos = if starts { "BOS at the start of the text" } else { "no BOS" };
     let perplexity = mean(&window_nll).exp();
     let n = window_nll.len() as f64;
     let variance =
@@ -86,7 +88,7 @@ pub fn perplexity(
         tokens: count * (window - 1),
         window_nll,
         protocol: format!(
-            "token-level, {count} of {available} non-overlapping windows of {window} tokens, tail dropped, no BOS added"
+            "token-level, {count} of {available} non-overlapping windows of {window} tokens, tail dropped, {bos}"
         ),
     })
 }

@@ -236,7 +236,7 @@ impl StoredLinear {
         let scales = scales.to_f32()?;
 
         let (mut bins, mut coeffs) = (Vec::new(), Vec::new());
-        if source.has(&name("spectral_coeffs")) {
+        if source.has(&name("spectral_coeffs")) || source.has(&name("spectral_bins")) {
             let view = source.tensor(&name("spectral_bins"))?;
             if view.dtype != Dtype::U16 || view.shape != [out] {
                 return Err(fail(

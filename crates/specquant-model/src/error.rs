@@ -208,6 +208,11 @@ pub enum Error {
         /// Size of the vocabulary.
         vocab: usize,
     },
+    /// The forward pass overflowed, or a weight is NaN.
+    #[error(
+        "the model's hidden states are not finite; the checkpoint is damaged, `specquant inspect` may say where"
+    )]
+    NotFiniteStates,
     /// A sequence without tokens to continue.
     #[error("there is no token to continue; give a prompt that is not empty")]
     NoTokens,

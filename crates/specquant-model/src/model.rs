@@ -331,6 +331,9 @@ impl Model {
             return Err(Error::NoTokens);
         }
         let hidden = self.hidden(batch)?;
+        if hidden.iter().any(|v| !v.is_finite()) {
+            return Err(Error::NotFiniteStates);
+        }
         let width = self.config.hidden_size;
         let mut last = Vec::with_capacity(batch.len() * width);
         let mut end = 0;

@@ -11,7 +11,7 @@ use crate::recipe::Calibration;
 use crate::{Error, Result};
 
 /// Sequences that the model writes side by side.
-const GENERATION_BATCH: usize = 16;
+pub(crate) const GENERATION_BATCH: usize = 16;
 
 /// Token sequences of `calibration.sequence_length` from a text or jsonl file (`text` of every line), at random places drawn with
 /// `seed`. A text with fewer tokens than one sequence gives one shorter sequence.

@@ -53,6 +53,13 @@ impl Output {
         let mut partial_name = name.to_owned();
         partial_name.push(".partial");
         let partial = destination.with_file_name(partial_name);
+        let old = replaced_name(&partial);
+        if overwrite && old.symlink_metadata().is_ok() {
+            return Err(fail(format!(
+                "needs the name {} for a moment, and that exists; move it away",
+                old.display()
+            )));
+        }
         if partial.symlink_metadata().is_ok() {
             let stale = partial.join(MARK).exists()
                 || fs::read_dir(&partial).is_ok_and(|mut entries| entries.next().is_none());
@@ -138,7 +145,7 @@ impl Output {
             why: format!("cannot be moved into place: {e}"),
         };
         fs::remove_file(self.partial.join(MARK)).map_err(moved)?;
-        let old = self.partial.with_extension("replaced");
+        let old = replaced_name(&self.partial);
         let replaces = self.overwrite && self.destination.exists();
         if replaces {
             fs::rename(&self.destination, &old).map_err(moved)?;
@@ -147,7 +154,13 @@ impl Output {
             if replaces {
                 let _ = fs::rename(&old, &self.destination);
             }
-            return Err(moved(e));
+            // Everything is written; only the name is missing.
+            self.finished = true;
+            let why = format!(
+                "cannot be moved into place: {e}; the finished checkpoint is {}",
+                self.partial.display()
+            );
+            return Err(Error::Output { path: self.destination.clone(), why });
         }
         self.finished = true;
         if replaces {
@@ -168,6 +181,11 @@ impl Output {
 /// As [`run`](crate::run) would report it at the end.
 pub fn check_output(destination: &Path, overwrite: bool) -> Result<()> {
     Output::create(destination, overwrite, 0).map(drop)
+}
+
+/// Where a replaced checkpoint waits until the new one has its name.
+fn replaced_name(partial: &Path) -> PathBuf {
+    partial.with_extension("replaced")
 }
 
 /// Whether a directory may be replaced: it is empty, or a checkpoint of ours.

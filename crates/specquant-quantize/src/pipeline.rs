@@ -16,6 +16,7 @@ use specquant_model::{
 };
 
 use crate::block::{LayerReport, SiteStats, quantize_block};
+use crate::calibration::GENERATION_BATCH;
 use crate::output::Output;
 use crate::recipe::{Embeddings, Recipe, Rounding};
 use crate::{Error, Result, card};
@@ -107,11 +108,10 @@ pub fn plan(source: &Source, recipe: &Recipe) -> Result<Plan> {
             ));
         }
     }
-    if recipe.branch.is_some() && scheme.weight_bits == 16 {
-        problems.push(
-            "  a spectral branch needs integer weights: lower the W of the scheme, or drop the branch"
-                .to_owned(),
-        );
+    if scheme.weight_bits == 16
+        && *recipe != (Recipe { smooth: None, branch: None, rounding: Rounding::Rtn {}, ..recipe.clone() })
+    {
+        problems.push(format!("  {scheme} leaves the weights alone, so smoothing, branch and GPTQ have nothing to do: use --recipe rtn"));
     }
     if !problems.is_empty() {
         return Err(Error::Unfit(problems.join("\n")));
@@ -136,15 +136,19 @@ pub fn plan(source: &Source, recipe: &Recipe) -> Result<Plan> {
     let tokens = recipe.calibration.samples * recipe.calibration.sequence_length;
 
     // The largest of three moments: the model writing text, the embeddings on their way to the disk, a block at work.
-    let generation = if recipe.calibration.file.is_none() {
-        4 * (config.num_layers * block_weights + vocab_weights)
-    } else {
-        0
+    let generation = match recipe.calibration.file {
+        Some(_) => 0,
+        None => {
+            let cached =
+                GENERATION_BATCH.min(recipe.calibration.samples) * recipe.calibration.sequence_length;
+            let kv = 2 * config.num_layers * config.num_kv_heads * config.head_dim * cached;
+            4 * (config.num_layers * block_weights + vocab_weights + kv)
+        }
     };
     let vocabulary = config.vocab_size * config.hidden_size * 6
         + if config.tie_word_embeddings { 0 } else { vocab_bytes / 2 };
     let hessians: usize = match recipe.rounding {
-        Rounding::Rtn => 0,
+        Rounding::Rtn {} => 0,
         Rounding::Gptq(_) => {
             let squares = Site::ALL.map(|s| site_width(config, s).pow(2));
             8 * (squares.iter().sum::<usize>() + 2 * squares.iter().max().unwrap_or(&0))
@@ -190,7 +194,7 @@ pub fn run(
     progress: &mut dyn FnMut(Event),
 ) -> Result<Report> {
     plan(source, recipe)?;
-    if texts.iter().all(Vec::is_empty) {
+    if recipe.scheme.weight_bits < 16 && texts.iter().all(Vec::is_empty) {
         return Err(Error::Recipe(
             "calibration: no tokens were given; give at least one sequence".to_owned(),
         ));
@@ -293,9 +297,11 @@ fn one_block(
             reports.push(report);
         }
     } else {
-        for (name, linear) in block.linears() {
+        let names = block.linears().map(|(name, _)| name);
+        for (name, linear) in names.into_iter().zip(block.linears_mut()) {
             if let Linear::Dense(DenseLinear { weight: DenseWeight::Owned(w), bias, out, inp }) = linear {
-                tensors.push(half.tensor(format!("{prefix}.{name}.weight"), vec![*out, *inp], w));
+                tensors.push(half.tensor(format!("{prefix}.{name}.weight"), vec![*out, *inp], w)?);
+                w.iter_mut().for_each(|v| *v = half.round(*v));
                 if let Some(bias) = bias {
                     tensors.push(StoredTensor::f32(format!("{prefix}.{name}.bias"), vec![*out], bias));
                 }
@@ -355,14 +361,27 @@ enum HalfType {
 }
 
 impl HalfType {
-    fn tensor(self, name: String, shape: Vec<usize>, values: &[f32]) -> StoredTensor {
+    /// The value that the 16 bits hold.
+    fn round(self, value: f32) -> f32 {
+        match self {
+            HalfType::F16 => f16::from_f32(value).to_f32(),
+            HalfType::Bf16 => bf16::from_f32(value).to_f32(),
+        }
+    }
+
+    /// Fails when a value is beyond the type's range.
+    fn tensor(self, name: String, shape: Vec<usize>, values: &[f32]) -> Result<StoredTensor> {
         let (dtype, to): (_, fn(f32) -> [u8; 2]) = match self {
             HalfType::F16 => (safetensors::Dtype::F16, |v| f16::from_f32(v).to_le_bytes()),
             HalfType::Bf16 => (safetensors::Dtype::BF16, |v| bf16::from_f32(v).to_le_bytes()),
         };
+        if let Some(i) = values.par_iter().position_first(|&v| !self.round(v).is_finite()) {
+            let channel = Some(i / shape.last().copied().unwrap_or(1).max(1));
+            return Err(Error::NotFinite { module: name, what: "a weight in 16 bits", channel });
+        }
         let mut bytes = vec![0; 2 * values.len()];
         bytes.par_chunks_exact_mut(2).zip(values).for_each(|(b, &v)| b.copy_from_slice(&to(v)));
-        StoredTensor { name, dtype, shape, bytes }
+        Ok(StoredTensor { name, dtype, shape, bytes })
     }
 }
 
@@ -375,13 +394,12 @@ fn int8_row(row: &[f32]) -> (f32, Vec<i8>) {
 
 /// Rounds a row of embeddings to what the checkpoint will hold.
 fn round_row(row: &mut [f32], embeddings: Embeddings, half: HalfType) {
-    match (embeddings, half) {
-        (Embeddings::Int8, _) => {
+    match embeddings {
+        Embeddings::Int8 => {
             let (scale, codes) = int8_row(row);
             row.iter_mut().zip(codes).for_each(|(v, c)| *v = f32::from(c) * scale);
         }
-        (Embeddings::Half, HalfType::F16) => row.iter_mut().for_each(|v| *v = f16::from_f32(*v).to_f32()),
-        (Embeddings::Half, HalfType::Bf16) => row.iter_mut().for_each(|v| *v = bf16::from_f32(*v).to_f32()),
+        Embeddings::Half => row.iter_mut().for_each(|v| *v = half.round(*v)),
     }
 }
 
@@ -395,14 +413,7 @@ fn vocabulary_tensors(
     let view = source.tensor(&format!("{name}.weight"))?;
     let values = view.to_f32()?;
     if embeddings == Embeddings::Half {
-        if half == HalfType::F16 && values.iter().any(|v| v.abs() > f16::MAX.to_f32()) {
-            return Err(Error::NotFinite {
-                module: name.to_owned(),
-                what: "an embedding as f16",
-                channel: None,
-            });
-        }
-        return Ok(vec![half.tensor(format!("{name}.weight"), view.shape.clone(), &values)]);
+        return Ok(vec![half.tensor(format!("{name}.weight"), view.shape.clone(), &values)?]);
     }
     let (vocab, hidden) = (view.shape[0], view.shape[1]);
     let rows: Vec<(f32, Vec<i8>)> = values.par_chunks_exact(hidden).map(int8_row).collect();

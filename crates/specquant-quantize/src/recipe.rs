@@ -124,10 +124,10 @@ pub struct Fourier {
 
 /// How weights become integers.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
-#[serde(tag = "kind", rename_all = "lowercase")]
+#[serde(tag = "kind", rename_all = "lowercase", deny_unknown_fields)]
 pub enum Rounding {
     /// To nearest, half to even.
-    Rtn,
+    Rtn {},
     /// With second-order error feedback (arXiv 2210.17323).
     Gptq(GptqConfig),
 }
@@ -162,8 +162,11 @@ pub struct Calibration {
     pub search_tokens: usize,
 }
 
+/// [`Fourier::max_k`] unless a recipe says otherwise: twice the paper's mean.
+pub const DEFAULT_MAX_K: usize = 32;
+
 fn default_max_k() -> usize {
-    32
+    DEFAULT_MAX_K
 }
 
 fn default_samples() -> usize {
@@ -177,6 +180,9 @@ fn default_length() -> usize {
 fn default_search_tokens() -> usize {
     256
 }
+
+/// Calibration tokens at most; far more than helps.
+const MAX_TOKENS: usize = 1 << 31;
 
 impl Default for Calibration {
     fn default() -> Self {
@@ -254,6 +260,11 @@ impl Recipe {
             );
         }
         let c = &self.calibration;
+        if c.samples.checked_mul(c.sequence_length).is_none_or(|tokens| tokens > MAX_TOKENS) {
+            return refuse(format!(
+                "calibration: samples × sequence_length is more than {MAX_TOKENS} tokens"
+            ));
+        }
         if c.samples == 0 || c.sequence_length < 2 || c.search_tokens == 0 {
             return refuse(
                 "calibration: samples and search_tokens are at least 1, sequence_length at least 2"
@@ -283,6 +294,8 @@ mod tests {
         let base = "name = \"x\"\n[rounding]\nkind = \"rtn\"\n";
         for (text, word) in [
             (format!("{base}[smooth]\nsmoothing_strength = 2.0"), "smoothing_strength"),
+            (format!("{base}blok_size = 3"), "blok_size"),
+            (format!("{base}[calibration]\nsamples = 4611686018427387904"), "tokens"),
             (format!("{base}[smooth]\nalpha = 0.5"), "alpha"),
             (format!("{base}[calibration]\nsamples = 0"), "samples"),
             (format!("{base}[scheme]\nweight_bits = 1\nact_bits = 4\nkv_bits = 4"), "W1"),
