@@ -1,5 +1,8 @@
 //! What can be typed. Values are checked here for their form only; the libraries check their sense.
-#![allow(rustdoc::broken_intra_doc_links, reason = "these comments are help texts: [key] is a recipe key, not a link")]
+#![allow(
+    rustdoc::broken_intra_doc_links,
+    reason = "these comments are help texts: [key] is a recipe key, not a link"
+)]
 
 use std::path::PathBuf;
 
