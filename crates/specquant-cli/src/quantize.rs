@@ -187,6 +187,7 @@ pub fn run(args: QuantizeArgs) -> anyhow::Result<ExitCode> {
             human(free)
         );
     }
+    q::check_output(&args.output, args.overwrite)?;
     if args.dry_run {
         if args.json {
             writeln!(std::io::stdout(), "{:#}", json!({ "plan": plan, "recipe": recipe }))?;

@@ -44,11 +44,15 @@ pub fn load_for_decoding(
     Ok(model)
 }
 
+/// More threads than any machine has cores only cost.
+const MAX_THREADS: usize = 1024;
+
 /// Sets the number of worker threads; all cores if `None`.
 pub fn set_threads(threads: Option<usize>) -> anyhow::Result<()> {
     match threads {
         None => Ok(()),
         Some(0) => anyhow::bail!("--threads 0: give at least 1, or leave it out for all cores"),
+        Some(n) if n > MAX_THREADS => anyhow::bail!("--threads {n}: give at most {MAX_THREADS}"),
         Some(n) => rayon::ThreadPoolBuilder::new()
             .num_threads(n)
             .build_global()

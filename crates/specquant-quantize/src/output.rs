@@ -102,6 +102,9 @@ impl Output {
         let path = self.partial.join(&file);
         let metadata = Some([("format".to_owned(), "pt".to_owned())].into());
         safetensors::serialize_to_file(views, metadata, &path).map_err(|e| self.fail(&file, e))?;
+        // safetensors writes through a private temporary file; the shard gets the permissions of any other file here.
+        let permissions = fs::metadata(self.partial.join(MARK)).map(|m| m.permissions());
+        permissions.and_then(|p| fs::set_permissions(&path, p)).map_err(|e| self.fail(&file, e))?;
         File::open(&path).and_then(|f| f.sync_all()).map_err(|e| self.fail(&file, e))?;
         for tensor in tensors {
             self.index.insert(tensor.name.clone(), file.clone());
