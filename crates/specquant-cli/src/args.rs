@@ -54,13 +54,13 @@ pub struct QuantizeArgs {
     /// A Hugging Face directory or a GGUF file, in full precision
     #[arg(short, long, value_name = "SRC")]
     pub model: PathBuf,
-    /// Directory to write; it must not exist
+    /// Directory to write; it must not exist, but for --overwrite
     #[arg(short, long, value_name = "DST")]
     pub output: PathBuf,
     /// A built-in recipe (specquant, gptq, smooth-gptq, smoothquant, rtn) or a TOML file
     #[arg(short, long, value_name = "NAME|FILE", default_value = "specquant")]
     pub recipe: String,
-    /// Replace a SpecQuant checkpoint at DST
+    /// Replace a SpecQuant checkpoint, or an empty directory, at DST
     #[arg(long)]
     pub overwrite: bool,
     /// Print the plan and stop
@@ -180,7 +180,7 @@ pub struct PplArgs {
     /// Plain text, or jsonl with a "text" in every line
     #[arg(long, value_name = "FILE")]
     pub text: PathBuf,
-    /// Score only the first N windows
+    /// Score only the first N windows; 0 for all
     #[arg(long, value_name = "N", default_value_t = 0, hide_default_value = true)]
     pub windows: usize,
     /// Tokens of a window
