@@ -171,6 +171,62 @@ pub struct EvalArgs {
 pub enum EvalCommand {
     /// Perplexity of a text
     Ppl(PplArgs),
+    /// Accuracy on zero-shot tasks, with the prompts and scores of lm-evaluation-harness
+    Tasks(TasksArgs),
+}
+
+/// Which tasks, and how they are asked; shared by `eval tasks` and `compare`.
+#[derive(ClapArgs)]
+pub struct TaskArgs {
+    /// Directory with the tasks' data, a jsonl file each
+    #[arg(long, value_name = "DIR")]
+    pub data: Option<PathBuf>,
+    /// Tasks, by lm-eval's names, or "all"
+    #[arg(long, value_name = "A,B", value_delimiter = ',', default_value = "all")]
+    pub tasks: Vec<String>,
+    /// Only the first N documents of every task; 0 for all
+    #[arg(long, value_name = "N", default_value_t = 0, hide_default_value = true)]
+    pub limit: usize,
+    /// Solved examples before every question; only 0 is supported
+    #[arg(long, value_name = "N", default_value_t = 0)]
+    pub shots: usize,
+    /// Whether texts start with a BOS token
+    #[arg(long, value_name = "WHEN", default_value = "auto")]
+    pub bos: BosArg,
+    /// Tokens that the model reads at most, of a longer context the last ones; 0 for what its configuration allows
+    #[arg(long, value_name = "N", default_value_t = 0, hide_default_value = true)]
+    pub max_length: usize,
+}
+
+/// When a text starts with a BOS token.
+#[derive(Clone, Copy, ValueEnum)]
+pub enum BosArg {
+    /// As the model's tokenizer is set up
+    Auto,
+    /// Always
+    Always,
+    /// Never
+    Never,
+}
+
+#[derive(ClapArgs)]
+pub struct TasksArgs {
+    #[command(flatten)]
+    pub model: ModelArgs,
+    #[command(flatten)]
+    pub tasks: TaskArgs,
+    /// Write lm-eval's results_*.json and samples_*.jsonl to DIR/MODEL, and keep the scores there as they come
+    #[arg(short, long, value_name = "DIR")]
+    pub output: Option<PathBuf>,
+    /// Continue an interrupted run that wrote to the same --output
+    #[arg(long, requires = "output")]
+    pub resume: bool,
+    /// Write every context and continuation, with token ids, to a jsonl file, and stop
+    #[arg(long, value_name = "FILE")]
+    pub dump_requests: Option<PathBuf>,
+    /// Print lm-eval's results JSON on stdout
+    #[arg(long)]
+    pub json: bool,
 }
 
 #[derive(ClapArgs)]

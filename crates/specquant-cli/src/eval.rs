@@ -6,7 +6,7 @@ use std::process::ExitCode;
 use anyhow::Context;
 use serde_json::json;
 use specquant_eval::{Error, Protocol, perplexity};
-use specquant_model::{Model, Source};
+use specquant_model::Source;
 
 use crate::args::{EvalArgs, EvalCommand, PplArgs};
 use crate::system;
@@ -15,16 +15,17 @@ use crate::ui::Progress;
 pub fn run(args: EvalArgs) -> anyhow::Result<ExitCode> {
     match args.what {
         EvalCommand::Ppl(args) => ppl(args),
+        EvalCommand::Tasks(args) => crate::tasks::run(args),
     }
 }
 
 fn ppl(args: PplArgs) -> anyhow::Result<ExitCode> {
     system::set_threads(args.model.threads)?;
-    let text = specquant_quantize::calibration::read_text(&args.text)
+    let text = specquant_model::read_text(&args.text)
         .map_err(anyhow::Error::msg)
         .with_context(|| format!("evaluation text {}", args.text.display()))?;
     let source = Source::open(&args.model.model)?;
-    let model = Model::load(&source)?;
+    let model = system::load_for_decoding(&source)?;
     let ids = source.tokenizer()?.encode(&text, true)?;
     let protocol = Protocol { window: args.window, max_windows: args.windows };
     let mut progress = Progress::new("window", 0, args.json);

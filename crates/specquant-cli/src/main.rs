@@ -11,6 +11,7 @@ mod generate;
 mod inspect;
 mod quantize;
 mod system;
+mod tasks;
 mod ui;
 
 use std::process::ExitCode;

@@ -65,13 +65,13 @@ pub fn perplexity(
     for (i, ids) in ids.chunks_exact(window).take(count).enumerate() {
         let mut sequence = model.sequence();
         let hidden = model.hidden(&mut [(&mut sequence, ids)])?;
-        let mut nll = 0.0;
         let predicting = &hidden[..(window - 1) * model.config.hidden_size];
-        model.for_each_logits(predicting, |row, logits| {
-            nll += log_sum_exp(logits) - f64::from(logits[ids[row + 1] as usize]);
+        let nll = model.map_logits(predicting, |row, logits| {
+            log_sum_exp(logits) - f64::from(logits[ids[row + 1] as usize])
         })?;
+        let nll: f64 = nll.into_iter().sum();
         if !nll.is_finite() {
-            return Err(Error::NotFinite { window: i });
+            return Err(Error::NotFinite { place: format!("window {i}") });
         }
         window_nll.push(nll / (window - 1) as f64);
         progress(i + 1, count, mean(&window_nll).exp());

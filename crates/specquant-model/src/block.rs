@@ -1,5 +1,6 @@
 //! One decoder block: RMSNorm, grouped-query attention with RoPE, SwiGLU.
 
+use rayon::prelude::*;
 use specquant_kernels as kernels;
 use specquant_kernels::KvCache;
 
@@ -154,14 +155,20 @@ impl Block {
     ) {
         let scale = 1.0 / (config.head_dim as f32).sqrt();
         let (wide, narrow) = (config.num_heads * config.head_dim, config.num_kv_heads * config.head_dim);
-        let mut first = 0;
+        // Spans side by side: many short ones would each be too little work for all threads.
+        let mut jobs = Vec::with_capacity(spans.len());
+        let (mut first, mut rest) = (0, out);
         for span in spans {
-            let last = first + span.rows;
-            span.cache.append(&k[first * narrow..last * narrow], &v[first * narrow..last * narrow]);
-            let (q, out) = (&q[first * wide..last * wide], &mut out[first * wide..last * wide]);
-            kernels::attention(q, span.rows, config.num_heads, span.cache, scale, self.window, out);
-            first = last;
+            let rows = first..first + span.rows;
+            let (out, after) = rest.split_at_mut(span.rows * wide);
+            (first, rest) = (rows.end, after);
+            jobs.push((rows, span, out));
         }
+        jobs.into_par_iter().for_each(|(rows, span, out)| {
+            let (kv, qo) = (rows.start * narrow..rows.end * narrow, rows.start * wide..rows.end * wide);
+            span.cache.append(&k[kv.clone()], &v[kv]);
+            kernels::attention(&q[qo], span.rows, config.num_heads, span.cache, scale, self.window, out);
+        });
     }
 }
 

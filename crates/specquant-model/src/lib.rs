@@ -10,6 +10,7 @@ mod linear;
 mod model;
 mod scheme;
 mod source;
+mod text;
 mod tokenizer;
 
 pub use block::*;
@@ -21,4 +22,5 @@ pub use linear::*;
 pub use model::*;
 pub use scheme::*;
 pub use source::*;
+pub use text::*;
 pub use tokenizer::*;

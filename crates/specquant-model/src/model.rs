@@ -2,6 +2,7 @@
 
 use std::path::Path;
 
+use rayon::prelude::*;
 use specquant_kernels as kernels;
 use specquant_kernels::{KvCache, KvFormat};
 
@@ -10,8 +11,8 @@ use crate::checkpoint::{QuantizationConfig, StoredLinear, read_linear};
 use crate::linear::Linear;
 use crate::{Error, ModelConfig, Result, Scheme, Source, TensorView};
 
-/// Rows of logits computed at a time: `64 × 49152` f32 are 12 MiB.
-const LOGIT_ROWS: usize = 64;
+/// Rows of logits computed at a time: `128 × 49152` f32 are 24 MiB.
+const LOGIT_ROWS: usize = 128;
 
 /// Token embeddings, read a row at a time from the memory map.
 pub enum Embedding {
@@ -304,22 +305,23 @@ impl Model {
         self.head.linear.forward(hidden, hidden.len() / self.config.hidden_size)
     }
 
-    /// Calls `visit(row, logits)` for every row of `hidden`, a few rows of logits at a time, so that a long window's logits are
-    /// never all in memory.
+    /// `f(row, logits)` of every row of `hidden`, in order; a few rows of logits at a time, so that a long window's logits are never
+    /// all in memory, on all threads.
     ///
     /// # Errors
     /// When a mapped weight cannot be widened.
-    pub fn for_each_logits(&self, hidden: &[f32], mut visit: impl FnMut(usize, &[f32])) -> Result<()> {
-        let mut first = 0;
+    pub fn map_logits<T: Send>(
+        &self,
+        hidden: &[f32],
+        f: impl Fn(usize, &[f32]) -> T + Sync,
+    ) -> Result<Vec<T>> {
+        let mut results = Vec::with_capacity(hidden.len() / self.config.hidden_size);
         for rows in hidden.chunks(LOGIT_ROWS * self.config.hidden_size) {
-            let logits = self.logits(rows)?;
-            logits
-                .chunks_exact(self.config.vocab_size)
-                .enumerate()
-                .for_each(|(i, row)| visit(first + i, row));
-            first += rows.len() / self.config.hidden_size;
+            let (first, logits) = (results.len(), self.logits(rows)?);
+            let rows = logits.par_chunks_exact(self.config.vocab_size).enumerate();
+            results.par_extend(rows.map(|(i, row)| f(first + i, row)));
         }
-        Ok(())
+        Ok(results)
     }
 
     /// The logits after the last token of each sequence, `[batch, vocab]`.

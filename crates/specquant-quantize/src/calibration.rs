@@ -5,7 +5,7 @@ use std::path::Path;
 use rand::Rng;
 use rand_chacha::ChaCha8Rng;
 use rand_chacha::rand_core::SeedableRng;
-use specquant_model::{Model, Sampler, Sampling, Sequence, Tokenizer};
+use specquant_model::{Model, Sampler, Sampling, Sequence, Tokenizer, read_text};
 
 use crate::recipe::Calibration;
 use crate::{Error, Result};
@@ -13,8 +13,7 @@ use crate::{Error, Result};
 /// Sequences that the model writes side by side.
 pub(crate) const GENERATION_BATCH: usize = 16;
 
-/// Token sequences of `calibration.sequence_length` from a text or jsonl file (`text` of every line), at random places drawn with
-/// `seed`. A text with fewer tokens than one sequence gives one shorter sequence.
+/// Token sequences of `calibration.sequence_length` from a file that [`read_text`] reads, at random places drawn with `seed`. A text with fewer tokens than one sequence gives one shorter sequence.
 ///
 /// # Errors
 /// [`Error::Calibration`] when the file is unreadable, has no text, or fewer than two tokens.
@@ -41,33 +40,6 @@ pub fn from_file(
             ids[start..start + length].to_vec()
         })
         .collect())
-}
-
-/// What a line of jsonl should be.
-const FORM: &str = "; every line of a .jsonl file is an object such as {\"text\": \"Some prose.\"}";
-
-/// The text of a plain file, or of every line of a jsonl file joined by empty lines.
-///
-/// # Errors
-/// What is wrong, as a sentence about the file.
-pub fn read_text(path: &Path) -> std::result::Result<String, String> {
-    let raw = std::fs::read_to_string(path).map_err(|e| format!("cannot be read as UTF-8 text: {e}"))?;
-    let text = if path.extension().is_some_and(|e| e == "jsonl") {
-        let line = |(i, line): (usize, &str)| {
-            let value: serde_json::Value =
-                serde_json::from_str(line).map_err(|_| format!("line {} is not JSON{FORM}", i + 1))?;
-            let text = value.get("text").and_then(|t| t.as_str());
-            text.map(str::to_owned).ok_or_else(|| format!("line {} has no string \"text\"{FORM}", i + 1))
-        };
-        let lines = raw.lines().enumerate().filter(|(_, l)| !l.trim().is_empty());
-        lines.map(line).collect::<std::result::Result<Vec<_>, _>>()?.join("\n\n")
-    } else {
-        raw
-    };
-    if text.trim().is_empty() {
-        return Err("is empty; name a file with a few pages of ordinary text".to_owned());
-    }
-    Ok(text)
 }
 
 /// Text that the model writes itself, as in LLM-QAT (arXiv 2305.17888, section 3.1): every sequence starts with a random token and
@@ -103,31 +75,4 @@ pub fn self_generated(
         }
     }
     Ok(texts)
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-    use std::io::Write;
-
-    fn file(suffix: &str, text: &str) -> tempfile::NamedTempFile {
-        let mut file = tempfile::Builder::new().suffix(suffix).tempfile().unwrap();
-        file.write_all(text.as_bytes()).unwrap();
-        file
-    }
-
-    #[test]
-    fn jsonl_lines_are_joined_and_bad_ones_named() {
-        let good = file(".jsonl", "{\"text\": \"one\"}\n\n{\"text\": \"two\", \"id\": 3}\n");
-        assert_eq!(read_text(good.path()).unwrap(), "one\n\ntwo");
-        let bad = file(".jsonl", "{\"text\": \"one\"}\n{\"content\": \"two\"}\n");
-        assert!(read_text(bad.path()).unwrap_err().contains("line 2"));
-    }
-
-    #[test]
-    fn empty_text_is_refused() {
-        for (suffix, text) in [(".txt", " \n\n"), (".jsonl", ""), (".txt", "")] {
-            assert!(read_text(file(suffix, text).path()).unwrap_err().contains("empty"));
-        }
-    }
 }

@@ -14,7 +14,9 @@ mod view;
 
 use std::path::{Path, PathBuf};
 
+use rayon::prelude::*;
 use serde_json::{Value, json};
+use sha2::{Digest, Sha256};
 
 use crate::config::token_ids;
 use crate::{Error, ModelConfig, Problems, Result, Tokenizer};
@@ -205,6 +207,32 @@ impl Source {
     /// [`Error::NotFinite`] names the first value that is NaN or infinite.
     pub fn check_finite(&self) -> Result<()> {
         self.tensors.values().filter(|t| t.dtype.widens()).try_for_each(|t| t.to_f32().map(drop))
+    }
+
+    /// SHA-256, in hexadecimal, of all that determines what the model computes: configuration, tensors (names, types, shapes, bytes)
+    /// and tokenizer. It does not depend on the path or on how the tensors are spread over files.
+    ///
+    /// # Errors
+    /// As [`Source::side_files`].
+    pub fn fingerprint(&self) -> Result<String> {
+        let tensors: Vec<(&String, &TensorView)> = self.tensors.iter().collect();
+        let digest = |(name, t): &(&String, &TensorView)| {
+            Sha256::new()
+                .chain_update(format!("{name} {} {:?}\0", t.dtype.name(), t.shape))
+                .chain_update(t.bytes())
+                .finalize()
+        };
+        let digests: Vec<_> = tensors.par_iter().map(digest).collect();
+        let mut whole = Sha256::new().chain_update(self.config_json.to_string());
+        digests.iter().for_each(|d| whole.update(d));
+        let files = self.side_files()?;
+        files.iter().filter(|(name, _)| name == "tokenizer.json").for_each(|(_, bytes)| whole.update(bytes));
+        Ok(whole.finalize().iter().map(|b| format!("{b:02x}")).collect())
+    }
+
+    /// Bytes of all tensors.
+    pub fn tensor_bytes(&self) -> u64 {
+        self.tensors.values().map(|t| t.bytes().len() as u64).sum()
     }
 
     /// Name and content of the files that belong to the model besides config.json and weights: tokenizer, chat template, generation

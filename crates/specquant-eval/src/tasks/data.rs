@@ -1,0 +1,149 @@
+//! A task's data file.
+
+use std::path::{Path, PathBuf};
+
+use serde_json::{Map, Value};
+use sha2::{Digest, Sha256};
+
+use super::{Document, Task};
+use crate::{Error, Result};
+
+/// The documents of a task, with the rows that they were made of.
+#[derive(Debug)]
+pub struct TaskData {
+    /// The task.
+    pub task: &'static Task,
+    /// In the order of the file.
+    pub documents: Vec<Document>,
+    /// As read, one a document.
+    pub rows: Vec<Map<String, Value>>,
+    /// Line in the file of every document, from 1.
+    pub lines: Vec<usize>,
+    /// The file.
+    pub path: PathBuf,
+    /// SHA-256 of the whole file, in hexadecimal.
+    pub sha256: String,
+    /// Documents in the whole file.
+    pub available: usize,
+}
+
+/// SHA-256 in hexadecimal.
+pub(crate) fn sha256(bytes: &[u8]) -> String {
+    Sha256::digest(bytes).iter().map(|b| format!("{b:02x}")).collect()
+}
+
+impl TaskData {
+    /// Reads `DIR/FILE.jsonl`, the first `limit` documents if it is not 0.
+    ///
+    /// # Errors
+    /// [`Error::MissingData`] with the command that fetches it; [`Error::Data`] with the line.
+    pub fn read(task: &'static Task, dir: &Path, limit: usize) -> Result<TaskData> {
+        let path = dir.join(format!("{}.jsonl", task.file));
+        if !path.exists() {
+            let command = task.fetch_command(dir);
+            return Err(Error::MissingData { path, command });
+        }
+        let text = std::fs::read_to_string(&path).map_err(Error::io(&path))?;
+        let filled = || text.lines().enumerate().filter(|(_, l)| !l.trim().is_empty());
+        let available = filled().count();
+        let mut data = TaskData {
+            task,
+            documents: Vec::new(),
+            rows: Vec::new(),
+            lines: Vec::new(),
+            sha256: sha256(text.as_bytes()),
+            path,
+            available,
+        };
+        for (i, line) in filled().take(if limit == 0 { available } else { limit }) {
+            let at = |problem: String| Error::Data { path: data.path.clone(), line: Some(i + 1), problem };
+            let row: Map<String, Value> =
+                serde_json::from_str(line).map_err(|e| at(format!("is not a JSON object: {e}")))?;
+            data.documents.push((task.parse)(&Fields(&row)).map_err(at)?);
+            data.rows.push(row);
+            data.lines.push(i + 1);
+        }
+        if data.documents.is_empty() {
+            let problem = format!("has no rows; to get it anew: {}", task.fetch_command(dir));
+            return Err(Error::Data { path: data.path, line: None, problem });
+        }
+        Ok(data)
+    }
+
+    /// Accuracy of guessing: the mean of one over the number of choices.
+    pub fn chance(&self) -> f64 {
+        match self.task.metric {
+            super::Metric::Greedy => 0.0,
+            super::Metric::Choice { .. } => {
+                let guess = |d: &Document| 1.0 / d.requests.len() as f64;
+                self.documents.iter().map(guess).sum::<f64>() / self.documents.len() as f64
+            }
+        }
+    }
+}
+
+impl Task {
+    /// A shell command that writes the data file into `dir`.
+    pub fn fetch_command(&self, dir: &Path) -> String {
+        let super::Dataset { path, config, split } = &self.dataset;
+        let file = dir.join(format!("{}.jsonl", self.file));
+        format!(
+            "pip install datasets && python3 -c \"from datasets import load_dataset; load_dataset('{path}', '{config}', split='{split}')\
+             .to_json('{}')\"",
+            file.display()
+        )
+    }
+}
+
+/// One row of data, by the fields' names.
+pub struct Fields<'a>(pub &'a Map<String, Value>);
+
+impl<'a> Fields<'a> {
+    fn get(&self, name: &str) -> Result<&'a Value, String> {
+        self.0.get(name).ok_or_else(|| {
+            let there: Vec<_> = self.0.keys().map(String::as_str).collect();
+            format!("the field {name:?} is missing; there are {there:?}")
+        })
+    }
+
+    /// A string.
+    pub(crate) fn text(&self, name: &str) -> Result<&'a str, String> {
+        self.get(name)?.as_str().ok_or_else(|| format!("the field {name:?} is not a string"))
+    }
+
+    /// A list of strings.
+    pub(crate) fn texts(&self, name: &str) -> Result<Vec<&'a str>, String> {
+        let list = self.get(name)?.as_array().filter(|l| !l.is_empty());
+        let list = list.ok_or_else(|| format!("the field {name:?} is not a list of strings"))?;
+        let text =
+            |v: &'a Value| v.as_str().ok_or_else(|| format!("the field {name:?} holds {v}, not a string"));
+        list.iter().map(text).collect()
+    }
+
+    /// An object.
+    pub(crate) fn object(&self, name: &str) -> Result<Fields<'a>, String> {
+        self.get(name)?.as_object().map(Fields).ok_or_else(|| format!("the field {name:?} is not an object"))
+    }
+
+    /// A whole number, as a number or as a string of digits.
+    pub(crate) fn number(&self, name: &str) -> Result<usize, String> {
+        let value = self.get(name)?;
+        let digits = value.as_str().and_then(|s| s.trim().parse::<u64>().ok());
+        let number = value.as_u64().or(digits).or_else(|| value.as_bool().map(u64::from));
+        let number = number.and_then(|n| usize::try_from(n).ok());
+        number.ok_or_else(|| format!("the field {name:?} is {value}, not a label such as 0 or \"0\""))
+    }
+
+    /// `choices: {text: [...], label: [...]}` and `answerKey`, one of the labels (letters in some rows, digits in others): the choices
+    /// and the number of the right one.
+    pub(crate) fn labelled_choices(&self) -> Result<(Vec<&'a str>, usize), String> {
+        let choices = self.object("choices")?;
+        let (texts, labels) = (choices.texts("text")?, choices.texts("label")?);
+        let key = self.text("answerKey")?.trim_start();
+        if labels.len() != texts.len() {
+            return Err(format!("there are {} choices but {} labels", texts.len(), labels.len()));
+        }
+        let gold = labels.iter().position(|l| *l == key);
+        Ok((texts, gold.ok_or_else(|| format!("the answerKey {key:?} is none of the labels {labels:?}"))?))
+    }
+}
