@@ -23,6 +23,8 @@ pub enum Command {
     Quantize(Box<QuantizeArgs>),
     /// Evaluate a model
     Eval(EvalArgs),
+    /// Compare models with the first one: perplexity, distance, tasks; tables and a page with plots
+    Compare(Box<CompareArgs>),
     /// Continue a prompt
     Generate(GenerateArgs),
     /// Talk with a model in the terminal
@@ -207,6 +209,8 @@ pub enum BosArg {
     Always,
     /// Never
     Never,
+    /// At the start of every window of a perplexity; elsewhere as always
+    Window,
 }
 
 #[derive(ClapArgs)]
@@ -229,22 +233,63 @@ pub struct TasksArgs {
     pub json: bool,
 }
 
+/// Which text, and how it is cut; shared by `eval ppl` and `compare`.
 #[derive(ClapArgs)]
-pub struct PplArgs {
-    #[command(flatten)]
-    pub model: ModelArgs,
-    /// Plain text, or jsonl with a "text" in every line
+pub struct TextArgs {
+    /// Plain text, WikiText's .raw (a row a line), or jsonl with a "text" in every line
     #[arg(long, value_name = "FILE")]
-    pub text: PathBuf,
+    pub text: Option<PathBuf>,
     /// Score only the first N windows; 0 for all
     #[arg(long, value_name = "N", default_value_t = 0, hide_default_value = true)]
     pub windows: usize,
     /// Tokens of a window
     #[arg(long, value_name = "N", default_value_t = 2048)]
     pub window: usize,
-    /// Print JSON: perplexity, stderr, tokens, protocol, window_nll
+    /// Tokens from one window to the next; smaller than a window, every token is scored once, with more context. A whole window by default
+    #[arg(long, value_name = "N", default_value_t = 0, hide_default_value = true)]
+    pub stride: usize,
+}
+
+#[derive(ClapArgs)]
+pub struct PplArgs {
+    #[command(flatten)]
+    pub model: ModelArgs,
+    #[command(flatten)]
+    pub text: TextArgs,
+    /// Where BOS tokens go
+    #[arg(long, value_name = "WHEN", default_value = "auto")]
+    pub bos: BosArg,
+    /// Also measure the distance to this model, as a rule the one in full precision: KL divergence, agreement, Δ log-perplexity
+    #[arg(long, value_name = "MODEL")]
+    pub reference: Option<PathBuf>,
+    /// Print JSON: perplexity, stderr, tokens, protocol, settings, window_nll, and distance with --reference
     #[arg(long)]
     pub json: bool,
+}
+
+#[derive(ClapArgs)]
+pub struct CompareArgs {
+    /// Models; the first is the reference of the others
+    #[arg(value_name = "MODEL", required = true)]
+    pub models: Vec<PathBuf>,
+    /// Also quantize the first model by these recipes, to DIR/checkpoints, and compare the results
+    #[arg(long, value_name = "NAME|FILE", value_delimiter = ',')]
+    pub recipes: Vec<String>,
+    /// Directory for index.html, README.md, comparison.json, and lm-eval's results and samples of every model
+    #[arg(short, long, value_name = "DIR")]
+    pub output: PathBuf,
+    /// Continue an interrupted comparison in the same --output, or add models or documents to a finished one
+    #[arg(long)]
+    pub resume: bool,
+    /// Print comparison.json on stdout
+    #[arg(long)]
+    pub json: bool,
+    #[command(flatten)]
+    pub text: TextArgs,
+    #[command(flatten)]
+    pub tasks: TaskArgs,
+    #[command(flatten)]
+    pub overrides: Overrides,
 }
 
 #[derive(ClapArgs)]

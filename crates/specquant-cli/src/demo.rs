@@ -65,13 +65,13 @@ pub fn measure(args: MeasureArgs) -> anyhow::Result<ExitCode> {
     // Memory while decoding: weights, cache and working space, before the evaluation's windows.
     let rss = system::rss();
     let mut progress = Progress::new("evaluating", 1, false);
-    let result =
-        perplexity(&model, &ids, &Protocol { window: WINDOW, max_windows: 0 }, &mut |done, of, so_far| {
-            if done == 1 {
-                progress = Progress::new("evaluating", of as u64, false);
-            }
-            progress.set(done as u64, &format!("perplexity {so_far:.3}"));
-        })?;
+    let protocol = Protocol { window: WINDOW, ..Protocol::default() };
+    let result = perplexity(&model, &ids, &protocol, None, &mut |done, of, so_far| {
+        if done == 1 {
+            progress = Progress::new("evaluating", of as u64, false);
+        }
+        progress.set(done as u64, &format!("perplexity {so_far:.3}"));
+    })?;
     let scheme = model.quantization.as_ref().map(|q| q.scheme);
     let measurement = Measurement {
         perplexity: result.perplexity,

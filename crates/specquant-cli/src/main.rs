@@ -4,6 +4,7 @@
 
 mod args;
 mod chat;
+mod compare;
 mod demo;
 mod doctor;
 mod eval;
@@ -56,6 +57,7 @@ fn run(args: Args) -> anyhow::Result<ExitCode> {
     match args.command {
         Command::Quantize(a) => quantize::run(*a),
         Command::Eval(a) => eval::run(a),
+        Command::Compare(a) => compare::run(*a),
         Command::Generate(a) => generate::run(a),
         Command::Chat(a) => chat::run(a),
         Command::Inspect(a) => inspect::run(a),

@@ -1,20 +1,23 @@
 //! `specquant eval tasks`.
 
 use std::fs;
-use std::io::{BufWriter, Write};
-use std::path::{Path, PathBuf};
+use std::io::Write;
+use std::path::Path;
 use std::process::ExitCode;
+use std::time::SystemTime;
 
 use anyhow::Context;
 use serde_json::json;
 use specquant_eval::{
-    Bos, Encoder, Journal, Query, TASKS, Task, TaskData, TaskResult, averages, encode, estimate, evaluate,
+    Bos, Encoder, Journal, Query, RunInfo, TASKS, Task, TaskData, TaskResult, averages, encode, estimate,
+    evaluate, results_json, sanitized, tokens, write_results, write_whole,
 };
-use specquant_model::{Model, Source};
+use specquant_kernels::Isa;
+use specquant_model::{Model, QuantizationConfig, Source};
 
 use crate::args::{BosArg, TaskArgs, TasksArgs};
 use crate::system;
-use crate::ui::{Progress, table};
+use crate::ui::{Progress, note, table};
 
 /// The tasks' documents, all read and encoded before anything is scored, so that what is missing is known at once.
 pub struct Prepared {
@@ -26,6 +29,7 @@ pub struct Prepared {
 
 pub fn bos(arg: BosArg) -> Bos {
     match arg {
+        BosArg::Window => Bos::Window,
         BosArg::Auto => Bos::Auto,
         BosArg::Always => Bos::Always,
         BosArg::Never => Bos::Never,
@@ -88,14 +92,17 @@ pub fn score(
     mut journal: Option<Journal>,
     quiet: bool,
 ) -> anyhow::Result<Vec<TaskResult>> {
-    let total = prepared.data.iter().map(|d| d.documents.len() as u64).sum();
-    let mut progress = Progress::new("document", total, quiet);
+    let total: usize = prepared.queries.iter().flatten().map(|q| tokens(q)).sum();
+    let mut progress = Progress::new("token", total as u64, quiet);
     let mut done = 0;
     let mut results = Vec::new();
     for (data, queries) in prepared.data.iter().zip(&prepared.queries) {
-        let result = evaluate(model, data, queries, journal.as_mut(), &mut |documents| {
-            done += documents as u64;
-            progress.set(done, data.task.name);
+        let result = evaluate(model, data, queries, journal.as_mut(), &mut |tokens, known| {
+            done += tokens as u64;
+            match known {
+                true => progress.skip(done),
+                false => progress.set(done, data.task.name),
+            }
         })?;
         results.push(result);
     }
@@ -142,8 +149,7 @@ fn describe(results: &[TaskResult]) -> String {
 
 /// Writes every request: strings, and token ids as the model gets them.
 fn dump(prepared: &Prepared, path: &Path) -> anyhow::Result<()> {
-    let write = || -> std::io::Result<()> {
-        let mut file = BufWriter::new(fs::File::create(path)?);
+    write_whole(path, |file| {
         for (data, queries) in prepared.data.iter().zip(&prepared.queries) {
             for (d, (document, queries)) in data.documents.iter().zip(queries).enumerate() {
                 for (i, (request, query)) in document.requests.iter().zip(queries).enumerate() {
@@ -157,16 +163,49 @@ fn dump(prepared: &Prepared, path: &Path) -> anyhow::Result<()> {
                 }
             }
         }
-        file.flush()
-    };
-    write().with_context(|| format!("cannot write {}", path.display()))
+        Ok(())
+    })?;
+    Ok(())
 }
 
-/// Where the results of a model go: a directory of its name, cleaned as lm-eval does (`sanitize_model_name`).
-pub fn model_dir(output: &Path, model: &Path) -> PathBuf {
-    let name = model.file_name().map_or_else(|| "model".into(), |n| n.to_string_lossy());
-    let bad = |c: char| "\"<>:/|\\?*[]".contains(c);
-    output.join(name.replace(bad, "__"))
+/// What a model is called in results: the name of its file or directory.
+pub fn model_name(model: &Path) -> String {
+    // A path such as "." has none of its own.
+    let full = model.canonicalize().unwrap_or_else(|_| model.to_owned());
+    full.file_name().map_or_else(|| "model".to_owned(), |n| n.to_string_lossy().into_owned())
+}
+
+/// The scheme of a SpecQuant checkpoint.
+pub fn scheme(source: &Source) -> anyhow::Result<Option<String>> {
+    let config = QuantizationConfig::from_config(source.config_json(), source.path())?;
+    Ok(config.map(|q| q.scheme.to_string()))
+}
+
+/// What results say about the run.
+pub fn run_info(
+    path: &Path,
+    source: &Source,
+    args: &TaskArgs,
+    max_length: usize,
+    started: SystemTime,
+) -> anyhow::Result<RunInfo> {
+    let scheme = scheme(source)?;
+    let report: Option<serde_json::Value> =
+        fs::read(path.join("report.json")).ok().and_then(|bytes| serde_json::from_slice(&bytes).ok());
+    Ok(RunInfo {
+        model: model_name(path),
+        model_sha256: source.fingerprint()?,
+        bits_per_weight: scheme.as_ref().and(report).and_then(|r| r["bits_per_weight"].as_f64()),
+        scheme,
+        tensor_bytes: source.tensor_bytes(),
+        bos: bos(args.bos),
+        max_length,
+        limit: args.limit,
+        threads: rayon::current_num_threads(),
+        kernels: Isa::active().name(),
+        started,
+        duration: started.elapsed().unwrap_or_default(),
+    })
 }
 
 pub fn run(args: TasksArgs) -> anyhow::Result<ExitCode> {
@@ -178,12 +217,26 @@ pub fn run(args: TasksArgs) -> anyhow::Result<ExitCode> {
         dump(&prepared, path)?;
         return Ok(ExitCode::SUCCESS);
     }
-    let journal = args.output.as_ref().map(|dir| {
-        journal(&model_dir(dir, &args.model.model), &source, &args.tasks, prepared.max_length, args.resume)
-    });
+    let dir = args.output.as_ref().map(|dir| dir.join(sanitized(&model_name(&args.model.model))));
+    let journal =
+        dir.as_ref().map(|dir| journal(dir, &source, &args.tasks, prepared.max_length, args.resume));
     let journal = journal.transpose()?;
     let model = system::load_for_decoding(&source)?;
+    let started = SystemTime::now();
     let results = score(&model, &prepared, journal, args.json)?;
-    write!(std::io::stdout(), "{}", describe(&results))?;
+    let info = run_info(&args.model.model, &source, &args.tasks, prepared.max_length, started)?;
+    let json = results_json(&info, &prepared.data, &results, None);
+    let mut out = std::io::stdout();
+    if let Some(dir) = &dir {
+        let path = write_results(dir, &json, &prepared.data, &results, started)?;
+        if !args.json {
+            note!("wrote {}", path.display());
+        }
+    }
+    if args.json {
+        writeln!(out, "{json:#}")?;
+    } else {
+        write!(out, "{}", describe(&results))?;
+    }
     Ok(ExitCode::SUCCESS)
 }

@@ -19,6 +19,8 @@ pub struct Progress {
     bar: Option<ProgressBar>,
     what: &'static str,
     total: u64,
+    /// Steps that an earlier run has done.
+    skipped: u64,
     started: Instant,
     last_line: Instant,
     quiet: bool,
@@ -38,7 +40,16 @@ impl Progress {
                 .with_prefix(what)
         });
         let now = Instant::now();
-        Progress { bar, what, total, started: now, last_line: now, quiet }
+        Progress { bar, what, total, skipped: 0, started: now, last_line: now, quiet }
+    }
+
+    /// `done` steps need not be done: an earlier run did them.
+    pub fn skip(&mut self, done: u64) {
+        (self.skipped, self.started) = (done, Instant::now());
+        if let Some(bar) = &self.bar {
+            bar.set_position(done);
+            bar.reset_eta();
+        }
     }
 
     /// `done` steps are done; `message` is the latest news.
@@ -62,7 +73,8 @@ impl Progress {
 
     fn line(&mut self, done: u64, message: &str) {
         let elapsed = self.started.elapsed().as_secs_f64();
-        let eta = elapsed / done.max(1) as f64 * self.total.saturating_sub(done) as f64;
+        let fresh = done.saturating_sub(self.skipped).max(1);
+        let eta = elapsed / fresh as f64 * self.total.saturating_sub(done) as f64;
         let _ =
             writeln!(stderr(), "{} {done}/{} {elapsed:.0}s eta {eta:.0}s {message}", self.what, self.total);
         self.last_line = Instant::now();

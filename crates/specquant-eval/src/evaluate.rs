@@ -6,7 +6,7 @@ use specquant_model::Model;
 
 use crate::journal::Journal;
 use crate::requests::{Encoder, Query};
-use crate::score::{Score, batches, score};
+use crate::score::{Score, batches, score, tokens};
 use crate::stats::{Estimate, average, estimate};
 use crate::tasks::{Metric, TaskData};
 use crate::{Error, Result};
@@ -113,7 +113,7 @@ pub fn encode(data: &TaskData, encoder: &Encoder) -> Result<Vec<Vec<Query>>> {
 
 /// Scores the documents of a task, or takes from the journal what it has.
 ///
-/// progress: called after every batch with the number of its documents.
+/// progress: called after every batch with its tokens, and whether they were in the journal.
 ///
 /// # Errors
 /// As [`score`], and when the journal cannot be written.
@@ -122,7 +122,7 @@ pub fn evaluate(
     data: &TaskData,
     queries: &[Vec<Query>],
     mut journal: Option<&mut Journal>,
-    progress: &mut dyn FnMut(usize),
+    progress: &mut dyn FnMut(usize, bool),
 ) -> Result<TaskResult> {
     let task = data.task.name;
     let mut scores: Vec<Vec<Score>> = vec![Vec::new(); queries.len()];
@@ -131,7 +131,9 @@ pub fn evaluate(
     }
     for batch in batches(queries) {
         let known = |&d: &usize| journal.as_ref()?.get(task, d, queries[d].len()).cloned();
-        let scored = match batch.iter().map(known).collect::<Option<Vec<_>>>() {
+        let known = batch.iter().map(known).collect::<Option<Vec<_>>>();
+        let was_known = known.is_some();
+        let scored = match known {
             Some(known) => known,
             None => {
                 let documents: Vec<&[Query]> = batch.iter().map(|&d| &queries[d][..]).collect();
@@ -146,7 +148,7 @@ pub fn evaluate(
                 scored
             }
         };
-        progress(batch.len());
+        progress(batch.iter().map(|&d| tokens(&queries[d])).sum(), was_known);
         for (d, s) in batch.into_iter().zip(scored) {
             scores[d] = s;
         }

@@ -17,6 +17,8 @@ pub enum Bos {
     Always,
     /// Never.
     Never,
+    /// At the start of every window of a perplexity; everywhere else as [`Bos::Always`].
+    Window,
 }
 
 /// A request in token ids.
@@ -52,8 +54,9 @@ impl<'a> Encoder<'a> {
     pub fn new(tokenizer: &'a Tokenizer, config: &ModelConfig, bos: Bos, max_length: usize) -> Result<Self> {
         let id = config.bos_token_id.or_else(|| tokenizer.bos_id());
         let bos_token = id.and_then(|id| Some((id, tokenizer.id_to_token(id)?)));
-        if bos == Bos::Always && bos_token.is_none() {
-            return Err(Error::Setting("--bos always: this model has no BOS token".to_owned()));
+        let must = matches!(bos, Bos::Always | Bos::Window);
+        if must && bos_token.is_none() {
+            return Err(Error::Setting("this model has no BOS token: choose --bos auto or never".to_owned()));
         }
         let max_length = if max_length == 0 { config.max_position_embeddings } else { max_length };
         let prefix = id.or_else(|| tokenizer.eos_id()).or_else(|| config.eos_token_ids.first().copied());
@@ -72,12 +75,23 @@ impl<'a> Encoder<'a> {
     pub fn encode(&self, text: &str) -> Result<Vec<u32>> {
         let starts = self.bos_token.as_ref().is_some_and(|(_, token)| text.starts_with(token.as_str()));
         let mut ids = self.tokenizer.encode(text, self.bos == Bos::Auto && !starts)?;
-        if let (Bos::Always, Some((bos, _))) = (self.bos, &self.bos_token)
+        if let (Bos::Always | Bos::Window, Some((bos, _))) = (self.bos, &self.bos_token)
             && ids.first() != Some(bos)
         {
             ids.insert(0, *bos);
         }
         Ok(ids)
+    }
+
+    /// Token ids of a text whose perplexity is wanted, and the token with which every window starts, if any.
+    ///
+    /// # Errors
+    /// As [`Tokenizer::encode`].
+    pub fn prose(&self, text: &str) -> Result<(Vec<u32>, Option<u32>)> {
+        match (self.bos, &self.bos_token) {
+            (Bos::Window, Some((bos, _))) => Ok((self.tokenizer.encode(text, false)?, Some(*bos))),
+            _ => Ok((self.encode(text)?, None)),
+        }
     }
 
     /// The request in token ids: the tokens of context and continuation together, cut at the length of the context's own. White space

@@ -69,10 +69,15 @@ impl<'a> Walk<'a> {
     }
 }
 
+/// Tokens that scoring a document's queries runs.
+pub fn tokens(queries: &[Query]) -> usize {
+    Walk::new(queries).tokens()
+}
+
 /// Documents to score together, by number; every document is in one batch. The longest come first, so that what does not fit into
 /// memory fails at once and the time left is not underestimated.
 pub fn batches(documents: &[Vec<Query>]) -> Vec<Vec<usize>> {
-    let tokens: Vec<usize> = documents.iter().map(|queries| Walk::new(queries).tokens()).collect();
+    let tokens: Vec<usize> = documents.iter().map(|queries| self::tokens(queries)).collect();
     let mut order: Vec<usize> = (0..documents.len()).collect();
     order.sort_by_key(|&d| std::cmp::Reverse(tokens[d]));
     let (mut batches, mut filled) = (Vec::<Vec<usize>>::new(), usize::MAX);

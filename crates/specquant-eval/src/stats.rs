@@ -1,9 +1,9 @@
 //! Means, their standard errors, and differences of models on the same items.
 
-use serde::Serialize;
+use serde::{Deserialize, Serialize};
 
 /// A mean with its uncertainty.
-#[derive(Debug, Clone, Copy, PartialEq, Serialize)]
+#[derive(Debug, Clone, Copy, PartialEq, Serialize, Deserialize)]
 pub struct Estimate {
     /// The mean.
     pub mean: f64,
@@ -20,7 +20,7 @@ pub fn estimate(x: impl Iterator<Item = f64> + Clone) -> Estimate {
 }
 
 /// A difference of two models, measured item by item, with its confidence interval.
-#[derive(Debug, Clone, Copy, PartialEq, Serialize)]
+#[derive(Debug, Clone, Copy, PartialEq, Serialize, Deserialize)]
 pub struct Difference {
     /// Mean difference.
     pub mean: f64,

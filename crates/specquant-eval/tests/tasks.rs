@@ -56,7 +56,7 @@ fn smollm2_scores_the_first_hundred_documents_of_every_task_as_lm_eval_does() {
             }
         }
 
-        let result = evaluate(&model, &data, &queries, None, &mut |_| ()).unwrap();
+        let result = evaluate(&model, &data, &queries, None, &mut |_, _| ()).unwrap();
         let lines = golden_lines(&format!("tasks/{}.jsonl", task.name));
         assert_eq!((lines.len(), queries.len()), (DOCUMENTS, DOCUMENTS));
         let (mut largest, mut undecided) = (0.0f64, 0);

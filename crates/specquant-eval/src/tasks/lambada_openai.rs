@@ -15,8 +15,9 @@ fn parse(row: &Fields) -> Result<Document, String> {
     let text = row.text("text")?;
     // A passage of one word has no context: the model then starts from its BOS token.
     let (context, word) = text.rsplit_once(' ').unwrap_or(("", text));
-    let request = Request { context: context.to_owned(), continuation: format!(" {word}") };
-    Ok(Document { requests: vec![request], gold: 0, lengths: vec![word.chars().count()] })
+    let target = format!(" {word}");
+    let request = Request { context: context.to_owned(), continuation: target.clone() };
+    Ok(Document { requests: vec![request], gold: 0, lengths: vec![word.chars().count()], target })
 }
 
 #[cfg(test)]

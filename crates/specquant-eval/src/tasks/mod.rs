@@ -100,6 +100,8 @@ pub struct Document {
     pub gold: usize,
     /// Length of every choice in characters, by which `acc_norm` divides. Not always the continuation's (WinoGrande).
     pub lengths: Vec<usize>,
+    /// The right answer as lm-eval's samples have it: the number of the choice, or the text to be continued with.
+    pub target: String,
 }
 
 impl Document {
@@ -115,6 +117,7 @@ impl Document {
                 .collect(),
             gold,
             lengths: choices.iter().map(|c| c.chars().count()).collect(),
+            target: gold.to_string(),
         })
     }
 }

@@ -29,6 +29,7 @@ fn parse(row: &Fields) -> Result<Document, String> {
             .map(|context| Request { context, continuation: format!(" {}", strip(after)) })
             .into(),
         gold: answer - 1,
+        target: strip(after).to_owned(),
     })
 }
 

@@ -1,0 +1,162 @@
+//! The comparison as one HTML page that needs no network.
+
+use minijinja::value::Serde;
+use minijinja::{AutoEscape, Environment, Value, context};
+use serde::Serialize;
+
+use super::svg::{self, Axis, Mark, Row, Series, short};
+use super::{Comparison, percent};
+use crate::stats::estimate;
+use crate::{Error, Result};
+
+const PAGE: &str = include_str!("page.html");
+
+#[derive(Serialize)]
+struct Chart {
+    title: &'static str,
+    text: String,
+    svg: String,
+}
+
+impl Comparison {
+    /// The page.
+    ///
+    /// # Errors
+    /// [`Error::Setting`] if the template fails, which its test excludes.
+    pub fn html(&self) -> Result<String> {
+        let mut environment = Environment::new();
+        environment.set_auto_escape_callback(|_| AutoEscape::Html);
+        let render = || {
+            environment.render_str(
+                PAGE,
+                context! {
+                    title => self.title(),
+                    lead => "Every model ran on the same windows and documents. The first is the reference of the others.",
+                    models => self.records.iter().map(|r| r.name.clone()).collect::<Vec<_>>(),
+                    summary => self.summary(),
+                    by_task => self.by_task(),
+                    pairs => self.pairs(),
+                    facts => Value::from(Serde(&self.facts)),
+                    charts => Value::from(Serde(self.charts())),
+                },
+            )
+        };
+        render().map_err(|e| Error::Setting(format!("the page cannot be made: {e}")))
+    }
+
+    fn charts(&self) -> Vec<Chart> {
+        [self.perplexities(), self.accuracies(), self.divergence(), self.sizes()]
+            .into_iter()
+            .flatten()
+            .collect()
+    }
+
+    fn perplexities(&self) -> Option<Chart> {
+        let rows: Option<Vec<Row>> = self
+            .records
+            .iter()
+            .enumerate()
+            .map(|(i, r)| {
+                let p = r.perplexity.as_ref()?;
+                // The error of the logarithm, so that the bar stays positive.
+                let factor = (p.stderr / p.perplexity).exp();
+                let bar = (p.perplexity / factor, p.perplexity * factor);
+                let title = format!("{}: {:.3} ± {:.3}", r.name, p.perplexity, p.stderr);
+                let marks = vec![Mark { series: i % 8, value: p.perplexity, bar, title }];
+                Some(Row { label: r.name.clone(), marks, chance: None, note: short(p.perplexity) })
+            })
+            .collect();
+        let rows = rows?;
+        let ends = rows.iter().flat_map(|r| &r.marks).flat_map(|m| [m.bar.0, m.bar.1]);
+        let svg =
+            svg::dots(&rows, &Axis::around(ends, true), "perplexity (log scale)", "Perplexity by model");
+        let text = "Lower is better. Bars: one standard error over windows. The windows are the same for all models, so differences are \
+                    surer than the bars look; see every pair below.";
+        Some(Chart { title: "Perplexity", text: text.to_owned(), svg })
+    }
+
+    fn accuracies(&self) -> Option<Chart> {
+        if !self.has_tasks() {
+            return None;
+        }
+        let row = |t: usize| {
+            let marks = self.records.iter().enumerate().map(|(i, r)| {
+                let e = estimate(r.tasks[t].paper().iter().copied());
+                let bar = (100.0 * (e.mean - e.stderr), 100.0 * (e.mean + e.stderr));
+                Mark {
+                    series: i % 8,
+                    value: 100.0 * e.mean,
+                    bar,
+                    title: format!("{}: {} %", r.name, percent(e)),
+                }
+            });
+            let task = &self.records[0].tasks[t];
+            Row {
+                label: task.task.to_owned(),
+                marks: marks.collect(),
+                chance: Some(100.0 * task.chance),
+                note: String::new(),
+            }
+        };
+        let rows: Vec<Row> = (0..self.records[0].tasks.len()).map(row).collect();
+        let ends = rows.iter().flat_map(|r| r.marks.iter().flat_map(|m| [m.bar.0, m.bar.1]).chain(r.chance));
+        let svg = svg::dots(&rows, &Axis::around(ends, false), "accuracy, %", "Accuracy by task");
+        let text = "acc_norm where lm-eval reports it, else acc. Bars: one standard error over documents. Dashed: guessing.";
+        Some(Chart { title: "Accuracy by task", text: text.to_owned(), svg })
+    }
+
+    fn divergence(&self) -> Option<Chart> {
+        let series: Vec<Series> = self
+            .records
+            .iter()
+            .enumerate()
+            .skip(1)
+            .filter_map(|(i, r)| {
+                let ranges = &r.perplexity.as_ref()?.distance.as_ref()?.kl_by_position;
+                let point = |p: &crate::PositionRange| {
+                    let middle = (p.positions.0 + p.positions.1) as f64 / 2.0;
+                    let title = format!(
+                        "{}, positions {} to {}: {:.4} nats",
+                        r.name, p.positions.0, p.positions.1, p.kl
+                    );
+                    (middle, p.kl, title)
+                };
+                Some(Series {
+                    series: i % 8,
+                    points: ranges.iter().map(point).collect(),
+                    label: String::new(),
+                })
+            })
+            .collect();
+        if series.is_empty() {
+            return None;
+        }
+        let points = || series.iter().flat_map(|s| &s.points);
+        let (x, y) = (Axis::around(points().map(|p| p.0), false), Axis::around(points().map(|p| p.1), true));
+        let titles = ("position in the window, tokens", "KL(reference ‖ model), nats (log scale)");
+        let svg = svg::plane(&series, &x, &y, true, titles, "Divergence by position");
+        let text = "How far the next-token distributions are from the reference's. A line that climbs means that errors of the KV cache add up.";
+        Some(Chart { title: "Divergence by position", text: text.to_owned(), svg })
+    }
+
+    fn sizes(&self) -> Option<Chart> {
+        let series: Option<Vec<Series>> = self
+            .records
+            .iter()
+            .enumerate()
+            .map(|(i, r)| {
+                let megabytes = r.info.tensor_bytes as f64 / 1e6;
+                let p = r.perplexity.as_ref()?.perplexity;
+                let title = format!("{}: {megabytes:.0} MB, perplexity {p:.3}", r.name);
+                Some(Series { series: i % 8, points: vec![(megabytes, p, title)], label: r.name.clone() })
+            })
+            .collect();
+        let series = series?;
+        let points = || series.iter().flat_map(|s| &s.points);
+        let (x, y) = (Axis::around(points().map(|p| p.0), false), Axis::around(points().map(|p| p.1), true));
+        let titles = ("size of all tensors, MB", "perplexity (log scale)");
+        let svg = svg::plane(&series, &x, &y, false, titles, "Size against perplexity");
+        let text = "Lower and further left is better. The size counts everything stored: codes, scales, branch and embeddings.";
+        Some(Chart { title: "Size against quality", text: text.to_owned(), svg })
+    }
+}
