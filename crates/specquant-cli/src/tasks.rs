@@ -168,11 +168,13 @@ fn dump(prepared: &Prepared, path: &Path) -> anyhow::Result<()> {
     Ok(())
 }
 
-/// What a model is called in results: the name of its file or directory.
+/// What a model is called in results: the name of its directory or GGUF file.
 pub fn model_name(model: &Path) -> String {
     // A path such as "." has none of its own.
     let full = model.canonicalize().unwrap_or_else(|_| model.to_owned());
-    full.file_name().map_or_else(|| "model".to_owned(), |n| n.to_string_lossy().into_owned())
+    let name =
+        if full.extension().is_some_and(|e| e == "gguf") { full.file_stem() } else { full.file_name() };
+    name.map_or_else(|| "model".to_owned(), |n| n.to_string_lossy().into_owned())
 }
 
 /// The scheme of a SpecQuant checkpoint.

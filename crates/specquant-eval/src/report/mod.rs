@@ -112,9 +112,11 @@ impl Comparison {
             if let (true, Some(p)) = (self.has_text(), &r.perplexity) {
                 row.push(format!("{:.2} ± {:.2}", p.perplexity, p.stderr));
                 let d = p.distance.as_ref().filter(|_| i > 0);
-                row.push(d.map_or_else(none, |d| show(&d.delta_log_perplexity, 1.0, 3)));
-                row.push(d.map_or_else(none, |d| format!("{:.4} ± {:.4}", d.kl.mean, d.kl.stderr)));
-                row.push(d.map_or_else(none, |d| format!("{:.2}", d.kl_p99)));
+                row.push(d.map_or_else(none, |d| show(&d.delta_log_perplexity, 1.0, 4)));
+                row.push(d.map_or_else(none, |d| {
+                    format!("{} ± {}", svg::short(d.kl.mean), svg::short(d.kl.stderr))
+                }));
+                row.push(d.map_or_else(none, |d| svg::short(d.kl_p99)));
                 row.push(d.map_or_else(none, |d| percent(d.top1_agreement)));
             }
             if self.has_tasks() {
@@ -281,6 +283,6 @@ impl Comparison {
 
     fn title(&self) -> String {
         let reference = self.records.first().map_or("", |r| r.name.as_str());
-        format!("{reference} and what quantization leaves of it")
+        format!("Comparison with {reference}")
     }
 }

@@ -65,7 +65,7 @@ pub fn short(v: f64) -> String {
         a if a >= 10.0 => 1,
         a if a >= 1.0 => 2,
         a if a >= 0.01 => 3,
-        _ => return format!("{v:.1e}"),
+        _ => return format!("{v:.1e}").replace(".0e", "e"),
     };
     let text = format!("{v:.digits$}");
     if text.contains('.') { text.trim_end_matches('0').trim_end_matches('.').to_owned() } else { text }
@@ -267,6 +267,7 @@ mod tests {
             (0.3, "0.3"),
             (0.0, "0"),
             (0.0012, "1.2e-3"),
+            (1e-5, "1e-5"),
             (100.0, "100"),
         ] {
             assert_eq!(short(v), want);
