@@ -97,9 +97,14 @@ pub fn batches(documents: &[Vec<Query>]) -> Vec<Vec<usize>> {
 /// Scores the queries of some documents, side by side.
 ///
 /// # Errors
-/// [`Error::NotFinite`] when a score is not a number; when the model cannot be run.
+/// A token outside the model's vocabulary; [`Error::NotFinite`] when a score is not a number.
 pub fn score(model: &Model, documents: &[&[Query]]) -> Result<Vec<Vec<Score>>> {
-    let width = model.config.hidden_size;
+    let (width, vocab) = (model.config.hidden_size, model.config.vocab_size);
+    // Also of the tokens that are only predicted.
+    let ids = documents.iter().copied().flatten().flat_map(|q| &q.ids);
+    if let Some(&id) = ids.max().filter(|id| **id as usize >= vocab) {
+        return Err(specquant_model::Error::TokenId { id, vocab }.into());
+    }
     let walks: Vec<Walk> = documents.iter().map(|queries| Walk::new(queries)).collect();
     let mut sequences: Vec<Sequence> = walks.iter().map(|_| model.sequence()).collect();
     let perfect = Score { loglik: 0.0, greedy: true };
