@@ -127,8 +127,8 @@ pub fn score(model: &Model, documents: &[&[Query]]) -> Result<Vec<Vec<Score>>> {
             entries.push((sequence, piece));
         }
         let hidden = model.hidden(&mut entries)?;
-        let wanted: Vec<f32> =
-            rows.iter().flat_map(|(row, _)| &hidden[row * width..(row + 1) * width]).copied().collect();
+        let mut wanted = Vec::with_capacity(rows.len() * width);
+        rows.iter().for_each(|(row, _)| wanted.extend_from_slice(&hidden[row * width..(row + 1) * width]));
         let found = model.map_logits(&wanted, |i, logits| {
             let (total, best) = (log_sum_exp(logits), argmax(logits));
             let score = |&(d, q, token): &(usize, usize, u32)| {

@@ -38,8 +38,8 @@ fn eight_bits_cost_less_than_one_percent_of_perplexity() {
     let text = std::fs::read_to_string(shared().join("data/wikitext2/wiki.test.hf_joined.txt")).unwrap();
     let end = text.char_indices().nth(10_000).unwrap().0;
     let ids = tokenizer.encode(&text[..end], false).unwrap();
-    let protocol = Protocol { window: 512, max_windows: 2 };
-    let score = |model: &Model| perplexity(model, &ids, &protocol, &mut |_, _, _| ()).unwrap();
+    let protocol = Protocol { window: 512, max_windows: 2, ..Protocol::default() };
+    let score = |model: &Model| perplexity(model, &ids, &protocol, None, &mut |_, _, _| ()).unwrap();
     let mut full = Model::load(&source).unwrap();
     full.widen().unwrap();
     let (full, eight) = (score(&full), score(&Model::open(&destination).unwrap()));
