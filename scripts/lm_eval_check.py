@@ -109,14 +109,15 @@ def bench(args, work):
         theirs = [[float(r[0][0]) for r in s["resps"]] for s in sorted(result["samples"][name], key=lambda s: s["doc_id"])]
         row["lm_eval_acc"] = result["results"][name]["acc,none"]
         row["specquant"] = []
-        for path in [args.model, *args.also]:
+        # Both run the same directory: with the scheme W16A16KV16 in it, ours would keep its cache in 16 bits.
+        for path in [str(copy), *args.also]:
             out = work / "out"
             shutil.rmtree(out, ignore_errors=True)
             run = subprocess.run([SPECQUANT, "eval", "tasks", "-m", path, "--data", args.data, "--tasks", name, "--limit", str(args.limit),
                                   "--threads", str(args.threads), "-o", str(out), "--json"], check=True, capture_output=True, text=True)
             ours = json.loads(run.stdout)
-            entry = {"model": Path(path).name, "seconds": float(ours["total_evaluation_time_seconds"]), "acc": ours["results"][name]["acc,none"]}
-            if path == args.model:
+            entry = {"model": Path(args.model if path == str(copy) else path).name, "seconds": float(ours["total_evaluation_time_seconds"]), "acc": ours["results"][name]["acc,none"]}
+            if path == str(copy):
                 samples = [json.loads(l) for l in open(next(out.rglob(f"samples_{name}_*.jsonl")), encoding="utf-8")]
                 mine = [[float(r[0][0]) for r in s["resps"]] for s in samples]
                 entry["largest_loglikelihood_difference"] = max(abs(a - b) for x, y in zip(mine, theirs) for a, b in zip(x, y))

@@ -183,6 +183,10 @@ pub struct TaskArgs {
     /// Directory with the tasks' data, a jsonl file each
     #[arg(long, value_name = "DIR")]
     pub data: Option<PathBuf>,
+    /// Download what is missing in --data from the Hugging Face hub, as parquet
+    #[cfg(feature = "hub")]
+    #[arg(long)]
+    pub download: bool,
     /// Tasks, by lm-eval's names, or "all"
     #[arg(long, value_name = "A,B", value_delimiter = ',', default_value = "all")]
     pub tasks: Vec<String>,

@@ -53,6 +53,11 @@ pub fn read(args: &TaskArgs) -> anyhow::Result<Vec<TaskData>> {
     let mut data = Vec::new();
     for task in tasks {
         if data.iter().all(|d: &TaskData| d.task.name != task.name) {
+            #[cfg(feature = "hub")]
+            if args.download && task.data_file(dir).is_none() {
+                note!("downloading {}", task.dataset.path);
+                task.download(dir, &specquant_eval::Hub::from_env())?;
+            }
             data.push(TaskData::read(task, dir, args.limit)?);
         }
     }

@@ -39,6 +39,15 @@ pub enum Error {
         /// What fetches it.
         command: String,
     },
+    /// A task's data could not be downloaded.
+    #[cfg(feature = "hub")]
+    #[error("cannot download {url}: {cause}; check the network, or set HF_ENDPOINT to a mirror")]
+    Download {
+        /// Address.
+        url: String,
+        /// What the network or the server said.
+        cause: String,
+    },
     /// A task's data are not what they should be.
     #[error("{path}{}: {problem}", line.map_or(String::new(), |l| format!(", line {l}")))]
     Data {

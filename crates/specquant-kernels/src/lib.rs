@@ -21,6 +21,7 @@ mod isa;
 mod kv;
 mod matmul;
 mod ops;
+mod packed_dense;
 mod spectral;
 mod weights;
 
@@ -33,5 +34,6 @@ pub use isa::*;
 pub use kv::*;
 pub use matmul::*;
 pub use ops::*;
+pub use packed_dense::*;
 pub use spectral::*;
 pub use weights::*;

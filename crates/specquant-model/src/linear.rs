@@ -1,11 +1,10 @@
 //! A linear layer, dense or quantized, and the work that layers with one input share.
 
-use std::borrow::Cow;
 use std::ops::Range;
 
 use rayon::prelude::*;
 use specquant_kernels as kernels;
-use specquant_kernels::{PackedWeights, SpectralCoeffs};
+use specquant_kernels::{PackedDense, PackedWeights, SpectralCoeffs};
 
 use crate::{Result, TensorView};
 
@@ -20,6 +19,8 @@ pub enum DenseWeight {
     Mapped(TensorView),
     /// Widened once.
     Owned(Vec<f32>),
+    /// Widened once and packed for products: what a model that runs for long has.
+    Packed(PackedDense),
 }
 
 /// `y = x Wᵀ + b` in f32.
@@ -57,25 +58,21 @@ pub enum Linear {
 }
 
 impl DenseWeight {
-    /// Rows `rows` as f32, borrowed where they already are.
-    fn rows(&self, rows: Range<usize>, inp: usize) -> Result<Cow<'_, [f32]>> {
-        match self {
-            DenseWeight::Owned(w) => Ok(Cow::Borrowed(&w[rows.start * inp..rows.end * inp])),
-            DenseWeight::Mapped(view) => {
-                let mut out = vec![0.0; rows.len() * inp];
-                view.rows_f32(rows, &mut out)?;
-                Ok(Cow::Owned(out))
-            }
-        }
-    }
-
     /// Bytes that this weight holds in memory of its own (a map's pages belong to the file).
     fn resident_bytes(&self) -> usize {
         match self {
             DenseWeight::Owned(w) => size_of_val(w.as_slice()),
+            DenseWeight::Packed(w) => w.bytes(),
             DenseWeight::Mapped(_) => 0,
         }
     }
+}
+
+/// Some rows of a mapped weight as f32.
+fn widened(view: &TensorView, rows: Range<usize>, inp: usize) -> Result<Vec<f32>> {
+    let mut out = vec![0.0; rows.len() * inp];
+    view.rows_f32(rows, &mut out)?;
+    Ok(out)
 }
 
 impl DenseLinear {
@@ -83,17 +80,18 @@ impl DenseLinear {
     fn forward(&self, x: &[f32], rows: usize, y: &mut [f32]) -> Result<()> {
         match &self.weight {
             DenseWeight::Owned(w) => kernels::matmul_nt(x, w, y, rows, self.inp, self.out, false),
-            DenseWeight::Mapped(_) if rows == 1 => {
+            DenseWeight::Packed(w) => kernels::matmul_packed(x, w, y, rows),
+            DenseWeight::Mapped(view) if rows == 1 => {
                 y.par_chunks_mut(PANEL).enumerate().try_for_each(|(p, y)| {
-                    let w = self.weight.rows(p * PANEL..p * PANEL + y.len(), self.inp)?;
+                    let w = widened(view, p * PANEL..p * PANEL + y.len(), self.inp)?;
                     kernels::matmul_nt(x, &w, y, 1, self.inp, y.len(), false);
                     Ok(())
                 })?
             }
-            DenseWeight::Mapped(_) => {
+            DenseWeight::Mapped(view) => {
                 let panel = |start: usize| -> Result<(usize, Vec<f32>)> {
                     let width = PANEL.min(self.out - start);
-                    let w = self.weight.rows(start..start + width, self.inp)?;
+                    let w = widened(view, start..start + width, self.inp)?;
                     let mut part = vec![0.0; rows * width];
                     kernels::matmul_nt(x, &w, &mut part, rows, self.inp, width, false);
                     Ok((start, part))
@@ -155,6 +153,20 @@ impl Linear {
             && let DenseWeight::Mapped(view) = weight
         {
             *weight = DenseWeight::Owned(view.to_f32()?);
+        }
+        Ok(())
+    }
+
+    /// Widens a dense weight to f32 and packs it for products; anything else stays as it is.
+    ///
+    /// # Errors
+    /// When a weight is not finite.
+    pub fn pack(&mut self) -> Result<()> {
+        self.widen()?;
+        if let Linear::Dense(DenseLinear { weight, out, inp, .. }) = self
+            && let DenseWeight::Owned(w) = weight
+        {
+            *weight = DenseWeight::Packed(PackedDense::pack(w, *out, *inp));
         }
         Ok(())
     }

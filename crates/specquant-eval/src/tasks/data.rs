@@ -32,41 +32,45 @@ pub fn sha256(bytes: &[u8]) -> String {
     Sha256::digest(bytes).iter().map(|b| format!("{b:02x}")).collect()
 }
 
+/// A row, and its line in the file, from 1.
+type NumberedRow = (usize, Map<String, Value>);
+
 impl TaskData {
-    /// Reads `DIR/FILE.jsonl`, the first `limit` documents if it is not 0.
+    /// Reads `DIR/FILE.jsonl`, or with the feature `parquet` and without that file `DIR/FILE.parquet`; the first `limit` documents if it is
+    /// not 0.
     ///
     /// # Errors
     /// [`Error::MissingData`] with the command that fetches it; [`Error::Data`] with the line.
     pub fn read(task: &'static Task, dir: &Path, limit: usize) -> Result<TaskData> {
-        let path = dir.join(format!("{}.jsonl", task.file));
-        if !path.exists() {
-            let command = task.fetch_command(dir);
-            return Err(Error::MissingData { path, command });
-        }
-        let text = std::fs::read_to_string(&path).map_err(Error::io(&path))?;
-        let filled = || text.lines().enumerate().filter(|(_, l)| !l.trim().is_empty());
-        let available = filled().count();
+        let path = task.data_file(dir).ok_or_else(|| Error::MissingData {
+            path: dir.join(format!("{}.jsonl", task.file)),
+            command: task.fetch_command(dir),
+        })?;
+        let bytes = std::fs::read(&path).map_err(Error::io(&path))?;
         let mut data = TaskData {
             task,
             documents: Vec::new(),
             rows: Vec::new(),
             lines: Vec::new(),
-            sha256: sha256(text.as_bytes()),
+            sha256: sha256(&bytes),
             path,
-            available,
+            available: 0,
         };
-        for (i, line) in filled().take(if limit == 0 { available } else { limit }) {
-            let at = |problem: String| Error::Data { path: data.path.clone(), line: Some(i + 1), problem };
-            let row: Map<String, Value> =
-                serde_json::from_str(line).map_err(|e| at(format!("is not a JSON object: {e}")))?;
-            data.documents.push((task.parse)(&Fields(&row)).map_err(at)?);
+        let limit = if limit == 0 { usize::MAX } else { limit };
+        let is_parquet = data.path.extension().is_some_and(|e| e == "parquet");
+        let read = if is_parquet { parquet_rows } else { jsonl_rows };
+        let at =
+            |(line, problem): (Option<usize>, String)| Error::Data { path: data.path.clone(), line, problem };
+        let (rows, available) = read(bytes, limit).map_err(at)?;
+        if rows.is_empty() {
+            return Err(at((None, format!("has no rows; to get it anew: {}", task.fetch_command(dir)))));
+        }
+        for (line, row) in rows {
+            data.documents.push((task.parse)(&Fields(&row)).map_err(|problem| at((Some(line), problem)))?);
             data.rows.push(row);
-            data.lines.push(i + 1);
+            data.lines.push(line);
         }
-        if data.documents.is_empty() {
-            let problem = format!("has no rows; to get it anew: {}", task.fetch_command(dir));
-            return Err(Error::Data { path: data.path, line: None, problem });
-        }
+        data.available = available;
         Ok(data)
     }
 
@@ -82,11 +86,57 @@ impl TaskData {
     }
 }
 
+/// The first rows of a jsonl file, and the number of all.
+fn jsonl_rows(bytes: Vec<u8>, limit: usize) -> Result<(Vec<NumberedRow>, usize), (Option<usize>, String)> {
+    let text = String::from_utf8(bytes).map_err(|_| (None, "is not UTF-8 text".to_owned()))?;
+    let filled = || text.lines().enumerate().filter(|(_, l)| !l.trim().is_empty());
+    let row = |(i, line): (usize, &str)| {
+        let row = serde_json::from_str(line).map_err(|e| (Some(i + 1), format!("is not a JSON object: {e}")));
+        Ok((i + 1, row?))
+    };
+    Ok((filled().take(limit).map(row).collect::<Result<_, _>>()?, filled().count()))
+}
+
+/// The same of a parquet file.
+#[cfg(feature = "parquet")]
+fn parquet_rows(bytes: Vec<u8>, limit: usize) -> Result<(Vec<NumberedRow>, usize), (Option<usize>, String)> {
+    use parquet::file::reader::{FileReader, SerializedFileReader};
+
+    let damaged = |e| (None, format!("cannot be read as parquet: {e}"));
+    let reader = SerializedFileReader::new(bytes::Bytes::from(bytes)).map_err(damaged)?;
+    let available = usize::try_from(reader.metadata().file_metadata().num_rows()).unwrap_or(0);
+    let rows = reader.get_row_iter(None).map_err(damaged)?.take(limit).enumerate();
+    let row = |(i, row): (usize, parquet::errors::Result<parquet::record::Row>)| match row
+        .map_err(damaged)?
+        .to_json_value()
+    {
+        Value::Object(row) => Ok((i + 1, row)),
+        other => Err((Some(i + 1), format!("is {other}, not a row of named columns"))),
+    };
+    Ok((rows.map(row).collect::<Result<_, _>>()?, available))
+}
+
+/// Without the feature no parquet file is ever chosen.
+#[cfg(not(feature = "parquet"))]
+fn parquet_rows(_: Vec<u8>, _: usize) -> Result<(Vec<NumberedRow>, usize), (Option<usize>, String)> {
+    Err((None, "is parquet, which this build does not read".to_owned()))
+}
+
 impl Task {
+    /// The data file in `dir`, if there is one that this build reads.
+    pub fn data_file(&self, dir: &Path) -> Option<PathBuf> {
+        let kinds = ["jsonl", "parquet"];
+        let read = if cfg!(feature = "parquet") { &kinds[..] } else { &kinds[..1] };
+        read.iter().map(|kind| dir.join(format!("{}.{kind}", self.file))).find(|path| path.exists())
+    }
+
     /// A shell command that writes the data file into `dir`.
     pub fn fetch_command(&self, dir: &Path) -> String {
         let super::Dataset { path, config, split } = &self.dataset;
         let file = dir.join(format!("{}.jsonl", self.file));
+        if cfg!(feature = "hub") {
+            return "add --download to this command".to_owned();
+        }
         format!(
             "pip install datasets && python3 -c \"from datasets import load_dataset; load_dataset('{path}', '{config}', split='{split}')\
              .to_json('{}')\"",

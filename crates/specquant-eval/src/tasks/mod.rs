@@ -18,6 +18,8 @@ mod arc_easy;
 mod boolq;
 mod data;
 mod hellaswag;
+#[cfg(feature = "hub")]
+mod hub;
 mod lambada_openai;
 mod openbookqa;
 mod piqa;
@@ -26,6 +28,8 @@ mod social_iqa;
 mod winogrande;
 
 pub use data::*;
+#[cfg(feature = "hub")]
+pub use hub::Hub;
 
 use crate::{Error, Result};
 

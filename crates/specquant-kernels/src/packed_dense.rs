@@ -1,0 +1,402 @@
+//! Dense f32 products with weights that are packed once and used often.
+//!
+//! Weights lie in panels of 16 output columns, input by input, so that a tile of a few rows and two panels streams through both without a
+//! copy: 12 × 32 sums in AVX-512's registers, 6 × 16 in AVX2's. The sum of one output is built in one order, which depends on the depth
+//! alone: not on the number of rows, nor on that of threads.
+
+#[cfg(target_arch = "x86_64")]
+use crate::isa::{Avx2, Avx512Vnni};
+use crate::isa::{Isa, Scalar, with_token};
+use rayon::prelude::*;
+
+/// Output columns of a panel: the lanes of an AVX-512 register.
+const PANEL: usize = 16;
+/// Rows of one task.
+const TASK_ROWS: usize = 192;
+/// Panels of one task, and of one where there are too few rows for several.
+const TASK_PANELS: usize = 16;
+const FEW_TASK_PANELS: usize = 4;
+/// Depth that is summed before the sums go to memory: a pair of panels of it is 48 KiB, and stays in a core's L2 beside the rows.
+const DEPTH: usize = 384;
+/// Multiply-adds below which a second thread does not pay.
+const SMALL: usize = 1 << 17;
+
+/// A dense weight matrix, `[n, k]`, packed for [`matmul_packed`].
+#[derive(Debug, Clone)]
+pub struct PackedDense {
+    n: usize,
+    k: usize,
+    /// `[ceil(n / 16), k, 16]`; columns from n on are zero.
+    panels: Vec<f32>,
+}
+
+impl PackedDense {
+    /// Packs `w`, `[n, k]` row-major.
+    ///
+    /// # Panics
+    /// If the length does not follow from the shape.
+    pub fn pack(w: &[f32], n: usize, k: usize) -> Self {
+        assert_eq!(w.len(), n * k, "dense weight: {} values are not [{n}, {k}]", w.len());
+        let mut panels = vec![0.0; n.div_ceil(PANEL) * k * PANEL];
+        if k > 0 {
+            panels.par_chunks_exact_mut(k * PANEL).zip(w.par_chunks(PANEL * k)).for_each(|(panel, rows)| {
+                for (lane, row) in rows.chunks_exact(k).enumerate() {
+                    panel.iter_mut().skip(lane).step_by(PANEL).zip(row).for_each(|(p, w)| *p = *w);
+                }
+            });
+        }
+        PackedDense { n, k, panels }
+    }
+
+    /// Output features.
+    pub fn out_features(&self) -> usize {
+        self.n
+    }
+
+    /// Input features.
+    pub fn in_features(&self) -> usize {
+        self.k
+    }
+
+    /// Bytes in memory.
+    pub fn bytes(&self) -> usize {
+        size_of_val(self.panels.as_slice())
+    }
+}
+
+/// y [m, n] = x [m, k] · wᵀ. A row's result depends neither on the other rows nor on the number of threads.
+///
+/// # Panics
+/// If a length does not follow from the shape.
+pub fn matmul_packed(x: &[f32], w: &PackedDense, y: &mut [f32], m: usize) {
+    matmul_packed_with(Isa::active(), x, w, y, m);
+}
+
+/// [`matmul_packed`] with the kernel of an instruction set, or the scalar one if this machine lacks it.
+///
+/// # Panics
+/// As [`matmul_packed`].
+pub fn matmul_packed_with(isa: Isa, x: &[f32], w: &PackedDense, y: &mut [f32], m: usize) {
+    let (n, k) = (w.n, w.k);
+    assert_eq!(x.len(), m * k, "packed product: x is not [{m}, {k}]");
+    assert_eq!(y.len(), m * n, "packed product: y is not [{m}, {n}]");
+    if m == 0 || n == 0 {
+        return;
+    }
+    if k == 0 {
+        return y.fill(0.0);
+    }
+    // Rows a multiple of a page apart share one set of the L1 cache; a few floats between them spread them out.
+    let pitch = if k.is_multiple_of(1024) && m > 1 { k + PANEL } else { k };
+    let spread: Vec<f32>;
+    let x = if pitch == k {
+        x
+    } else {
+        let mut copy = vec![0.0; m * pitch];
+        copy.par_chunks_exact_mut(pitch)
+            .zip(x.par_chunks_exact(k))
+            .for_each(|(to, from)| to[..k].copy_from_slice(from));
+        spread = copy;
+        &spread
+    };
+    with_token!(isa, token => product(token, x, pitch, w, y, m));
+}
+
+/// An output that tasks write disjoint blocks of.
+struct Output(*mut f32);
+// SAFETY: every task writes its own block and nobody reads until all are done.
+unsafe impl Send for Output {}
+// SAFETY: as above.
+unsafe impl Sync for Output {}
+
+fn product<T: Tile>(token: T, x: &[f32], pitch: usize, w: &PackedDense, y: &mut [f32], m: usize) {
+    let (n, k, panels) = (w.n, w.k, w.n.div_ceil(PANEL));
+    let task_panels = if m <= TASK_ROWS { FEW_TASK_PANELS } else { TASK_PANELS };
+    let (row_blocks, column_blocks) = (m.div_ceil(TASK_ROWS), panels.div_ceil(task_panels));
+    let out = Output(y.as_mut_ptr());
+    let task = |t: usize| {
+        let out = &out;
+        let rows = t / column_blocks * TASK_ROWS..m.min((t / column_blocks + 1) * TASK_ROWS);
+        let columns = t % column_blocks * task_panels..panels.min((t % column_blocks + 1) * task_panels);
+        for depth in (0..k).step_by(DEPTH) {
+            let length = DEPTH.min(k - depth);
+            for first in columns.clone().step_by(T::PANELS) {
+                let count = T::PANELS.min(columns.end - first);
+                let mut row = rows.start;
+                while row < rows.end {
+                    let height = T::HEIGHTS.into_iter().find(|h| *h <= rows.end - row).unwrap_or(1);
+                    let part = Part {
+                        x: &x[row * pitch + depth..],
+                        pitch,
+                        w: &w.panels[(first * k + depth) * PANEL..],
+                        panel_stride: k * PANEL,
+                        depth: length,
+                        begin: depth == 0,
+                    };
+                    let width = (count * PANEL).min(n - first * PANEL);
+                    // SAFETY: rows row..row + height and columns from first · 16 on, `width` of them, lie in y [m, n], and only this task
+                    // touches them.
+                    unsafe { token.tile(&part, height, count, width, out.0.add(row * n + first * PANEL), n) };
+                    row += height;
+                }
+            }
+        }
+    };
+    let tasks = row_blocks * column_blocks;
+    if tasks == 1 || m * k * n < SMALL {
+        (0..tasks).for_each(task);
+    } else {
+        (0..tasks).into_par_iter().for_each(task);
+    }
+}
+
+/// What a tile multiplies.
+struct Part<'a> {
+    /// First of the rows, `pitch` apart.
+    x: &'a [f32],
+    pitch: usize,
+    /// First of the panels, `panel_stride` apart.
+    w: &'a [f32],
+    panel_stride: usize,
+    /// Inputs to sum over.
+    depth: usize,
+    /// Whether the sums start at zero rather than at what the output holds.
+    begin: bool,
+}
+
+impl Part<'_> {
+    /// Panics unless `rows` rows and `panels` panels of `depth` inputs are there.
+    fn check(&self, rows: usize, panels: usize) {
+        assert!(self.depth > 0 && rows > 0 && panels > 0);
+        assert!(self.x.len() >= (rows - 1) * self.pitch + self.depth);
+        assert!(self.w.len() >= (panels - 1) * self.panel_stride + self.depth * PANEL);
+    }
+}
+
+/// A product of a few rows and panels.
+trait Tile: Copy + Sync {
+    /// Panels of a full tile.
+    const PANELS: usize;
+    /// Heights that there is code for, the largest first; the last is 1.
+    const HEIGHTS: [usize; 5];
+
+    /// Adds the product of `rows` (one of [`Tile::HEIGHTS`]) rows and `panels` panels to `y`, or writes it there.
+    ///
+    /// # Safety
+    /// `y` must be valid for reading and writing `rows` rows of `width` floats, `ldy` apart.
+    unsafe fn tile(self, part: &Part, rows: usize, panels: usize, width: usize, y: *mut f32, ldy: usize);
+}
+
+impl Tile for Scalar {
+    const PANELS: usize = 1;
+    const HEIGHTS: [usize; 5] = [1; 5];
+
+    unsafe fn tile(self, part: &Part, _: usize, _: usize, width: usize, y: *mut f32, _: usize) {
+        // SAFETY: the caller's.
+        let y = unsafe { std::slice::from_raw_parts_mut(y, width) };
+        let mut sums = [0.0f32; PANEL];
+        if !part.begin {
+            sums[..width].copy_from_slice(y);
+        }
+        for (x, w) in part.x[..part.depth].iter().zip(part.w.chunks_exact(PANEL)) {
+            sums.iter_mut().zip(w).for_each(|(s, w)| *s += x * w);
+        }
+        y.copy_from_slice(&sums[..width]);
+    }
+}
+
+/// The tiles of one instruction set: `$load`, `$store`, `$splat`, `$fma` on registers `$reg` of `$lanes` floats, `$regs` of them a panel.
+#[cfg(target_arch = "x86_64")]
+macro_rules! x86_tile {
+    ($token:ty, $name:ident, $features:literal, $panels:literal, $heights:expr, $reg:ty, $lanes:literal,
+     $zero:ident, $load:ident, $store:ident, $splat:ident, $fma:ident) => {
+        impl Tile for $token {
+            const PANELS: usize = $panels;
+            const HEIGHTS: [usize; 5] = $heights;
+
+            unsafe fn tile(
+                self,
+                part: &Part,
+                rows: usize,
+                panels: usize,
+                width: usize,
+                y: *mut f32,
+                ldy: usize,
+            ) {
+                part.check(rows, panels);
+                let whole = width == panels * PANEL;
+                // Columns that the output does not have go to the side.
+                let mut side = [0.0f32; 12 * 2 * PANEL];
+                let (to, ld) = if whole { (y, ldy) } else { (side.as_mut_ptr(), panels * PANEL) };
+                // SAFETY: the token proves the instruction set; `check` has proved x and w; y is the caller's, and the side has room for 12
+                // rows of two panels.
+                unsafe {
+                    if !whole && !part.begin {
+                        (0..rows).for_each(|r| {
+                            std::ptr::copy_nonoverlapping(y.add(r * ldy), to.add(r * ld), width)
+                        });
+                    }
+                    macro_rules! call {
+                        ($r:literal) => {
+                            match panels {
+                                1 => $name::<$r, { PANEL / $lanes }>(part, to, ld),
+                                _ => $name::<$r, { $panels * PANEL / $lanes }>(part, to, ld),
+                            }
+                        };
+                    }
+                    match rows {
+                        12 => call!(12),
+                        8 => call!(8),
+                        6 => call!(6),
+                        4 => call!(4),
+                        3 => call!(3),
+                        2 => call!(2),
+                        _ => call!(1),
+                    }
+                    if !whole {
+                        (0..rows).for_each(|r| {
+                            std::ptr::copy_nonoverlapping(to.add(r * ld), y.add(r * ldy), width)
+                        });
+                    }
+                }
+            }
+        }
+
+        /// R rows, V registers a row.
+        ///
+        /// # Safety
+        /// As [`Tile::tile`], for the instruction set and for what [`Part::check`] proves.
+        #[target_feature(enable = $features)]
+        unsafe fn $name<const R: usize, const V: usize>(part: &Part, y: *mut f32, ldy: usize) {
+            use std::arch::x86_64::*;
+            let (x, w) = (part.x.as_ptr(), part.w.as_ptr());
+            let mut sums: [[$reg; V]; R] = [[$zero(); V]; R];
+            // SAFETY: the caller's.
+            unsafe {
+                if !part.begin {
+                    for r in 0..R {
+                        for v in 0..V {
+                            sums[r][v] = $load(y.add(r * ldy + v * $lanes));
+                        }
+                    }
+                }
+                for l in 0..part.depth {
+                    let mut weights: [$reg; V] = [$zero(); V];
+                    for v in 0..V {
+                        let (panel, at) = (v * $lanes / PANEL, v * $lanes % PANEL);
+                        weights[v] = $load(w.add(panel * part.panel_stride + l * PANEL + at));
+                    }
+                    for r in 0..R {
+                        let input = $splat(*x.add(r * part.pitch + l));
+                        for v in 0..V {
+                            sums[r][v] = $fma(input, weights[v], sums[r][v]);
+                        }
+                    }
+                }
+                for r in 0..R {
+                    for v in 0..V {
+                        $store(y.add(r * ldy + v * $lanes), sums[r][v]);
+                    }
+                }
+            }
+        }
+    };
+}
+
+#[cfg(target_arch = "x86_64")]
+x86_tile!(
+    Avx512Vnni,
+    avx512_tile,
+    "avx512f",
+    2,
+    [12, 8, 4, 2, 1],
+    __m512,
+    16,
+    _mm512_setzero_ps,
+    _mm512_loadu_ps,
+    _mm512_storeu_ps,
+    _mm512_set1_ps,
+    _mm512_fmadd_ps
+);
+#[cfg(target_arch = "x86_64")]
+x86_tile!(
+    Avx2,
+    avx2_tile,
+    "avx2,fma",
+    1,
+    [6, 4, 3, 2, 1],
+    __m256,
+    8,
+    _mm256_setzero_ps,
+    _mm256_loadu_ps,
+    _mm256_storeu_ps,
+    _mm256_set1_ps,
+    _mm256_fmadd_ps
+);
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use proptest::prelude::*;
+
+    fn values(seed: usize, len: usize) -> Vec<f32> {
+        (0..len).map(|i| ((i * 37 + seed * 101) as f32 * 0.713).sin()).collect()
+    }
+
+    /// In f64, by the definition; and the sum of the magnitudes, against which an error is to be held.
+    fn naive(x: &[f32], w: &[f32], m: usize, k: usize, n: usize) -> Vec<(f64, f64)> {
+        let dot = |i: usize, j: usize| {
+            let products = (0..k).map(|l| f64::from(x[i * k + l]) * f64::from(w[j * k + l]));
+            products.fold((0.0, 0.0), |(sum, magnitude), p| (sum + p, magnitude + p.abs()))
+        };
+        (0..m * n).map(|c| dot(c / n, c % n)).collect()
+    }
+
+    fn check(m: usize, k: usize, n: usize) {
+        let (x, w) = (values(m, m * k), values(n, n * k));
+        let packed = PackedDense::pack(&w, n, k);
+        assert_eq!((packed.out_features(), packed.in_features()), (n, k));
+        let want = naive(&x, &w, m, k, n);
+        for isa in Isa::available() {
+            let mut y = vec![f32::NAN; m * n];
+            matmul_packed_with(isa, &x, &packed, &mut y, m);
+            for (c, (got, (want, magnitude))) in y.iter().zip(&want).enumerate() {
+                let error = (f64::from(*got) - want).abs();
+                assert!(
+                    error <= 1e-5 * magnitude,
+                    "{isa:?} [{m}, {k}] x [{n}]: {c}: {got} instead of {want}"
+                );
+            }
+            // Every row alone gives the same bits.
+            for i in 0..m.min(3) {
+                let mut row = vec![f32::NAN; n];
+                matmul_packed_with(isa, &x[i * k..(i + 1) * k], &packed, &mut row, 1);
+                assert_eq!(row, y[i * n..(i + 1) * n], "{isa:?} row {i}");
+            }
+        }
+    }
+
+    #[test]
+    fn edges() {
+        for (m, k, n) in [
+            (1, 1, 1),
+            (12, 384, 32),
+            (13, 385, 33),
+            (205, 100, 300),
+            (3, 0, 5),
+            (0, 4, 4),
+            (25, 1024, 17),
+            (2, 1536, 48),
+        ] {
+            check(m, k, n);
+        }
+    }
+
+    proptest! {
+        #![proptest_config(ProptestConfig::with_cases(40))]
+        #[test]
+        fn any_shape(m in 1usize..40, k in 1usize..900, n in 1usize..120) {
+            check(m, k, n);
+        }
+    }
+}
