@@ -19,6 +19,7 @@ model: ## Download the demo model into the cache (once) and print its path.
 
 test: model lint ## All that CI runs: formatting, clippy, tests, documentation.
 	SPECQUANT_SMOLLM2="$$($(FETCH))" cargo test --workspace
+	cargo test -p specquant-eval --features hub --test parquet
 	$(MAKE) docs
 
 lint: ## Check formatting and lints without changing anything.

@@ -54,12 +54,13 @@ fn explain(error: Error, source: &Source, args: &TextArgs) -> anyhow::Error {
 }
 
 /// A bar over the windows, with the perplexity so far.
-fn progress(what: &'static str, quiet: bool) -> impl FnMut(usize, usize, f64) {
-    let mut bar = None;
-    move |done, of, so_far| {
-        bar.get_or_insert_with(|| Progress::new(what, of as u64, quiet))
-            .step(done as u64, &format!("perplexity {so_far:.4}"));
-    }
+fn progress(
+    what: &'static str,
+    prose: &Prose,
+    quiet: bool,
+) -> specquant_eval::Result<impl FnMut(usize, usize, f64) + use<>> {
+    let mut bar = Progress::new(what, prose.protocol.count(&prose.ids)? as u64, quiet);
+    Ok(move |done, _, so_far| bar.step(done as u64, &format!("perplexity {so_far:.4}")))
 }
 
 /// Runs the model that others will be compared with.
@@ -75,7 +76,8 @@ pub fn reference(source: &Source, prose: &Prose, args: &TextArgs, quiet: bool) -
         );
     }
     let model = system::load_for_decoding(source)?;
-    Reference::new(model, &prose.ids, &prose.protocol, &mut progress("reference window", quiet))
+    progress("reference window", prose, quiet)
+        .and_then(|mut bar| Reference::new(model, &prose.ids, &prose.protocol, &mut bar))
         .map_err(|e| explain(e, source, args))
 }
 
@@ -88,7 +90,8 @@ pub fn measure(
     quiet: bool,
 ) -> anyhow::Result<Perplexity> {
     let model = system::load_for_decoding(source)?;
-    perplexity(&model, &prose.ids, &prose.protocol, reference, &mut progress("window", quiet))
+    progress("window", prose, quiet)
+        .and_then(|mut bar| perplexity(&model, &prose.ids, &prose.protocol, reference, &mut bar))
         .map_err(|e| explain(e, source, args))
 }
 

@@ -43,6 +43,14 @@ struct Window {
 }
 
 impl Protocol {
+    /// Windows that will be scored of a text.
+    ///
+    /// # Errors
+    /// [`Error::TooShort`]; [`Error::Setting`] for a window below 2 or a stride above it.
+    pub fn count(&self, ids: &[u32]) -> Result<usize> {
+        Ok(self.windows(ids)?.0.len())
+    }
+
     /// The windows to score, and the number of those that the text has.
     fn windows(&self, ids: &[u32]) -> Result<(Vec<Window>, usize)> {
         let each = usize::from(self.window_bos.is_some());

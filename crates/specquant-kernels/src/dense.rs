@@ -25,7 +25,7 @@ enum Right {
 }
 
 /// An output that tasks write disjoint blocks of.
-struct Output(*mut f32);
+pub(crate) struct Output(pub(crate) *mut f32);
 // SAFETY: every task writes its own block and nobody reads until all are done.
 unsafe impl Send for Output {}
 // SAFETY: as above.

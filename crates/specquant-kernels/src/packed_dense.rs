@@ -4,6 +4,7 @@
 //! copy: 12 × 32 sums in AVX-512's registers, 6 × 16 in AVX2's. The sum of one output is built in one order, which depends on the depth
 //! alone: not on the number of rows, nor on that of threads.
 
+use crate::dense::Output;
 #[cfg(target_arch = "x86_64")]
 use crate::isa::{Avx2, Avx512Vnni};
 use crate::isa::{Isa, Scalar, with_token};
@@ -101,13 +102,6 @@ pub fn matmul_packed_with(isa: Isa, x: &[f32], w: &PackedDense, y: &mut [f32], m
     };
     with_token!(isa, token => product(token, x, pitch, w, y, m));
 }
-
-/// An output that tasks write disjoint blocks of.
-struct Output(*mut f32);
-// SAFETY: every task writes its own block and nobody reads until all are done.
-unsafe impl Send for Output {}
-// SAFETY: as above.
-unsafe impl Sync for Output {}
 
 fn product<T: Tile>(token: T, x: &[f32], pitch: usize, w: &PackedDense, y: &mut [f32], m: usize) {
     let (n, k, panels) = (w.n, w.k, w.n.div_ceil(PANEL));
