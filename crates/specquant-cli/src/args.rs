@@ -76,7 +76,7 @@ pub struct QuantizeArgs {
 }
 
 /// Recipe keys that a flag replaces; the key is named in brackets.
-#[derive(ClapArgs)]
+#[derive(ClapArgs, Default, PartialEq)]
 #[command(next_help_heading = "Recipe (each replaces the key in brackets)")]
 pub struct Overrides {
     /// Bits of weights, activations and KV cache: W4A4KV4, W4A16, W8A8KV8 ... [scheme]
@@ -109,7 +109,7 @@ pub struct Overrides {
     /// Storage of embeddings and lm_head [embeddings]
     #[arg(long, value_name = "TYPE")]
     pub embeddings: Option<EmbeddingsArg>,
-    /// Calibration text or jsonl; without it the model writes its own [calibration.file]
+    /// Calibration text, .raw rows or .jsonl; without it the model writes its own [calibration.file]
     #[arg(long, value_name = "FILE")]
     pub calibration: Option<PathBuf>,
     /// Calibration sequences [calibration.samples]
@@ -130,7 +130,7 @@ pub struct Overrides {
 }
 
 /// A migration strength, or no smoothing.
-#[derive(Clone, Copy)]
+#[derive(Clone, Copy, PartialEq)]
 pub enum Strength {
     Off,
     On(Searched),
@@ -144,7 +144,7 @@ impl std::str::FromStr for Strength {
     }
 }
 
-#[derive(Clone, Copy, ValueEnum)]
+#[derive(Clone, Copy, PartialEq, ValueEnum)]
 pub enum ScoreArg {
     /// Mean |activation| times |weight|
     Act,
@@ -154,7 +154,7 @@ pub enum ScoreArg {
     Uniform,
 }
 
-#[derive(Clone, Copy, ValueEnum)]
+#[derive(Clone, Copy, PartialEq, ValueEnum)]
 pub enum EmbeddingsArg {
     /// bf16 if the source is bf16, else f16
     #[value(name = "16bit")]
@@ -188,19 +188,19 @@ pub struct TaskArgs {
     #[arg(long)]
     pub download: bool,
     /// Tasks, by lm-eval's names, or "all"
-    #[arg(long, value_name = "A,B", value_delimiter = ',', default_value = "all")]
+    #[arg(long, value_name = "A,B", value_delimiter = ',', default_value = "all", requires = "data")]
     pub tasks: Vec<String>,
     /// Only the first N documents of every task; 0 for all
-    #[arg(long, value_name = "N", default_value_t = 0, hide_default_value = true)]
+    #[arg(long, value_name = "N", default_value_t = 0, hide_default_value = true, requires = "data")]
     pub limit: usize,
     /// Solved examples before every question; only 0 is supported
-    #[arg(long, value_name = "N", default_value_t = 0)]
+    #[arg(long, value_name = "N", default_value_t = 0, requires = "data")]
     pub shots: usize,
     /// Whether texts start with a BOS token
     #[arg(long, value_name = "WHEN", default_value = "auto")]
     pub bos: BosArg,
     /// Tokens that the model reads at most, of a longer context the last ones; 0 for what its configuration allows
-    #[arg(long, value_name = "N", default_value_t = 0, hide_default_value = true)]
+    #[arg(long, value_name = "N", default_value_t = 0, hide_default_value = true, requires = "data")]
     pub max_length: usize,
 }
 
@@ -230,7 +230,7 @@ pub struct TasksArgs {
     #[arg(long, requires = "output")]
     pub resume: bool,
     /// Write every context and continuation, with token ids, to a jsonl file, and stop
-    #[arg(long, value_name = "FILE")]
+    #[arg(long, value_name = "FILE", conflicts_with_all = ["output", "json"])]
     pub dump_requests: Option<PathBuf>,
     /// Print lm-eval's results JSON on stdout
     #[arg(long)]
@@ -244,13 +244,13 @@ pub struct TextArgs {
     #[arg(long, value_name = "FILE")]
     pub text: Option<PathBuf>,
     /// Score only the first N windows; 0 for all
-    #[arg(long, value_name = "N", default_value_t = 0, hide_default_value = true)]
+    #[arg(long, value_name = "N", default_value_t = 0, hide_default_value = true, requires = "text")]
     pub windows: usize,
     /// Tokens of a window
-    #[arg(long, value_name = "N", default_value_t = 2048)]
+    #[arg(long, value_name = "N", default_value_t = 2048, requires = "text")]
     pub window: usize,
     /// Tokens from one window to the next; smaller than a window, every token is scored once, with more context. A whole window by default
-    #[arg(long, value_name = "N", default_value_t = 0, hide_default_value = true)]
+    #[arg(long, value_name = "N", default_value_t = 0, hide_default_value = true, requires = "text")]
     pub stride: usize,
 }
 

@@ -1,5 +1,6 @@
 //! `specquant compare`.
 
+use std::fs;
 use std::io::Write;
 use std::path::{Path, PathBuf};
 use std::process::ExitCode;
@@ -8,68 +9,138 @@ use std::time::SystemTime;
 use anyhow::Context;
 use serde_json::{Value, json};
 use specquant_eval::{
-    Comparison, Perplexity, Record, Reference, TaskData, results_json, sanitized, sha256, write_results,
-    write_whole,
+    Comparison, Journal, Perplexity, Record, Reference, TaskData, results_json, sanitized, sha256,
+    write_results, write_whole,
 };
 use specquant_kernels::Isa;
-use specquant_model::Source;
-use specquant_quantize::Recipe;
+use specquant_model::{Source, read_text};
 
-use crate::args::CompareArgs;
-use crate::tasks::{self, run_info};
+use crate::args::{CompareArgs, Overrides};
+use crate::eval::Prose;
+use crate::tasks::{self, Queries, run_info};
 use crate::ui::{note, table};
 use crate::{eval, quantize, system};
 
-/// A model to be compared.
+/// Tells a directory that a comparison writes to from any other.
+const MARK: &str = ".specquant-comparison";
+/// Quantized models go here.
+const CHECKPOINTS: &str = "checkpoints";
+
+/// A model to be compared, with everything that can be known to be wrong known to be right.
 struct Entry {
     name: String,
     path: PathBuf,
     source: Source,
+    sha256: String,
+    dir: PathBuf,
+    text: Option<TextJob>,
+    tasks: Option<TaskJob>,
 }
 
-/// File names, with as much of the path before them as makes them unique.
+/// A text in the model's tokens.
+struct TextJob {
+    prose: Prose,
+    /// What the result depends on.
+    identity: Value,
+    /// A result that an earlier run has measured.
+    stored: Option<Perplexity>,
+}
+
+/// The tasks in the model's tokens.
+struct TaskJob {
+    queries: Queries,
+    journal: Journal,
+}
+
+/// Names for results: those of files, with as much of the path before them as makes them unique, also as directories.
 fn names(paths: &[PathBuf]) -> Vec<String> {
     let mut names: Vec<String> = Vec::new();
     for path in paths {
-        let (last, parent) = (tasks::model_name(path), path.parent().map(tasks::model_name));
-        let longer = parent.map(|p| format!("{p}/{last}"));
+        let full = path.canonicalize().unwrap_or_else(|_| path.clone());
+        let last = tasks::model_name(path);
+        let longer =
+            full.parent().and_then(Path::file_name).map(|p| format!("{}/{last}", p.to_string_lossy()));
         let candidates = [Some(last.clone()), longer].into_iter().flatten();
         let numbered = (2..).map(|n| format!("{last} ({n})"));
-        names.extend(candidates.chain(numbered).find(|name| !names.contains(name)));
+        let free = |name: &String| {
+            let dir = sanitized(name);
+            dir != CHECKPOINTS && names.iter().all(|n| sanitized(n) != dir)
+        };
+        names.extend(candidates.chain(numbered).find(free));
     }
     names
 }
 
-/// Quantizes the first model by a recipe, or finds that an earlier run has done so.
-fn quantized(name: &str, args: &CompareArgs, source: &Source) -> anyhow::Result<PathBuf> {
-    let recipe: Recipe = quantize::recipe(name, &args.overrides)?;
-    let path = args.output.join("checkpoints").join(sanitized(&recipe.name));
-    if path.exists() && args.resume {
-        let config = Source::open(&path)?.config_json().clone();
-        anyhow::ensure!(
-            config["quantization_config"]["recipe"] == json!(recipe),
-            "{} was made with other settings than these; remove it, or choose another -o",
-            path.display()
-        );
-        return Ok(path);
-    }
-    if !args.json {
-        note!("quantizing by {} {}", recipe.name, recipe.scheme);
-    }
-    std::fs::create_dir_all(args.output.join("checkpoints"))
-        .with_context(|| format!("cannot create {}", args.output.display()))?;
-    quantize::quantize(source, &recipe, &path, false, args.json)?;
-    Ok(path)
+/// Makes `output` a comparison's directory, or finds that it is one.
+fn claim(output: &Path, resume: bool) -> anyhow::Result<()> {
+    let at = || output.display().to_string();
+    fs::create_dir_all(output).with_context(|| format!("cannot create {}", at()))?;
+    let mark = output.join(MARK);
+    let ours = mark.exists();
+    anyhow::ensure!(
+        !ours || resume,
+        "{} exists: an earlier comparison wrote it; continue that with --resume, or choose another -o",
+        at()
+    );
+    let empty = fs::read_dir(output).with_context(at)?.next().is_none();
+    anyhow::ensure!(
+        ours || empty,
+        "{} is not empty and no comparison's; choose another -o, so that nothing of yours is overwritten",
+        at()
+    );
+    fs::write(&mark, "").with_context(|| format!("cannot write to {}", at()))
 }
 
-/// A perplexity that an earlier run has measured under the same conditions.
-fn stored(path: &Path, identity: &Value, resume: bool) -> anyhow::Result<Option<Perplexity>> {
-    let Ok(bytes) = std::fs::read(path) else { return Ok(None) };
-    anyhow::ensure!(
-        resume,
-        "{} exists: an earlier comparison wrote it; continue that with --resume, or choose another -o",
-        path.display()
-    );
+/// Quantizes the first model by the recipes, except where an earlier run has done so.
+fn quantize_all(args: &CompareArgs, source: &Source, source_sha256: &str) -> anyhow::Result<Vec<PathBuf>> {
+    let recipes = args.recipes.iter().map(|name| quantize::recipe(name, &args.overrides));
+    let recipes = recipes.collect::<anyhow::Result<Vec<_>>>()?;
+    for (i, recipe) in recipes.iter().enumerate() {
+        let twice = recipes[..i].iter().any(|r| sanitized(&r.name) == sanitized(&recipe.name));
+        anyhow::ensure!(
+            !twice,
+            "--recipes: two of them are called {:?}; give each a name of its own",
+            recipe.name
+        );
+    }
+    let dir = args.output.join(CHECKPOINTS);
+    let mut paths = Vec::new();
+    for recipe in &recipes {
+        let path = dir.join(sanitized(&recipe.name));
+        let calibration = recipe.calibration.file.as_ref().map(|file| -> anyhow::Result<String> {
+            let text = read_text(file).map_err(anyhow::Error::msg);
+            Ok(sha256(text.with_context(|| format!("calibration text {}", file.display()))?.as_bytes()))
+        });
+        let identity = json!({ "source_sha256": source_sha256, "calibration_sha256": calibration.transpose()?, "recipe": recipe });
+        let record = dir.join(format!("{}.json", sanitized(&recipe.name)));
+        if path.exists() {
+            let same =
+                fs::read(&record).is_ok_and(|bytes| serde_json::from_slice(&bytes).ok() == Some(identity));
+            anyhow::ensure!(
+                same,
+                "{} was made from another model, calibration text or settings; remove it, or choose another -o",
+                path.display()
+            );
+        } else {
+            if !args.json {
+                note!("quantizing by {} {}", recipe.name, recipe.scheme);
+            }
+            fs::create_dir_all(&dir).with_context(|| format!("cannot create {}", dir.display()))?;
+            quantize::quantize(source, recipe, &path, false, args.json)?;
+            write_whole(&record, |file| writeln!(file, "{identity:#}"))?;
+        }
+        paths.push(path);
+    }
+    Ok(paths)
+}
+
+/// Reads what an earlier run has measured under the same conditions.
+fn stored(path: &Path, identity: &Value) -> anyhow::Result<Option<Perplexity>> {
+    let bytes = match fs::read(path) {
+        Ok(bytes) => bytes,
+        Err(e) if e.kind() == std::io::ErrorKind::NotFound => return Ok(None),
+        Err(e) => return Err(e).with_context(|| path.display().to_string()),
+    };
     let damaged = || format!("{} is damaged; remove it", path.display());
     let value: Value = serde_json::from_slice(&bytes).with_context(damaged)?;
     let keys = identity.as_object().into_iter().flatten();
@@ -84,68 +155,111 @@ fn stored(path: &Path, identity: &Value, resume: bool) -> anyhow::Result<Option<
     Ok(Some(serde_json::from_value(value["perplexity"].clone()).with_context(damaged)?))
 }
 
-/// Perplexity of every model, and the distance of all to the first.
-fn perplexities(args: &CompareArgs, entries: &[Entry]) -> anyhow::Result<Vec<Perplexity>> {
-    let text = eval::read(&args.text)?;
-    let mut reference: Option<Reference> = None;
-    let mut results = Vec::new();
-    let first = entries[0].source.fingerprint()?;
-    for (i, entry) in entries.iter().enumerate() {
-        let prose = eval::encode(&text, &args.text, args.tasks.bos, &entry.source)?;
+/// Opens a model and prepares its jobs. `first`: the reference, if this is another model.
+fn prepare(
+    args: &CompareArgs,
+    (name, path): (String, PathBuf),
+    text: Option<&str>,
+    data: &[TaskData],
+    first: Option<&Entry>,
+) -> anyhow::Result<Entry> {
+    let source = Source::open(&path)?;
+    let sha256 = source.fingerprint()?;
+    let dir = args.output.join(sanitized(&name));
+    fs::create_dir_all(&dir).with_context(|| format!("cannot create {}", dir.display()))?;
+    let text = text.map(|text| -> anyhow::Result<TextJob> {
+        let prose = eval::encode(text, &args.text, args.tasks.bos, &source)?;
+        if let Some(Entry { source: theirs, text: Some(job), name, .. }) = first {
+            let same = source.config().vocab_size == theirs.config().vocab_size && prose == job.prose;
+            anyhow::ensure!(
+                same,
+                "its tokenizer or vocabulary is not that of {name}, so their predictions cannot be compared on a text; leave out --text, or compare \
+                 models of one family"
+            );
+        }
+        let bytes: Vec<u8> = prose.ids.iter().flat_map(|id| id.to_le_bytes()).collect();
         let identity = json!({
             "specquant_version": env!("CARGO_PKG_VERSION"),
-            "model_sha256": entry.source.fingerprint()?,
-            "reference_sha256": first,
-            "text_sha256": sha256(text.as_bytes()),
+            "model_sha256": sha256,
+            "reference_sha256": first.map_or(&sha256, |f| &f.sha256),
+            "token_ids_sha256": specquant_eval::sha256(&bytes),
             "settings": prose.protocol,
         });
-        let dir = args.output.join(sanitized(&entry.name));
-        let path = dir.join("perplexity.json");
-        let result = match stored(&path, &identity, args.resume)? {
-            Some(result) => result,
-            None => {
+        let stored = stored(&dir.join("perplexity.json"), &identity)?;
+        Ok(TextJob { prose, identity, stored })
+    });
+    let text = text.transpose()?;
+    let tasks = (!data.is_empty()).then(|| -> anyhow::Result<TaskJob> {
+        let queries = tasks::encode_all(&args.tasks, data, &source)?;
+        let mut journal = tasks::journal(&dir, &sha256, &args.tasks, queries.max_length, true)?;
+        data.iter().try_for_each(|d| journal.begin(d))?;
+        Ok(TaskJob { queries, journal })
+    });
+    let tasks = tasks.transpose()?;
+    Ok(Entry { name, path, source, sha256, dir, text, tasks })
+}
+
+/// Measures the perplexities that no earlier run has, and the distances to the first model.
+fn perplexities(args: &CompareArgs, entries: &[Entry]) -> anyhow::Result<Vec<Option<Perplexity>>> {
+    let missing = |e: &Entry| e.text.as_ref().is_some_and(|job| job.stored.is_none());
+    let Some(first) = entries.first() else { return Ok(Vec::new()) };
+    // The first model's hidden states are needed by the others only.
+    let reference = match &first.text {
+        Some(job) if entries[1..].iter().any(missing) => {
+            Some(eval::reference(&first.source, &job.prose, &args.text, args.json)?)
+        }
+        _ => None,
+    };
+    let mut results = Vec::new();
+    for (i, entry) in entries.iter().enumerate() {
+        let Some(job) = &entry.text else {
+            results.push(None);
+            continue;
+        };
+        let measured = match (&job.stored, &reference) {
+            (Some(stored), _) => {
+                results.push(Some(stored.clone()));
+                continue;
+            }
+            (None, Some(reference)) if i == 0 => reference.perplexity.clone(),
+            (None, reference) => {
                 if !args.json {
                     note!("perplexity of {}", entry.name);
                 }
-                if reference.is_none() {
-                    let prose = eval::encode(&text, &args.text, args.tasks.bos, &entries[0].source)?;
-                    reference = Some(eval::reference(&entries[0].source, &prose, &args.text, args.json)?);
-                }
-                let result = match (&reference, i) {
-                    (Some(reference), 0) => reference.perplexity.clone(),
-                    _ => eval::measure(&entry.source, &prose, &args.text, reference.as_ref(), args.json)
-                        .with_context(|| entry.name.clone())?,
-                };
-                std::fs::create_dir_all(&dir).with_context(|| format!("cannot create {}", dir.display()))?;
-                let value = json!({ "identity": identity, "perplexity": result });
-                write_whole(&path, |file| writeln!(file, "{value:#}"))?;
-                result
+                let reference: Option<&Reference> = reference.as_ref().filter(|_| i > 0);
+                eval::measure(&entry.source, &job.prose, &args.text, reference, args.json)
+                    .with_context(|| entry.name.clone())?
             }
         };
-        results.push(result);
+        let value = json!({ "identity": job.identity, "perplexity": measured });
+        write_whole(&entry.dir.join("perplexity.json"), |file| writeln!(file, "{value:#}"))?;
+        results.push(Some(measured));
     }
     Ok(results)
 }
 
-/// The command line, with the last part of every path, which is what matters to another reader.
+/// The command line, of every path the last part, which is what matters to another reader.
 fn command() -> String {
-    let word = |arg: String| {
-        let path = Path::new(&arg);
-        let last = path.file_name().filter(|_| arg.contains('/') && !arg.starts_with('-'));
-        last.map_or(arg.clone(), |l| l.to_string_lossy().into_owned())
+    let last = |path: &str| path.rsplit('/').find(|part| !part.is_empty()).unwrap_or("/").to_owned();
+    let word = |arg: std::ffi::OsString| {
+        let arg = arg.to_string_lossy().into_owned();
+        let (flag, value) = match arg.split_once('=') {
+            Some((flag, value)) if flag.starts_with("--") => (format!("{flag}="), value.to_owned()),
+            _ if arg.starts_with("-o") && arg.len() > 2 => ("-o ".to_owned(), arg[2..].to_owned()),
+            _ => (String::new(), arg),
+        };
+        let value = value.split(',').map(last).collect::<Vec<_>>().join(",");
+        let value = if value.contains(char::is_whitespace) { format!("'{value}'") } else { value };
+        flag + &value
     };
-    std::env::args().map(word).collect::<Vec<_>>().join(" ")
+    std::env::args_os().map(word).collect::<Vec<_>>().join(" ")
 }
 
-fn facts(
-    args: &CompareArgs,
-    data: &[TaskData],
-    perplexities: Option<&Vec<Perplexity>>,
-) -> Vec<(String, String)> {
+fn facts(args: &CompareArgs, data: &[TaskData], first: Option<&Perplexity>) -> Vec<(String, String)> {
     let mut facts = Vec::new();
-    let file = |path: &Path| path.file_name().unwrap_or_default().to_string_lossy().into_owned();
-    if let (Some(path), Some(p)) = (&args.text.text, perplexities.and_then(|p| p.first())) {
-        facts.push(("text".to_owned(), file(path)));
+    if let (Some(path), Some(p)) = (&args.text.text, first) {
+        let file = path.file_name().unwrap_or_default().to_string_lossy().into_owned();
+        facts.push(("text".to_owned(), file));
         facts.push(("protocol".to_owned(), p.protocol.clone()));
     }
     if !data.is_empty() {
@@ -153,74 +267,85 @@ fn facts(
         let available: usize = data.iter().map(|d| d.available).sum();
         facts.push((
             "tasks".to_owned(),
-            format!("{documents} of {available} documents of {} tasks, zero-shot, prompts and scores of lm-evaluation-harness 0.4", data.len()),
+            format!(
+                "{documents} of {available} documents of {} tasks, zero-shot, prompts and scores of lm-evaluation-harness 0.4",
+                data.len()
+            ),
         ));
     }
-    facts.push((
-        "engine".to_owned(),
-        format!(
-            "specquant {}, {} kernels, {} threads",
-            env!("CARGO_PKG_VERSION"),
-            Isa::active().name(),
-            rayon::current_num_threads()
-        ),
-    ));
+    let version = env!("CARGO_PKG_VERSION");
+    facts.push(("engine".to_owned(), format!("specquant {version}, {} kernels", Isa::active().name())));
     facts.push(("command".to_owned(), command()));
     facts
 }
 
-pub fn run(args: CompareArgs) -> anyhow::Result<ExitCode> {
-    system::set_threads(args.overrides.threads)?;
+/// Refuses what would have no effect or would be done twice.
+fn check(args: &CompareArgs) -> anyhow::Result<()> {
     anyhow::ensure!(
         args.text.text.is_some() || args.tasks.data.is_some(),
         "nothing to compare by: give a text with --text FILE, tasks with --data DIR, or both"
     );
-    // Whatever can be wrong is known before the first hour of work.
-    let data = if args.tasks.data.is_some() { tasks::read(&args.tasks)? } else { Vec::new() };
-    if args.text.text.is_some() {
-        eval::read(&args.text)?;
+    let threads = args.overrides.threads;
+    anyhow::ensure!(
+        !args.recipes.is_empty() || args.overrides == Overrides { threads, ..Overrides::default() },
+        "the flags of a recipe have no effect without --recipes"
+    );
+    let full: Vec<_> = args.models.iter().map(|m| m.canonicalize().unwrap_or_else(|_| m.clone())).collect();
+    if let Some(i) = (0..full.len()).find(|&i| full[..i].contains(&full[i])) {
+        anyhow::bail!("{} is given twice", args.models[i].display());
     }
+    Ok(())
+}
+
+pub fn run(args: CompareArgs) -> anyhow::Result<ExitCode> {
+    system::set_threads(args.overrides.threads)?;
+    check(&args)?;
+    // Everything is read, encoded and looked up before the first hour of work, except for what is yet to be quantized.
+    let data = if args.tasks.data.is_some() { tasks::read(&args.tasks)? } else { Vec::new() };
+    let text = args.text.text.as_ref().map(|_| eval::read(&args.text)).transpose()?;
     let first = Source::open(&args.models[0])?;
-    let mut paths = args.models.clone();
     for recipe in &args.recipes {
         quantize::recipe(recipe, &args.overrides)?;
     }
-    for recipe in &args.recipes {
-        paths.push(quantized(recipe, &args, &first)?);
+    for model in &args.models[1..] {
+        Source::open(model)?;
     }
-    let entries = names(&paths).into_iter().zip(paths).map(|(name, path)| {
-        let source = Source::open(&path)?;
-        Ok(Entry { name, path, source })
-    });
-    let entries = entries.collect::<anyhow::Result<Vec<_>>>()?;
-    let perplexities = args.text.text.as_ref().map(|_| perplexities(&args, &entries)).transpose()?;
+    claim(&args.output, args.resume)?;
+    let mut paths = args.models.clone();
+    paths.extend(quantize_all(&args, &first, &first.fingerprint()?)?);
+    let mut entries: Vec<Entry> = Vec::new();
+    for (name, path) in names(&paths).into_iter().zip(paths) {
+        let model = name.clone();
+        let entry = prepare(&args, (name, path), text.as_deref(), &data, entries.first()).context(model)?;
+        entries.push(entry);
+    }
 
-    let mut data = data;
+    let perplexities = perplexities(&args, &entries)?;
     let mut records = Vec::new();
-    for (i, entry) in entries.iter().enumerate() {
-        let perplexity = perplexities.as_ref().map(|p| p[i].clone());
-        let dir = args.output.join(sanitized(&entry.name));
-        let started = SystemTime::now();
-        let prepared = tasks::prepare(&args.tasks, data, &entry.source)?;
-        let mut results = Vec::new();
-        if !prepared.data.is_empty() {
+    for (entry, perplexity) in entries.into_iter().zip(perplexities) {
+        let (mut results, mut started, mut max_length) = (Vec::new(), SystemTime::now(), 0);
+        if let Some(TaskJob { queries, mut journal }) = entry.tasks {
             if !args.json {
                 note!("tasks of {}", entry.name);
             }
-            let journal = tasks::journal(&dir, &entry.source, &args.tasks, prepared.max_length, args.resume)?;
+            max_length = queries.max_length;
             let model = system::load_for_decoding(&entry.source)?;
-            results = tasks::score(&model, &prepared, Some(journal), args.json)
+            started = SystemTime::now();
+            results = tasks::score(&model, &data, &queries, Some(&mut journal), args.json)
                 .with_context(|| entry.name.clone())?;
         }
-        let mut info = run_info(&entry.path, &entry.source, &args.tasks, prepared.max_length, started)?;
+        let duration = started.elapsed().unwrap_or_default();
+        let mut info =
+            run_info(&entry.path, &entry.source, entry.sha256, &args.tasks, max_length, started, duration)?;
         info.model.clone_from(&entry.name);
-        let json = results_json(&info, &prepared.data, &results, perplexity.as_ref());
-        write_results(&dir, &json, &prepared.data, &results, started)?;
-        data = prepared.data;
-        records.push(Record { name: entry.name.clone(), info, perplexity, tasks: results });
+        let json = results_json(&info, &data, &results, perplexity.as_ref());
+        write_results(&entry.dir, &json, &data, &results, started)?;
+        records.push(Record { name: entry.name, info, perplexity, tasks: results });
     }
 
-    let comparison = Comparison { records, facts: facts(&args, &data, perplexities.as_ref()) };
+    let first = records.first().and_then(|r| r.perplexity.as_ref());
+    let facts = facts(&args, &data, first);
+    let comparison = Comparison { records, facts };
     let json = comparison.json();
     let html = comparison.html()?;
     write_whole(&args.output.join("comparison.json"), |file| writeln!(file, "{json:#}"))?;

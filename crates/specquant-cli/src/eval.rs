@@ -12,7 +12,7 @@ use specquant_model::{Source, read_text};
 use crate::args::{BosArg, EvalArgs, EvalCommand, PplArgs, TextArgs};
 use crate::system::{self, human};
 use crate::tasks::{self, bos};
-use crate::ui::Progress;
+use crate::ui::{Progress, note};
 
 pub fn run(args: EvalArgs) -> anyhow::Result<ExitCode> {
     match args.what {
@@ -22,6 +22,7 @@ pub fn run(args: EvalArgs) -> anyhow::Result<ExitCode> {
 }
 
 /// A text in a model's tokens, and how it is cut.
+#[derive(PartialEq)]
 pub struct Prose {
     pub ids: Vec<u32>,
     pub protocol: Protocol,
@@ -35,10 +36,22 @@ pub fn read(args: &TextArgs) -> anyhow::Result<String> {
 
 /// Turns it into token ids of a model.
 pub fn encode(text: &str, args: &TextArgs, when: BosArg, source: &Source) -> anyhow::Result<Prose> {
+    let longest = source.config().max_position_embeddings;
+    if args.window > longest {
+        note!(
+            "note: --window {} is more than the {longest} tokens that {} is made for",
+            args.window,
+            source.path().display()
+        );
+    }
     let tokenizer = source.tokenizer()?;
-    let (ids, window_bos) = Encoder::new(&tokenizer, source.config(), bos(when), 0)?.prose(text)?;
-    let protocol =
-        Protocol { window: args.window, stride: args.stride, max_windows: args.windows, window_bos };
+    let protocol = Protocol {
+        window: args.window,
+        stride: args.stride,
+        max_windows: args.windows,
+        ..Protocol::default()
+    };
+    let (ids, protocol) = Encoder::new(&tokenizer, source.config(), bos(when), 0)?.prose(text, protocol)?;
     Ok(Prose { ids, protocol })
 }
 
@@ -101,8 +114,15 @@ fn ppl(args: PplArgs) -> anyhow::Result<ExitCode> {
     let source = Source::open(&args.model.model)?;
     let prose = encode(&text, &args.text, args.bos, &source)?;
     let theirs = args.reference.as_deref().map(|path| -> anyhow::Result<Reference> {
-        let source = Source::open(path)?;
-        reference(&source, &encode(&text, &args.text, args.bos, &source)?, &args.text, args.json)
+        let theirs = Source::open(path)?;
+        let same = theirs.config().vocab_size == source.config().vocab_size
+            && encode(&text, &args.text, args.bos, &theirs)? == prose;
+        anyhow::ensure!(
+            same,
+            "--reference {}: its tokenizer or vocabulary is not the model's, so their predictions cannot be compared",
+            path.display()
+        );
+        reference(&theirs, &prose, &args.text, args.json)
     });
     let theirs = theirs.transpose()?;
     let result = measure(&source, &prose, &args.text, theirs.as_ref(), args.json)?;
@@ -118,11 +138,11 @@ fn ppl(args: PplArgs) -> anyhow::Result<ExitCode> {
         }
         writeln!(out, "{value:#}")?;
     } else {
-        writeln!(
-            out,
-            "perplexity {:.5} ± {:.5} over {} tokens",
-            result.perplexity, result.stderr, result.tokens
-        )?;
+        let error = match result.window_nll.len() {
+            1 => "(one window has no standard error)".to_owned(),
+            _ => format!("± {:.5}", result.stderr),
+        };
+        writeln!(out, "perplexity {:.5} {error} over {} tokens", result.perplexity, result.tokens)?;
         writeln!(
             out,
             "model {} ({})",

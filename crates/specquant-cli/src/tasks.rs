@@ -4,7 +4,7 @@ use std::fs;
 use std::io::Write;
 use std::path::Path;
 use std::process::ExitCode;
-use std::time::SystemTime;
+use std::time::{Duration, SystemTime};
 
 use anyhow::Context;
 use serde_json::json;
@@ -19,10 +19,10 @@ use crate::args::{BosArg, TaskArgs, TasksArgs};
 use crate::system;
 use crate::ui::{Progress, note, table};
 
-/// The tasks' documents, all read and encoded before anything is scored, so that what is missing is known at once.
-pub struct Prepared {
-    pub data: Vec<TaskData>,
-    pub queries: Vec<Vec<Vec<Query>>>,
+/// The tasks' documents as token ids, all encoded before anything is scored, so that what is wrong is known at once.
+pub struct Queries {
+    /// Per task, per document.
+    pub tasks: Vec<Vec<Vec<Query>>>,
     /// Tokens that the model reads at most.
     pub max_length: usize,
 }
@@ -43,9 +43,13 @@ pub fn read(args: &TaskArgs) -> anyhow::Result<Vec<TaskData>> {
         "--shots {}: only zero-shot prompts are supported, as in the papers' tables; leave it out",
         args.shots
     );
-    let all = args.tasks.iter().any(|t| t == "all");
-    let named = || args.tasks.iter().map(|name| Task::named(name)).collect::<Result<Vec<_>, _>>();
-    let tasks = if all { TASKS.to_vec() } else { named()? };
+    let mut tasks = Vec::new();
+    for name in args.tasks.iter().map(|name| name.trim()) {
+        match name {
+            "all" => tasks.extend(TASKS),
+            _ => tasks.push(Task::named(name)?),
+        }
+    }
     let dir = args.data.as_deref().with_context(|| {
         let first = tasks.first().map_or(String::new(), |t| t.fetch_command(Path::new("DIR")));
         format!("give the directory of the tasks' data with --data DIR; to fill it, for example: {first}")
@@ -64,18 +68,26 @@ pub fn read(args: &TaskArgs) -> anyhow::Result<Vec<TaskData>> {
     Ok(data)
 }
 
-/// Turns them into token ids of this model.
-pub fn prepare(args: &TaskArgs, data: Vec<TaskData>, source: &Source) -> anyhow::Result<Prepared> {
+/// Turns them into token ids of a model.
+pub fn encode_all(args: &TaskArgs, data: &[TaskData], source: &Source) -> anyhow::Result<Queries> {
+    let longest = source.config().max_position_embeddings;
+    if args.max_length > longest {
+        note!(
+            "note: --max-length {} is more than the {longest} tokens that {} is made for",
+            args.max_length,
+            source.path().display()
+        );
+    }
     let tokenizer = source.tokenizer()?;
     let encoder = Encoder::new(&tokenizer, source.config(), bos(args.bos), args.max_length)?;
-    let queries = data.iter().map(|d| encode(d, &encoder)).collect::<Result<_, _>>()?;
-    Ok(Prepared { data, queries, max_length: encoder.max_length() })
+    let tasks = data.iter().map(|d| encode(d, &encoder)).collect::<Result<_, _>>()?;
+    Ok(Queries { tasks, max_length: encoder.max_length() })
 }
 
 /// Opens the journal of a model's run.
 pub fn journal(
     dir: &Path,
-    source: &Source,
+    model_sha256: &str,
     args: &TaskArgs,
     max_length: usize,
     resume: bool,
@@ -83,7 +95,7 @@ pub fn journal(
     fs::create_dir_all(dir).with_context(|| format!("cannot create {}", dir.display()))?;
     let identity = json!({
         "specquant_version": env!("CARGO_PKG_VERSION"),
-        "model_sha256": source.fingerprint()?,
+        "model_sha256": model_sha256,
         "bos": bos(args.bos),
         "max_length": max_length,
     });
@@ -93,16 +105,17 @@ pub fn journal(
 /// Scores all tasks.
 pub fn score(
     model: &Model,
-    prepared: &Prepared,
-    mut journal: Option<Journal>,
+    data: &[TaskData],
+    queries: &Queries,
+    mut journal: Option<&mut Journal>,
     quiet: bool,
 ) -> anyhow::Result<Vec<TaskResult>> {
-    let total: usize = prepared.queries.iter().flatten().map(|q| tokens(q)).sum();
+    let total: usize = queries.tasks.iter().flatten().map(|q| tokens(q)).sum();
     let mut progress = Progress::new("token", total as u64, quiet);
     let mut done = 0;
     let mut results = Vec::new();
-    for (data, queries) in prepared.data.iter().zip(&prepared.queries) {
-        let result = evaluate(model, data, queries, journal.as_mut(), &mut |tokens, known| {
+    for (data, queries) in data.iter().zip(&queries.tasks) {
+        let result = evaluate(model, data, queries, journal.as_deref_mut(), &mut |tokens, known| {
             done += tokens as u64;
             match known {
                 true => progress.skip(done),
@@ -117,7 +130,8 @@ pub fn score(
 /// A mean with its standard error, in percent.
 pub fn percent(x: &[f64]) -> String {
     let e = estimate(x.iter().copied());
-    format!("{:.2} ± {:.2}", 100.0 * e.mean, 100.0 * e.stderr)
+    let error = if x.len() > 1 { format!("{:.2}", 100.0 * e.stderr) } else { "?".to_owned() };
+    format!("{:.2} ± {error}", 100.0 * e.mean)
 }
 
 /// One row a task, and the two averages.
@@ -153,9 +167,9 @@ fn describe(results: &[TaskResult]) -> String {
 }
 
 /// Writes every request: strings, and token ids as the model gets them.
-fn dump(prepared: &Prepared, path: &Path) -> anyhow::Result<()> {
+fn dump(data: &[TaskData], queries: &Queries, path: &Path) -> anyhow::Result<()> {
     write_whole(path, |file| {
-        for (data, queries) in prepared.data.iter().zip(&prepared.queries) {
+        for (data, queries) in data.iter().zip(&queries.tasks) {
             for (d, (document, queries)) in data.documents.iter().zip(queries).enumerate() {
                 for (i, (request, query)) in document.requests.iter().zip(queries).enumerate() {
                     let (context, continuation) = query.ids.split_at(query.ids.len() - query.scored);
@@ -192,16 +206,18 @@ pub fn scheme(source: &Source) -> anyhow::Result<Option<String>> {
 pub fn run_info(
     path: &Path,
     source: &Source,
+    model_sha256: String,
     args: &TaskArgs,
     max_length: usize,
     started: SystemTime,
+    duration: Duration,
 ) -> anyhow::Result<RunInfo> {
     let scheme = scheme(source)?;
     let report: Option<serde_json::Value> =
         fs::read(path.join("report.json")).ok().and_then(|bytes| serde_json::from_slice(&bytes).ok());
     Ok(RunInfo {
         model: model_name(path),
-        model_sha256: source.fingerprint()?,
+        model_sha256,
         bits_per_weight: scheme.as_ref().and(report).and_then(|r| r["bits_per_weight"].as_f64()),
         scheme,
         tensor_bytes: source.tensor_bytes(),
@@ -211,31 +227,33 @@ pub fn run_info(
         threads: rayon::current_num_threads(),
         kernels: Isa::active().name(),
         started,
-        duration: started.elapsed().unwrap_or_default(),
+        duration,
     })
 }
 
 pub fn run(args: TasksArgs) -> anyhow::Result<ExitCode> {
     system::set_threads(args.model.threads)?;
     let data = read(&args.tasks)?;
-    let source = Source::open(&args.model.model)?;
-    let prepared = prepare(&args.tasks, data, &source)?;
+    let path = &args.model.model;
+    let source = Source::open(path)?;
+    let queries = encode_all(&args.tasks, &data, &source)?;
     if let Some(path) = &args.dump_requests {
-        dump(&prepared, path)?;
+        dump(&data, &queries, path)?;
         return Ok(ExitCode::SUCCESS);
     }
-    let dir = args.output.as_ref().map(|dir| dir.join(sanitized(&model_name(&args.model.model))));
-    let journal =
-        dir.as_ref().map(|dir| journal(dir, &source, &args.tasks, prepared.max_length, args.resume));
-    let journal = journal.transpose()?;
+    let sha256 = source.fingerprint()?;
+    let dir = args.output.as_ref().map(|dir| dir.join(sanitized(&model_name(path))));
+    let journal = dir.as_ref().map(|dir| journal(dir, &sha256, &args.tasks, queries.max_length, args.resume));
+    let mut journal = journal.transpose()?;
     let model = system::load_for_decoding(&source)?;
     let started = SystemTime::now();
-    let results = score(&model, &prepared, journal, args.json)?;
-    let info = run_info(&args.model.model, &source, &args.tasks, prepared.max_length, started)?;
-    let json = results_json(&info, &prepared.data, &results, None);
+    let results = score(&model, &data, &queries, journal.as_mut(), args.json)?;
+    let duration = started.elapsed().unwrap_or_default();
+    let info = run_info(path, &source, sha256, &args.tasks, queries.max_length, started, duration)?;
+    let json = results_json(&info, &data, &results, None);
     let mut out = std::io::stdout();
     if let Some(dir) = &dir {
-        let path = write_results(dir, &json, &prepared.data, &results, started)?;
+        let path = write_results(dir, &json, &data, &results, started)?;
         if !args.json {
             note!("wrote {}", path.display());
         }

@@ -284,7 +284,7 @@ fn models_and_recipes_are_compared_on_a_page_that_a_browser_shows() {
     let stderr =
         String::from_utf8(compare(&["--resume", "--seed", "5"]).assert().code(2).get_output().stderr.clone())
             .unwrap();
-    assert!(stderr.contains("other settings"), "{stderr}");
+    assert!(stderr.contains("settings; remove it"), "{stderr}");
 
     let markdown = fs::read_to_string(out.join("README.md")).unwrap();
     assert!(markdown.contains("| rtn |") && markdown.contains("piqa acc_norm"), "{markdown}");
@@ -314,17 +314,56 @@ fn comparisons_say_what_is_wrong_before_they_start() {
     let lab = Lab::new();
     let model = lab.model("mistral");
     let path = |p: &Path| p.to_str().unwrap().to_owned();
-    let text = lab.file("text.txt", TEXT);
+    let text = path(&lab.file("text.txt", TEXT));
     let out = path(&lab.out("compared"));
-    refuse(&lab, ["compare", &path(&model), "-o", &out], &["--text", "--data"]);
-    refuse(
-        &lab,
-        ["compare", &path(&model), "-o", &out, "--text", &path(&text), "--recipes", "rtn,nosuch"],
-        &["nosuch"],
-    );
-    refuse(
-        &lab,
-        ["compare", &path(&model), &path(&lab.path().join("none")), "-o", &out, "--text", &path(&text)],
-        &["none"],
-    );
+    let refused = |flags: &[&str], words: &[&str]| {
+        refuse(&lab, ["compare", &path(&model), "-o", &out].into_iter().chain(flags.iter().copied()), words)
+    };
+    let (none, again) = (path(&lab.path().join("none")), path(&model.join(".")));
+    refused(&[], &["--text", "--data"]);
+    refused(&["--text", &text, "--recipes", "rtn,nosuch"], &["nosuch"]);
+    refused(&["--text", &text, &none], &["none"]);
+    refused(&["--text", &text, &again], &["twice"]);
+    refused(&["--text", &text, "--scheme", "W4A4"], &["--recipes"]);
+    for flags in [["--limit", "3"], ["--tasks", "piqa"], ["--shots", "2"]] {
+        refused(&[&["--text", &text], &flags[..]].concat(), &["--data"]);
+    }
+    // Nothing of the user's is overwritten.
+    let mine = lab.out("mine");
+    fs::create_dir(&mine).unwrap();
+    fs::write(mine.join("README.md"), "Mine.").unwrap();
+    for flags in [&[][..], &["--resume"]] {
+        let args = ["compare", &path(&model), "--text", &text, "-o", &path(&mine)].map(str::to_owned);
+        refuse(&lab, args.into_iter().chain(flags.iter().map(|f| (*f).to_owned())), &["mine", "not empty"]);
+    }
+}
+
+#[test]
+fn comparisons_continue_only_what_is_the_same() {
+    let lab = Lab::new();
+    let (model, other) = (lab.model("llama-sharded"), lab.model("mistral"));
+    let data = data(&lab, 5);
+    let text = lab.file("text.txt", TEXT);
+    let out = lab.out("compared");
+    let compare = |model: &Path, flags: &[&str]| {
+        let mut command = specquant();
+        command.arg("compare").arg(model).arg("-o").arg(&out).args(QUICK).args(flags);
+        command
+    };
+    let on_tasks = ["--recipes", "rtn", "--tasks", "piqa", "--data", data.to_str().unwrap()];
+    let on_text = ["--window", "96", "--text", text.to_str().unwrap(), "--recipes", "rtn"];
+    compare(&model, &on_tasks).assert().success();
+    let fails = |model: &Path, flags: &[&str], words: &str| {
+        let output = compare(model, &[flags, &["--resume"]].concat()).assert().code(2).get_output().clone();
+        let stderr = String::from_utf8(output.stderr).unwrap();
+        assert!(stderr.contains(words), "{stderr}");
+    };
+    // The checkpoint is the first model's.
+    fails(&other, &on_tasks, "another model");
+    fails(&model, &[&on_tasks[..], &["--bos", "always"]].concat(), "differs in bos");
+    compare(&model, &[&on_text[..], &["--resume"]].concat()).assert().success();
+    fails(&model, &[&on_text[..], &["--stride", "48"]].concat(), "differs in settings");
+    let longer = lab.file("text.txt", TEXT.repeat(2));
+    assert_eq!(longer, text);
+    fails(&model, &on_text, "differs in token_ids_sha256");
 }

@@ -3,7 +3,7 @@
 use serde::{Deserialize, Serialize};
 use specquant_kernels::{exp_in_place, log_sum_exp};
 
-use crate::stats::{Difference, Estimate, estimate};
+use crate::stats::{Difference, Estimate, weighted};
 
 /// Ranges of window positions for which the mean divergence is reported.
 const POSITION_RANGES: usize = 16;
@@ -52,10 +52,8 @@ impl Distance {
         delta_log_perplexity: Difference,
     ) -> Distance {
         let over_windows = |value: fn(&Token) -> f64| {
-            let all: usize = tokens.iter().map(Vec::len).sum();
-            let mean = tokens.iter().flatten().map(value).sum::<f64>() / all as f64;
-            let windows = tokens.iter().map(|w| w.iter().map(value).sum::<f64>() / w.len() as f64);
-            Estimate { mean, stderr: estimate(windows).stderr }
+            let means = tokens.iter().map(|w| w.iter().map(value).sum::<f64>() / w.len() as f64);
+            weighted(&means.collect::<Vec<_>>(), &tokens.iter().map(Vec::len).collect::<Vec<_>>())
         };
         let mut sorted: Vec<f64> = tokens.iter().flatten().map(|t| t.kl).collect();
         sorted.sort_by(f64::total_cmp);

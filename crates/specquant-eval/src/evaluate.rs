@@ -38,7 +38,7 @@ impl TaskResult {
         let (mut acc_norm, mut perplexity) = (None, None);
         let acc = match data.task.metric {
             Metric::Choice { norm } => {
-                // Division by zero gives -∞, as numpy does: an empty choice is never the best.
+                // Division by zero gives -∞, as in numpy: an empty choice is never the best.
                 let per_character =
                     |d: usize| right(d, &|i, s| s.loglik / data.documents[d].lengths[i] as f64);
                 acc_norm = norm.then(|| documents.clone().map(per_character).collect());
@@ -108,7 +108,8 @@ pub fn encode(data: &TaskData, encoder: &Encoder) -> Result<Vec<Vec<Query>>> {
         };
         requests.map(query).collect()
     };
-    (0..data.documents.len()).into_par_iter().map(document).collect()
+    // Of several errors, the first.
+    (0..data.documents.len()).into_par_iter().map(document).collect::<Vec<_>>().into_iter().collect()
 }
 
 /// Scores the documents of a task, or takes from the journal what it has.

@@ -4,8 +4,8 @@
 //! scored document. Lines are added a batch at a time, and a last line that was cut off is dropped.
 
 use std::collections::HashMap;
-use std::fs::{File, OpenOptions};
-use std::io::Write;
+use std::fs::{File, OpenOptions, TryLockError};
+use std::io::{Read, Write};
 use std::path::{Path, PathBuf};
 
 use serde::{Deserialize, Serialize};
@@ -41,30 +41,24 @@ impl Journal {
     /// [`Error::Io`].
     pub fn open(path: &Path, identity: &Value, resume: bool) -> Result<Journal> {
         let fail = |problem: String| Error::Journal { path: path.to_owned(), problem };
-        let old = match std::fs::read(path) {
-            Ok(bytes) if !resume && !bytes.is_empty() => {
-                return Err(fail(
-                    "exists: an earlier run wrote it; continue that with --resume, or choose another -o, or remove it".to_owned(),
-                ));
-            }
-            Ok(bytes) => bytes,
-            Err(e) if e.kind() == std::io::ErrorKind::NotFound => Vec::new(),
-            Err(e) => return Err(Error::io(path)(e)),
-        };
+        let mut file =
+            OpenOptions::new().create(true).read(true).append(true).open(path).map_err(Error::io(path))?;
+        // Until the file is closed. A file system without locks is no reason to refuse.
+        if let Err(TryLockError::WouldBlock) = file.try_lock() {
+            return Err(fail("another run is writing here; wait for it, or choose another -o".to_owned()));
+        }
+        let mut old = Vec::new();
+        file.read_to_end(&mut old).map_err(Error::io(path))?;
+        if !resume && !old.is_empty() {
+            return Err(fail(
+                "exists: an earlier run wrote it; continue that with --resume, or choose another -o, or remove it".to_owned(),
+            ));
+        }
         // What follows the last line end was being written when the run stopped.
         let whole = old.iter().rposition(|&b| b == b'\n').map_or(0, |end| end + 1);
         let mut lines = old[..whole].split_inclusive(|&b| b == b'\n').enumerate();
-        let mut journal = Journal {
-            path: path.to_owned(),
-            file: OpenOptions::new()
-                .create(true)
-                .truncate(false)
-                .write(true)
-                .open(path)
-                .map_err(Error::io(path))?,
-            tasks: HashMap::new(),
-            scores: HashMap::new(),
-        };
+        let mut journal =
+            Journal { path: path.to_owned(), file, tasks: HashMap::new(), scores: HashMap::new() };
         let damaged =
             |i: usize| fail(format!("line {} is not a journal's; remove the file and start anew", i + 1));
         if let Some((i, line)) = lines.next() {
@@ -92,8 +86,10 @@ impl Journal {
                 }
             }
         }
+        if whole == 0 && !old.is_empty() && old[0] != b'{' {
+            return Err(damaged(0));
+        }
         journal.file.set_len(whole as u64).map_err(Error::io(path))?;
-        std::io::Seek::seek(&mut journal.file, std::io::SeekFrom::End(0)).map_err(Error::io(path))?;
         if whole == 0 {
             journal.append(&[identity])?;
         }
@@ -182,7 +178,14 @@ mod tests {
         drop(journal);
         assert_eq!(std::fs::read(&path).unwrap(), bytes);
 
-        std::fs::write(&path, "prose\n").unwrap();
-        assert!(error(&identity, true).contains("line 1"));
+        for prose in ["prose\n", "prose"] {
+            std::fs::write(&path, prose).unwrap();
+            assert!(error(&identity, true).contains("line 1"));
+            assert_eq!(std::fs::read_to_string(&path).unwrap(), prose);
+        }
+        let open = Journal::open(&dir.path().join("other.jsonl"), &identity, false).unwrap();
+        let second = Journal::open(&dir.path().join("other.jsonl"), &identity, true);
+        assert!(second.is_err_and(|e| e.to_string().contains("another run")));
+        drop(open);
     }
 }

@@ -10,7 +10,7 @@ use specquant_kernels::log_sum_exp;
 use specquant_model::{Model, argmax};
 
 use crate::distance::{Distance, Token, kl_divergence};
-use crate::stats::{estimate, paired};
+use crate::stats::{Difference, Estimate, paired_weighted, weighted};
 use crate::{Error, Result};
 
 /// Rows of logits in memory at a time, of the model and of its reference.
@@ -28,11 +28,13 @@ pub struct Protocol {
     pub max_windows: usize,
     /// Starts every window with this token.
     pub window_bos: Option<u32>,
+    /// Whether the text starts with a BOS token; for the description only.
+    pub starts_with_bos: bool,
 }
 
 impl Default for Protocol {
     fn default() -> Self {
-        Protocol { window: 2048, stride: 0, max_windows: 0, window_bos: None }
+        Protocol { window: 2048, stride: 0, max_windows: 0, window_bos: None, starts_with_bos: false }
     }
 }
 
@@ -83,14 +85,13 @@ impl Protocol {
     }
 
     /// In words.
-    fn describe(&self, count: usize, available: usize, ids: &[u32], bos: Option<u32>) -> String {
+    fn describe(&self, count: usize, available: usize) -> String {
         let each = usize::from(self.window_bos.is_some());
         let kind = match self.stride {
             s if s == 0 || s == self.window - each => "non-overlapping ".to_owned(),
             s => format!("overlapping (stride {s}) "),
         };
-        let starts = bos.is_some() && ids.first().copied() == bos;
-        let bos = match (self.window_bos, starts) {
+        let bos = match (self.window_bos, self.starts_with_bos) {
             (Some(_), _) => "BOS at the start of every window",
             (None, true) => "BOS at the start of the text",
             (None, false) => "no BOS",
@@ -106,13 +107,18 @@ impl Protocol {
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 pub struct Perplexity {
     /// exp of the mean negative log-likelihood of the predicted tokens.
+    #[serde(deserialize_with = "null_is_infinite")]
     pub perplexity: f64,
-    /// Standard error of the perplexity over windows, by the delta method: perplexity × sd(window means) / √windows. 0 for one window.
+    /// Standard error of the perplexity over windows, by the delta method: perplexity × sd(window means) / √windows. 0 for one window, which
+    /// says nothing about it.
+    #[serde(deserialize_with = "null_is_infinite")]
     pub stderr: f64,
     /// Predicted tokens.
     pub tokens: usize,
     /// Mean negative log-likelihood of every window, in nats a token.
     pub window_nll: Vec<f64>,
+    /// Predicted tokens of every window, by which it counts.
+    pub window_tokens: Vec<usize>,
     /// What was computed, in words.
     pub protocol: String,
     /// The same as settings.
@@ -120,6 +126,18 @@ pub struct Perplexity {
     /// Distance to the reference.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub distance: Option<Distance>,
+}
+
+/// JSON has no infinity and writes null.
+fn null_is_infinite<'de, D: serde::Deserializer<'de>>(from: D) -> std::result::Result<f64, D::Error> {
+    Ok(Option::<f64>::deserialize(from)?.unwrap_or(f64::INFINITY))
+}
+
+impl Perplexity {
+    /// Difference of log-perplexity, this minus `other`, paired over windows.
+    pub fn log_difference(&self, other: &Perplexity) -> Difference {
+        paired_weighted(&self.window_nll, &other.window_nll, &self.window_tokens)
+    }
 }
 
 /// A model whose predictions others are held against: its final hidden states, from which its logits are computed again for each of
@@ -149,7 +167,7 @@ impl Reference {
         Ok(Reference { model, hidden, ids: ids.to_vec(), settings: protocol.clone(), perplexity })
     }
 
-    /// Bytes that the hidden states of a text take. `tokens`: of the text.
+    /// Bytes that the hidden states of a text take. ids: of the whole text.
     ///
     /// # Errors
     /// As [`perplexity`], for a protocol that does not fit the text.
@@ -200,7 +218,7 @@ fn run(
 ) -> Result<Perplexity> {
     let (windows, available) = protocol.windows(ids)?;
     let width = model.config.hidden_size;
-    let (mut sums, mut counts) = (Vec::new(), Vec::new());
+    let (mut window_nll, mut window_tokens) = (Vec::new(), Vec::new());
     let mut tokens: Vec<Vec<Token>> = Vec::new();
     for (i, window) in windows.iter().enumerate() {
         let mut hidden = model.hidden(&mut [(&mut model.sequence(), &window.ids)])?;
@@ -215,40 +233,32 @@ fn run(
         if !scored.iter().all(|t| t.nll.is_finite() && t.kl.is_finite()) {
             return Err(Error::NotFinite { place: format!("window {i}") });
         }
-        sums.push(scored.iter().map(|t| t.nll).sum::<f64>());
-        counts.push(scored.len());
+        window_nll.push(scored.iter().map(|t| t.nll).sum::<f64>() / scored.len() as f64);
+        window_tokens.push(scored.len());
         if reference.is_some() {
             tokens.push(scored);
         }
         if let Some(keep) = &mut keep {
             keep.push(hidden);
         }
-        progress(i + 1, windows.len(), mean(&sums, &counts).exp());
+        progress(i + 1, windows.len(), weighted(&window_nll, &window_tokens).mean.exp());
     }
-    let mean = mean(&sums, &counts);
-    let window_nll: Vec<f64> = sums.iter().zip(&counts).map(|(s, &n)| s / n as f64).collect();
-    // Windows of different lengths (the first of overlapping ones) count by their tokens, as in a ratio estimator.
-    let per_window = counts.iter().sum::<usize>() as f64 / counts.len() as f64;
-    let weighted = window_nll.iter().zip(&counts).map(|(m, &n)| (m - mean) * n as f64 / per_window);
+    let Estimate { mean, stderr } = weighted(&window_nll, &window_tokens);
     let perplexity = mean.exp();
     let distance = reference.map(|r| {
-        let delta = paired(&window_nll, &r.perplexity.window_nll);
+        let delta = paired_weighted(&window_nll, &r.perplexity.window_nll, &window_tokens);
         Distance::new(&tokens, windows.iter().map(|w| w.first), protocol.window, delta)
     });
     Ok(Perplexity {
         perplexity,
-        stderr: perplexity * estimate(weighted).stderr,
-        tokens: counts.iter().sum(),
+        stderr: perplexity * stderr,
+        tokens: window_tokens.iter().sum(),
         window_nll,
-        protocol: protocol.describe(windows.len(), available, ids, model.config.bos_token_id),
+        window_tokens,
+        protocol: protocol.describe(windows.len(), available),
         settings: protocol.clone(),
         distance,
     })
-}
-
-/// Mean over all tokens of the windows.
-fn mean(sums: &[f64], counts: &[usize]) -> f64 {
-    sums.iter().sum::<f64>() / counts.iter().sum::<usize>() as f64
 }
 
 /// Scores the rows of a window by both models. hidden: `[rows, hidden]` of each.

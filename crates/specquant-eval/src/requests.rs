@@ -3,6 +3,7 @@
 use serde::Serialize;
 use specquant_model::{ModelConfig, Tokenizer};
 
+use crate::perplexity::Protocol;
 use crate::tasks::Request;
 use crate::tasks::python::is_space;
 use crate::{Error, Result};
@@ -83,18 +84,21 @@ impl<'a> Encoder<'a> {
         Ok(ids)
     }
 
-    /// Token ids of a text whose perplexity is wanted, and the token with which every window starts, if any.
+    /// Token ids of a text whose perplexity is wanted, and `protocol` with the BOS policy in it.
     ///
     /// # Errors
     /// As [`Tokenizer::encode`].
-    pub fn prose(&self, text: &str) -> Result<(Vec<u32>, Option<u32>)> {
-        match (self.bos, &self.bos_token) {
-            (Bos::Window, Some((bos, _))) => Ok((self.tokenizer.encode(text, false)?, Some(*bos))),
-            _ => Ok((self.encode(text)?, None)),
+    pub fn prose(&self, text: &str, protocol: Protocol) -> Result<(Vec<u32>, Protocol)> {
+        if let (Bos::Window, Some((bos, _))) = (self.bos, &self.bos_token) {
+            let ids = self.tokenizer.encode(text, false)?;
+            return Ok((ids, Protocol { window_bos: Some(*bos), ..protocol }));
         }
+        let ids = self.encode(text)?;
+        let starts_with_bos = self.bos_token.as_ref().is_some_and(|(bos, _)| ids.first() == Some(bos));
+        Ok((ids, Protocol { starts_with_bos, ..protocol }))
     }
 
-    /// The request in token ids: the tokens of context and continuation together, cut at the length of the context's own. White space
+    /// The request in token ids: the context's, then those of both together from the length of the context's on. White space
     /// at the end of the context goes to the continuation. What exceeds the window is dropped from the left.
     ///
     /// # Errors
@@ -120,9 +124,11 @@ impl<'a> Encoder<'a> {
             }
         } else {
             let whole = self.encode(&format!("{context}{moved}{}", request.continuation)).map_err(text)?;
-            let start = self.encode(context).map_err(text)?.len();
-            let scored = whole.len().saturating_sub(start);
-            (whole, scored)
+            let mut ids = self.encode(context).map_err(text)?;
+            // Where a token reaches over the boundary, the context keeps its own, as in lm-eval.
+            let continuation = whole.get(ids.len()..).unwrap_or_default();
+            ids.extend(continuation);
+            (ids, continuation.len())
         };
         if scored == 0 {
             return Err(format!(
@@ -137,7 +143,7 @@ impl<'a> Encoder<'a> {
             ));
         }
         // Of the last token no logits are needed, so one more than the window fits.
-        let surplus = ids.len().saturating_sub(self.max_length + 1);
+        let surplus = ids.len().saturating_sub(self.max_length.saturating_add(1));
         ids.drain(..surplus);
         Ok(Query { ids, scored })
     }

@@ -228,7 +228,8 @@ pub fn write_results(
     Ok(path)
 }
 
-/// Writes a file under a temporary name beside it, flushes it to the disk, and gives it its name.
+/// Writes a file under a temporary name beside it, flushes it to the disk, and gives it its name. A symbolic link keeps pointing to it; what is
+/// no file, such as a pipe or /dev/stdout, is written to directly.
 ///
 /// # Errors
 /// [`Error::Io`].
@@ -236,6 +237,12 @@ pub fn write_whole(
     path: &Path,
     write: impl FnOnce(&mut BufWriter<fs::File>) -> std::io::Result<()>,
 ) -> Result<()> {
+    let path = &fs::canonicalize(path).unwrap_or_else(|_| path.to_owned());
+    if path.metadata().is_ok_and(|m| !m.is_file() && !m.is_dir()) {
+        let mut file =
+            BufWriter::new(fs::OpenOptions::new().write(true).open(path).map_err(Error::io(path))?);
+        return write(&mut file).and_then(|()| file.flush()).map_err(Error::io(path));
+    }
     let mut partial = path.as_os_str().to_owned();
     partial.push(".partial");
     let partial = PathBuf::from(partial);
@@ -251,7 +258,7 @@ pub fn write_whole(
     })
 }
 
-/// A model's name as a directory's (lm-eval `sanitize_model_name`).
+/// A model's name as a directory's (lm-eval `sanitize_model_name`); never "." or "..".
 pub fn sanitized(model: &str) -> String {
     let mut name = String::new();
     for c in model.chars() {
@@ -261,7 +268,7 @@ pub fn sanitized(model: &str) -> String {
             true => name.push_str("__"),
         }
     }
-    name
+    if name.trim_matches('.').is_empty() { "__".to_owned() } else { name }
 }
 
 /// `2026-11-24T11-34-04.926798`, in UTC.
@@ -298,6 +305,7 @@ mod tests {
             assert_eq!(timestamp(UNIX_EPOCH + Duration::from_secs(seconds)), want);
         }
         assert_eq!(sanitized("org/model:4[x]"), "org__model__4__x__");
+        assert_eq!((sanitized(".."), sanitized(".hidden")), ("__".to_owned(), ".hidden".to_owned()));
     }
 
     /// The hashes and the sample's fields that lm-eval 0.4.13 wrote for this row.

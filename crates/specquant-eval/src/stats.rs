@@ -19,6 +19,16 @@ pub fn estimate(x: impl Iterator<Item = f64> + Clone) -> Estimate {
     Estimate { mean, stderr: (variance / n).sqrt() }
 }
 
+/// Mean of `x` with weights, and its standard error as that of a ratio estimator: of residuals that count by their weights. With equal weights
+/// it is [`estimate`].
+pub fn weighted(x: &[f64], weights: &[usize]) -> Estimate {
+    let total: usize = weights.iter().sum();
+    let mean = x.iter().zip(weights).map(|(x, &w)| x * w as f64).sum::<f64>() / total as f64;
+    let usual = total as f64 / weights.len() as f64;
+    let residuals = x.iter().zip(weights).map(|(x, &w)| (x - mean) * w as f64 / usual);
+    Estimate { mean, stderr: estimate(residuals).stderr }
+}
+
 /// A difference of two models, measured item by item, with its confidence interval.
 #[derive(Debug, Clone, Copy, PartialEq, Serialize, Deserialize)]
 pub struct Difference {
@@ -39,8 +49,14 @@ impl Difference {
 
 /// The paired difference `a - b`: what both models have in common, such as a hard document, drops out.
 pub fn paired(a: &[f64], b: &[f64]) -> Difference {
-    debug_assert_eq!(a.len(), b.len());
-    let Estimate { mean, stderr } = estimate(a.iter().zip(b).map(|(a, b)| a - b));
+    paired_weighted(a, b, &vec![1; a.len()])
+}
+
+/// The same for items that count by their weights, as in [`weighted`].
+pub fn paired_weighted(a: &[f64], b: &[f64], weights: &[usize]) -> Difference {
+    debug_assert!(a.len() == b.len() && a.len() == weights.len());
+    let differences: Vec<f64> = a.iter().zip(b).map(|(a, b)| a - b).collect();
+    let Estimate { mean, stderr } = weighted(&differences, weights);
     let half_width = (a.len() > 1).then(|| stderr * student_t(a.len() - 1));
     Difference { mean, stderr, half_width }
 }
@@ -88,6 +104,12 @@ mod tests {
         assert!((d.mean - 0.5).abs() < 1e-9 && d.is_significant(), "{d:?}");
         assert!((d.half_width.unwrap() - 4.303 * 0.1 / 3f64.sqrt()).abs() < 1e-6, "{d:?}");
         assert!(!paired(&[1.0], &[0.0]).is_significant());
+        // Three tokens of 1 and one of 5; by hand, residuals -1·3/2 and 3·1/2.
+        let w = weighted(&[1.0, 5.0], &[3, 1]);
+        assert!((w.mean - 2.0).abs() < 1e-12 && (w.stderr - 1.5).abs() < 1e-12, "{w:?}");
+        let x = [1.0, 2.0, 4.0];
+        let (a, b) = (weighted(&x, &[7, 7, 7]), estimate(x.into_iter()));
+        assert!((a.mean - b.mean).abs() < 1e-12 && (a.stderr - b.stderr).abs() < 1e-12);
         assert!((student_t(31) - 2.0395).abs() < 1e-3 && (student_t(1000) - 1.9623).abs() < 1e-4);
     }
 }

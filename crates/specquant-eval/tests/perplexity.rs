@@ -197,6 +197,22 @@ fn distance_is_zero_to_itself_and_its_definition_to_another() {
     let delta = (got.perplexity / reference.perplexity.perplexity).ln();
     assert!((distance.delta_log_perplexity.mean - delta).abs() < 1e-9);
 
+    // Also where windows count by different numbers of tokens.
+    let overlapping = Protocol { window: 110, stride: 20, ..Protocol::default() };
+    let first = Reference::new(tiny(), &ids, &overlapping, quiet).unwrap();
+    let second = perplexity(&other, &ids, &overlapping, Some(&first), quiet).unwrap();
+    let delta = (second.perplexity / first.perplexity.perplexity).ln();
+    let difference = second.distance.as_ref().unwrap().delta_log_perplexity;
+    assert!(
+        (difference.mean - delta).abs() < 1e-9 && difference.stderr > 0.0,
+        "{difference:?}, want {delta}"
+    );
+    assert_eq!(second.log_difference(&first.perplexity), difference);
+    // An infinite perplexity comes back from JSON.
+    let infinite = specquant_eval::Perplexity { perplexity: f64::INFINITY, ..first.perplexity.clone() };
+    let json = serde_json::to_string(&infinite).unwrap();
+    assert_eq!(serde_json::from_str::<specquant_eval::Perplexity>(&json).unwrap(), infinite);
+
     // Texts or windows that differ cannot be compared.
     for (ids, protocol) in [(&ids[1..], protocol.clone()), (&ids[..], cut(100, 0))] {
         let error = perplexity(&other, ids, &protocol, Some(&reference), quiet).unwrap_err();
@@ -208,13 +224,17 @@ fn distance_is_zero_to_itself_and_its_definition_to_another() {
 fn bos_policies_of_a_text() {
     let source = Source::open(&smollm2()).expect("run scripts/fetch-model.sh first");
     let tokenizer = source.tokenizer().unwrap();
-    let prose = |bos| Encoder::new(&tokenizer, source.config(), bos, 0).unwrap().prose("Fish swim").unwrap();
+    let prose = |bos| {
+        let encoder = Encoder::new(&tokenizer, source.config(), bos, 0).unwrap();
+        let (ids, protocol) = encoder.prose("Fish swim", Protocol::default()).unwrap();
+        (ids, protocol.window_bos, protocol.starts_with_bos)
+    };
     let plain = tokenizer.encode("Fish swim", false).unwrap();
     // This tokenizer adds nothing of its own accord.
-    assert_eq!(prose(Bos::Auto), (plain.clone(), None));
-    assert_eq!(prose(Bos::Never), (plain.clone(), None));
-    assert_eq!(prose(Bos::Window), (plain.clone(), Some(1)));
-    assert_eq!(prose(Bos::Always), ([&[1], &plain[..]].concat(), None));
+    assert_eq!(prose(Bos::Auto), (plain.clone(), None, false));
+    assert_eq!(prose(Bos::Never), (plain.clone(), None, false));
+    assert_eq!(prose(Bos::Window), (plain.clone(), Some(1), false));
+    assert_eq!(prose(Bos::Always), ([&[1], &plain[..]].concat(), None, true));
     let twice = Encoder::new(&tokenizer, source.config(), Bos::Always, 0).unwrap();
     assert_eq!(twice.encode("<|im_start|>Fish swim").unwrap(), [&[1], &plain[..]].concat());
 }

@@ -123,6 +123,9 @@ fn requests_are_cut_as_lm_eval_cuts_them() {
         (6, &ids[ids.len() - 7..], ids.len() - plain(long).len())
     );
 
+    // A window that no machine has is no window.
+    assert!(encoder(Bos::Auto, usize::MAX).query(&request(long, " eleven")).is_ok());
+
     for (encoder, request, words) in [
         (encoder(Bos::Auto, 0), request("The sky", ""), "empty continuation"),
         (encoder(Bos::Auto, 3), request("The", " sky above the harbour is blue"), "--max-length"),
@@ -140,7 +143,8 @@ fn data(dir: &Path, rows: &str) -> Result<TaskData, Error> {
 #[test]
 fn ties_go_to_the_first_and_empty_choices_never_win_by_length() {
     let dir = tempfile::tempdir().unwrap();
-    let rows = "{\"goal\": \"g\", \"sol1\": \"ab\", \"sol2\": \"abcd\", \"label\": 0}\n\n{\"goal\": \"g\", \"sol1\": \"\", \"sol2\": \"no\", \"label\": 1}\n";
+    // With the byte order mark that some editors write.
+    let rows = "\u{feff}{\"goal\": \"g\", \"sol1\": \"ab\", \"sol2\": \"abcd\", \"label\": 0}\n\n{\"goal\": \"g\", \"sol1\": \"\", \"sol2\": \"no\", \"label\": 1}\n";
     let data = data(dir.path(), rows).unwrap();
     assert_eq!((data.lines.clone(), data.available), (vec![1, 3], 2));
     let scores = |a, b| [a, b].map(|loglik| Score { loglik, greedy: false }).to_vec();
@@ -164,6 +168,7 @@ fn bad_rows_are_named_by_their_line() {
         ),
         (format!("{good}{good}[1]\n"), ["line 3", "JSON object"]),
         (format!("{good}{{\"goal\""), ["line 2", "JSON"]),
+        (format!("{good}\n[1]"), ["line 3: is not a JSON object: ", "sequence"]),
         ("\n\n".to_owned(), ["no rows", "load_dataset"]),
     ] {
         let message = data(dir.path(), &rows).unwrap_err().to_string();

@@ -37,7 +37,7 @@ impl PackedDense {
     /// # Panics
     /// If the length does not follow from the shape.
     pub fn pack(w: &[f32], n: usize, k: usize) -> Self {
-        assert_eq!(w.len(), n * k, "dense weight: {} values are not [{n}, {k}]", w.len());
+        assert_eq!(Some(w.len()), n.checked_mul(k), "dense weight: {} values are not [{n}, {k}]", w.len());
         let mut panels = vec![0.0; n.div_ceil(PANEL) * k * PANEL];
         if k > 0 {
             panels.par_chunks_exact_mut(k * PANEL).zip(w.par_chunks(PANEL * k)).for_each(|(panel, rows)| {
@@ -79,8 +79,9 @@ pub fn matmul_packed(x: &[f32], w: &PackedDense, y: &mut [f32], m: usize) {
 /// As [`matmul_packed`].
 pub fn matmul_packed_with(isa: Isa, x: &[f32], w: &PackedDense, y: &mut [f32], m: usize) {
     let (n, k) = (w.n, w.k);
-    assert_eq!(x.len(), m * k, "packed product: x is not [{m}, {k}]");
-    assert_eq!(y.len(), m * n, "packed product: y is not [{m}, {n}]");
+    // Checked: a product that wraps would let the tiles write beside y.
+    assert_eq!(Some(x.len()), m.checked_mul(k), "packed product: x is not [{m}, {k}]");
+    assert_eq!(Some(y.len()), m.checked_mul(n), "packed product: y is not [{m}, {n}]");
     if m == 0 || n == 0 {
         return;
     }
@@ -185,7 +186,8 @@ impl Tile for Scalar {
     const PANELS: usize = 1;
     const HEIGHTS: [usize; 5] = [1; 5];
 
-    unsafe fn tile(self, part: &Part, _: usize, _: usize, width: usize, y: *mut f32, _: usize) {
+    unsafe fn tile(self, part: &Part, rows: usize, panels: usize, width: usize, y: *mut f32, _: usize) {
+        part.check(rows, panels);
         // SAFETY: the caller's.
         let y = unsafe { std::slice::from_raw_parts_mut(y, width) };
         let mut sums = [0.0f32; PANEL];

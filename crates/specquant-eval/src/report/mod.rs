@@ -57,16 +57,15 @@ impl Record {
 
     /// Difference of log-perplexity to another model's, paired over windows.
     fn log_perplexity_difference(&self, other: &Record) -> Option<Difference> {
-        let (a, b) = (self.perplexity.as_ref()?, other.perplexity.as_ref()?);
-        Some(paired(&a.window_nll, &b.window_nll))
+        Some(self.perplexity.as_ref()?.log_difference(other.perplexity.as_ref()?))
     }
 }
 
-/// `+1.23 ± 0.45`, the half width of the 95% interval, and ≈ where zero is inside.
+/// `+1.23 ± 0.45`, the half width of the 95% interval, and ≈ where zero is inside or where there is no interval.
 fn show(d: &Difference, scale: f64, digits: usize) -> String {
     let mean = d.mean * scale;
     match d.half_width {
-        None => format!("{mean:+.digits$}"),
+        None => format!("≈ {mean:+.digits$} ± ?"),
         Some(h) => {
             let sign = if d.is_significant() { "" } else { "≈ " };
             format!("{sign}{mean:+.digits$} ± {:.digits$}", h * scale)
@@ -77,6 +76,11 @@ fn show(d: &Difference, scale: f64, digits: usize) -> String {
 /// A percentage with its standard error.
 fn percent(e: Estimate) -> String {
     format!("{:.2} ± {:.2}", 100.0 * e.mean, 100.0 * e.stderr)
+}
+
+/// Text that Markdown shows as it is, in one table cell.
+fn cell(text: &str) -> String {
+    text.replace(['\n', '\r'], " ").replace('&', "&amp;").replace('<', "&lt;").replace('|', "\\|")
 }
 
 impl Comparison {
@@ -97,36 +101,46 @@ impl Comparison {
     /// One row a model.
     pub fn summary(&self) -> Table {
         let average = self.average_name();
+        // A model alone has nothing to differ from.
+        let several = self.records.len() > 1;
         let mut header = vec!["model".to_owned(), "bits/weight".to_owned(), "MB".to_owned()];
         if self.has_text() {
-            header.extend(["perplexity", "Δ log-ppl", "KL mean", "KL 99%", "top-1 %"].map(str::to_owned));
+            header.push("perplexity".to_owned());
+        }
+        if self.has_text() && several {
+            header.extend(["Δ log-ppl", "KL mean", "KL 99%", "top-1 %"].map(str::to_owned));
         }
         if self.has_tasks() {
-            header.extend([format!("{average} %"), format!("Δ {average}"), "acc avg %".to_owned()]);
+            header.push(format!("{average} %"));
+            header.extend(several.then(|| format!("Δ {average}")));
+            header.push("acc avg %".to_owned());
         }
         let mut rows = vec![header];
         for (i, r) in self.records.iter().enumerate() {
             let bits = r.info.bits_per_weight.map_or("–".to_owned(), |b| format!("{b:.2}"));
-            let mut row = vec![r.name.clone(), bits, format!("{:.0}", r.info.tensor_bytes as f64 / 1e6)];
+            let mut row = vec![r.name.clone(), bits, svg::short(r.info.tensor_bytes as f64 / 1e6)];
             let none = || "–".to_owned();
             if let (true, Some(p)) = (self.has_text(), &r.perplexity) {
-                row.push(format!("{:.2} ± {:.2}", p.perplexity, p.stderr));
-                let d = p.distance.as_ref().filter(|_| i > 0);
-                row.push(d.map_or_else(none, |d| show(&d.delta_log_perplexity, 1.0, 4)));
-                row.push(d.map_or_else(none, |d| {
-                    format!("{} ± {}", svg::short(d.kl.mean), svg::short(d.kl.stderr))
-                }));
-                row.push(d.map_or_else(none, |d| svg::short(d.kl_p99)));
-                row.push(d.map_or_else(none, |d| percent(d.top1_agreement)));
+                let error = if p.window_nll.len() > 1 { format!("{:.2}", p.stderr) } else { "?".to_owned() };
+                row.push(format!("{:.2} ± {error}", p.perplexity));
+                if several {
+                    let d = p.distance.as_ref().filter(|_| i > 0);
+                    row.push(d.map_or_else(none, |d| show(&d.delta_log_perplexity, 1.0, 4)));
+                    row.push(d.map_or_else(none, |d| {
+                        format!("{} ± {}", svg::short(d.kl.mean), svg::short(d.kl.stderr))
+                    }));
+                    row.push(d.map_or_else(none, |d| svg::short(d.kl_p99)));
+                    row.push(d.map_or_else(none, |d| percent(d.top1_agreement)));
+                }
             }
             if self.has_tasks() {
                 let a = averages(&r.tasks);
-                let delta = r.average_difference(&self.records[0]).filter(|_| i > 0);
-                row.extend([
-                    percent(a.paper),
-                    delta.map_or_else(none, |d| show(&d, 100.0, 2)),
-                    percent(a.acc),
-                ]);
+                row.push(percent(a.paper));
+                if several {
+                    let delta = r.average_difference(&self.records[0]).filter(|_| i > 0);
+                    row.push(delta.map_or_else(none, |d| show(&d, 100.0, 2)));
+                }
+                row.push(percent(a.acc));
             }
             rows.push(row);
         }
@@ -265,24 +279,29 @@ impl Comparison {
         for (name, table) in tables.into_iter().filter_map(|(n, t)| Some((n, t?))) {
             text += &format!("\n## {name}\n\n");
             for (i, row) in table.iter().enumerate() {
-                let cells: Vec<String> = row.iter().map(|c| c.replace('|', "\\|")).collect();
+                let cells: Vec<String> = row.iter().map(|c| cell(c)).collect();
                 text += &format!("| {} |\n", cells.join(" | "));
                 if i == 0 {
                     text += &format!("|---{}|\n", "|--:".repeat(row.len() - 1));
                 }
             }
         }
-        text += "\n± in the columns Δ is half of the 95% confidence interval of the paired difference; ≈ marks one that holds zero. Elsewhere ± is \
+        text += "\n± in the columns Δ is half of the 95% confidence interval of the paired difference; ≈ marks one that holds zero, and ? where one window or document gives none. Elsewhere ± is \
                  the standard error, over windows or documents, which the models share.\n\n## How this was measured\n\n";
         for (name, value) in &self.facts {
-            let mark = if name == "command" { "`" } else { "" };
-            text += &format!("- {name}: {mark}{value}{mark}\n");
+            match name.as_str() {
+                "command" => {
+                    text += &format!("- {name}: `{}`\n", value.replace('`', "'").replace(['\n', '\r'], " "))
+                }
+                _ => text += &format!("- {name}: {}\n", cell(value)),
+            }
         }
         text
     }
 
     fn title(&self) -> String {
         let reference = self.records.first().map_or("", |r| r.name.as_str());
-        format!("Comparison with {reference}")
+        let kind = if self.records.len() > 1 { "Comparison with" } else { "Results of" };
+        format!("{kind} {reference}")
     }
 }

@@ -31,8 +31,12 @@ impl Comparison {
                 PAGE,
                 context! {
                     title => self.title(),
-                    lead => "Every model ran on the same windows and documents. The first is the reference of the others.",
+                    lead => match self.records.len() {
+                        1 => "",
+                        _ => "Every model ran on the same windows and documents. The first is the reference of the others.",
+                    },
                     models => self.records.iter().map(|r| r.name.clone()).collect::<Vec<_>>(),
+                    classes => (0..self.records.len()).map(svg::class).collect::<Vec<_>>(),
                     summary => self.summary(),
                     by_task => self.by_task(),
                     pairs => self.pairs(),
@@ -62,7 +66,7 @@ impl Comparison {
                 let factor = (p.stderr / p.perplexity).exp();
                 let bar = (p.perplexity / factor, p.perplexity * factor);
                 let title = format!("{}: {:.3} ± {:.3}", r.name, p.perplexity, p.stderr);
-                let marks = vec![Mark { series: i % 8, value: p.perplexity, bar, title }];
+                let marks = vec![Mark { series: i, value: p.perplexity, bar, title }];
                 Some(Row { label: r.name.clone(), marks, chance: None, note: short(p.perplexity) })
             })
             .collect();
@@ -83,12 +87,7 @@ impl Comparison {
             let marks = self.records.iter().enumerate().map(|(i, r)| {
                 let e = estimate(r.tasks[t].paper().iter().copied());
                 let bar = (100.0 * (e.mean - e.stderr), 100.0 * (e.mean + e.stderr));
-                Mark {
-                    series: i % 8,
-                    value: 100.0 * e.mean,
-                    bar,
-                    title: format!("{}: {} %", r.name, percent(e)),
-                }
+                Mark { series: i, value: 100.0 * e.mean, bar, title: format!("{}: {} %", r.name, percent(e)) }
             });
             let task = &self.records[0].tasks[t];
             Row {
@@ -122,16 +121,17 @@ impl Comparison {
                     (middle, p.kl, title)
                 };
                 Some(Series {
-                    series: i % 8,
-                    points: ranges.iter().map(point).collect(),
+                    series: i,
+                    points: ranges.iter().filter(|p| p.kl > 0.0).map(point).collect(),
                     label: String::new(),
                 })
             })
             .collect();
-        if series.is_empty() {
+        // Where nothing differs there is nothing to draw on a logarithmic scale.
+        let points = || series.iter().flat_map(|s| &s.points);
+        if points().next().is_none() {
             return None;
         }
-        let points = || series.iter().flat_map(|s| &s.points);
         let (x, y) = (Axis::around(points().map(|p| p.0), false), Axis::around(points().map(|p| p.1), true));
         let titles = ("position in the window, tokens", "KL(reference ‖ model), nats (log scale)");
         let svg = svg::plane(&series, &x, &y, true, titles, "Divergence by position");
@@ -148,7 +148,7 @@ impl Comparison {
                 let megabytes = r.info.tensor_bytes as f64 / 1e6;
                 let p = r.perplexity.as_ref()?.perplexity;
                 let title = format!("{}: {megabytes:.0} MB, perplexity {p:.3}", r.name);
-                Some(Series { series: i % 8, points: vec![(megabytes, p, title)], label: r.name.clone() })
+                Some(Series { series: i, points: vec![(megabytes, p, title)], label: r.name.clone() })
             })
             .collect();
         let series = series?;

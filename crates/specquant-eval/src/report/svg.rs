@@ -4,7 +4,6 @@
 use std::fmt::Write;
 
 const WIDTH: f64 = 440.0;
-const LINE: f64 = 17.0;
 
 /// A scale from the smallest to the largest of some values, a little widened.
 #[derive(Debug, Clone, Copy)]
@@ -76,6 +75,11 @@ pub fn escape(text: &str) -> String {
     text.replace('&', "&amp;").replace('<', "&lt;").replace('>', "&gt;").replace('"', "&quot;")
 }
 
+/// Style of a series: eight colours, full and then hollow.
+pub fn class(series: usize) -> String {
+    format!("s{}{}", series % 8, if series / 8 % 2 == 1 { " hollow" } else { "" })
+}
+
 /// A value with its error bar.
 pub struct Mark {
     /// Number of the series.
@@ -122,10 +126,10 @@ impl Canvas {
     }
 
     fn dot(&mut self, series: usize, x: f64, y: f64, title: &str) {
-        let title = escape(title);
+        let (title, class) = (escape(title), class(series));
         let _ = write!(
             self.body,
-            r#"<circle class="dot s{series}" cx="{x:.1}" cy="{y:.1}" r="4.2"><title>{title}</title></circle>"#
+            r#"<circle class="dot {class}" cx="{x:.1}" cy="{y:.1}" r="4.2"><title>{title}</title></circle>"#
         );
     }
 
@@ -166,7 +170,7 @@ pub fn dots(rows: &[Row], axis: &Axis, title: &str, name: &str) -> String {
         for (i, mark) in row.marks.iter().enumerate() {
             let y = middle + 11.0 * (i as f64 - (row.marks.len() as f64 - 1.0) / 2.0);
             let [lo, value, hi] = [mark.bar.0, mark.value, mark.bar.1].map(|v| axis.place(v, left, right));
-            canvas.line(&format!("bar s{}", mark.series), (lo, y), (hi, y));
+            canvas.line(&format!("bar {}", class(mark.series)), (lo, y), (hi, y));
             canvas.dot(mark.series, value, y, &mark.title);
         }
         top += height;
@@ -209,14 +213,19 @@ pub fn plane(
         canvas.line("grid", (left, at), (right, at));
         canvas.text("axis", "end", left - 6.0, at + 4.0, &short(tick));
     }
-    canvas.text("axis", "start", 2.0, LINE - 4.0, titles.1);
+    canvas.text("axis", "start", 2.0, 13.0, titles.1);
+    let mut labelled: Vec<(f64, f64)> = Vec::new();
     for s in series {
         let place = |(px, py, _): &(f64, f64, String)| (x.place(*px, left, right), y.place(*py, bottom, top));
         if joined {
             let path: Vec<String> =
                 s.points.iter().map(place).map(|(x, y)| format!("{x:.1},{y:.1}")).collect();
-            let _ =
-                write!(canvas.body, r#"<polyline class="path s{}" points="{}"/>"#, s.series, path.join(" "));
+            let _ = write!(
+                canvas.body,
+                r#"<polyline class="path {}" points="{}"/>"#,
+                class(s.series),
+                path.join(" ")
+            );
         }
         for point in &s.points {
             let (px, py) = place(point);
@@ -226,7 +235,13 @@ pub fn plane(
             // To the left of points in the right half, so that the text stays inside.
             let (anchor, at) =
                 if px > f64::midpoint(left, right) { ("end", px - 8.0) } else { ("start", px + 8.0) };
-            canvas.text("label", anchor, at, py - 6.0, &cut(&s.label, 26));
+            // Below the labels that are in the way.
+            let mut y = py - 6.0;
+            while labelled.iter().any(|(lx, ly)| (lx - px).abs() < 150.0 && (ly - y).abs() < 13.0) {
+                y += 13.0;
+            }
+            labelled.push((px, y));
+            canvas.text("label", anchor, at, y, &cut(&s.label, 26));
         }
     }
     canvas.finish(bottom + 40.0, name)

@@ -63,7 +63,10 @@ impl TaskData {
             |(line, problem): (Option<usize>, String)| Error::Data { path: data.path.clone(), line, problem };
         let (rows, available) = read(bytes, limit).map_err(at)?;
         if rows.is_empty() {
-            return Err(at((None, format!("has no rows; to get it anew: {}", task.fetch_command(dir)))));
+            return Err(at((
+                None,
+                format!("has no rows; remove it, and to get it anew: {}", task.fetch_command(dir)),
+            )));
         }
         for (line, row) in rows {
             data.documents.push((task.parse)(&Fields(&row)).map_err(|problem| at((Some(line), problem)))?);
@@ -89,10 +92,15 @@ impl TaskData {
 /// The first rows of a jsonl file, and the number of all.
 fn jsonl_rows(bytes: Vec<u8>, limit: usize) -> Result<(Vec<NumberedRow>, usize), (Option<usize>, String)> {
     let text = String::from_utf8(bytes).map_err(|_| (None, "is not UTF-8 text".to_owned()))?;
+    let text = text.trim_start_matches('\u{feff}');
     let filled = || text.lines().enumerate().filter(|(_, l)| !l.trim().is_empty());
     let row = |(i, line): (usize, &str)| {
-        let row = serde_json::from_str(line).map_err(|e| (Some(i + 1), format!("is not a JSON object: {e}")));
-        Ok((i + 1, row?))
+        let bad = |e: serde_json::Error| {
+            // serde's own position counts within the line.
+            let why = e.to_string();
+            (Some(i + 1), format!("is not a JSON object: {}", why.split(" at line ").next().unwrap_or(&why)))
+        };
+        Ok((i + 1, serde_json::from_str(line).map_err(bad)?))
     };
     Ok((filled().take(limit).map(row).collect::<Result<_, _>>()?, filled().count()))
 }
