@@ -129,9 +129,7 @@ impl Comparison {
             .collect();
         // Where nothing differs there is nothing to draw on a logarithmic scale.
         let points = || series.iter().flat_map(|s| &s.points);
-        if points().next().is_none() {
-            return None;
-        }
+        points().next()?;
         let (x, y) = (Axis::around(points().map(|p| p.0), false), Axis::around(points().map(|p| p.1), true));
         let titles = ("position in the window, tokens", "KL(reference ‖ model), nats (log scale)");
         let svg = svg::plane(&series, &x, &y, true, titles, "Divergence by position");
