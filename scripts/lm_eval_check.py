@@ -2,7 +2,8 @@
 """Holds `specquant eval tasks` against lm-evaluation-harness, on the same files.
 
   scripts/lm_eval_check.py requests MODEL DATA [TASK ...]
-      Every context, continuation and right answer of every document, as strings, against lm-eval's own.
+      Every context, continuation and right answer of every document, as strings and as token ids, against lm-eval's own. MODEL is a
+      Hugging Face directory.
 
   scripts/lm_eval_check.py bench MODEL DATA [--limit N] [--threads N] [--also CHECKPOINT ...] [--out FILE] [TASK ...]
       The time that each takes for the first N documents, one after the other in one run, and how far the scores are apart. MODEL is a
@@ -56,12 +57,32 @@ def ours_requests(args, names, limit=0):
         return [json.loads(line) for line in open(f.name, encoding="utf-8")]
 
 
+def plain_copy(model, copy):
+    """Our own 16-bit directory says quantization_config in config.json, which transformers does not know."""
+    shutil.copytree(Path(model).resolve(), copy, copy_function=os.symlink)
+    config = json.loads((copy / "config.json").read_text())
+    config.pop("quantization_config", None)
+    (copy / "config.json").unlink()
+    (copy / "config.json").write_text(json.dumps(config))
+    return copy
+
+
 def requests(args, work):
+    from transformers import AutoTokenizer
+    from lm_eval.models.huggingface import HFLM
+
+    # lm-eval's tokenization without its model.
+    lm = HFLM.__new__(HFLM)
+    lm.tokenizer, lm.backend = AutoTokenizer.from_pretrained(plain_copy(args.model, work / "model")), "causal"
+    lm.add_bos_token, lm.custom_prefix_token_id = None, None
+
     names = args.tasks or list(TASKS)
     ours, bad = {}, 0
     for r in ours_requests(args, names):
         ours.setdefault((r["task"], r["doc"]), []).append(r)
-    for name, task in lm_eval_tasks(names, args.data, work).items():
+    tasks_dir = work / "tasks"
+    tasks_dir.mkdir()
+    for name, task in lm_eval_tasks(names, args.data, tasks_dir).items():
         task.build_all_requests(limit=None, rank=0, world_size=1)
         theirs = {}
         for instance in task.instances:
@@ -70,6 +91,8 @@ def requests(args, work):
         for doc, instances in theirs.items():
             mine = ours.pop((name, doc))
             same = [(r["context"], r["continuation"]) for r in mine] == [i.args for i in instances]
+            tokens = [(r["context_tokens"], r["continuation_tokens"]) for r in mine]
+            same &= tokens == [lm._encode_pair(*i.args) for i in instances]
             if name == "winogrande":
                 gold = task.doc_to_text(instances[0].doc)
             else:
@@ -88,13 +111,7 @@ def bench(args, work):
     from lm_eval import evaluator
 
     torch.set_num_threads(args.threads)
-    # Our own 16-bit directory says quantization_config in config.json, which transformers does not know.
-    copy = work / "model"
-    shutil.copytree(args.model, copy, copy_function=os.symlink)
-    config = json.loads((copy / "config.json").read_text())
-    config.pop("quantization_config", None)
-    (copy / "config.json").unlink()
-    (copy / "config.json").write_text(json.dumps(config))
+    copy = plain_copy(args.model, work / "model")
     tasks_dir = work / "tasks"
     tasks_dir.mkdir()
     tasks = lm_eval_tasks(names, args.data, tasks_dir)
