@@ -36,14 +36,6 @@ pub fn read(args: &TextArgs) -> anyhow::Result<String> {
 
 /// Turns it into token ids of a model.
 pub fn encode(text: &str, args: &TextArgs, when: BosArg, source: &Source) -> anyhow::Result<Prose> {
-    let longest = source.config().max_position_embeddings;
-    if args.window > longest {
-        note!(
-            "note: --window {} is more than the {longest} tokens that {} is made for",
-            args.window,
-            source.path().display()
-        );
-    }
     let tokenizer = source.tokenizer()?;
     let protocol = Protocol {
         window: args.window,
@@ -52,6 +44,15 @@ pub fn encode(text: &str, args: &TextArgs, when: BosArg, source: &Source) -> any
         ..Protocol::default()
     };
     let (ids, protocol) = Encoder::new(&tokenizer, source.config(), bos(when), 0)?.prose(text, protocol)?;
+    let longest = source.config().max_position_embeddings;
+    // A text that is too short for the window is an error, soon.
+    if args.window > longest && protocol.count(&ids).is_ok() {
+        note!(
+            "note: --window {} is more than the {longest} tokens that {} is made for",
+            args.window,
+            source.path().display()
+        );
+    }
     Ok(Prose { ids, protocol })
 }
 
