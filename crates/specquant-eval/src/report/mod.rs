@@ -179,9 +179,9 @@ impl Comparison {
             }
             if task.perplexity.is_some() {
                 let cell = |r: &Record| {
-                    r.tasks[t]
-                        .perplexity
-                        .map_or(String::new(), |p| format!("{:.2} ± {:.2}", p.mean, p.stderr))
+                    r.tasks[t].perplexity.map_or(String::new(), |p| {
+                        format!("{} ± {}", svg::short(p.mean), svg::short(p.stderr))
+                    })
                 };
                 let start = [format!("{} perplexity", task.task), task.acc.len().to_string()];
                 rows.push(
