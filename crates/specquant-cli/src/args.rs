@@ -249,7 +249,7 @@ pub struct TextArgs {
     /// Tokens of a window
     #[arg(long, value_name = "N", default_value_t = 2048, requires = "text")]
     pub window: usize,
-    /// Tokens from one window to the next; smaller than a window, every token is scored once, with more context. A whole window by default
+    /// Tokens from one window to the next, a whole window by default; below that windows overlap, and each scores only what is new
     #[arg(long, value_name = "N", default_value_t = 0, hide_default_value = true, requires = "text")]
     pub stride: usize,
 }
