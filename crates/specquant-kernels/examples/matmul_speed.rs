@@ -1,4 +1,4 @@
-//! Speed of the integer products beside the dense f32 product, in one run.
+//! Speed of the integer products, and of the f32 product with packed weights, beside the dense f32 product, in one run.
 //!
 //! `cargo run --release -p specquant-kernels --example matmul_speed`
 //!
@@ -39,6 +39,7 @@ fn main() {
         };
         let dense: Vec<f32> = (0..out * inp).map(|_| float()).collect();
         let (Ok(w4), Ok(w8)) = (pack(&dense, 4), pack(&dense, 8)) else { return };
+        let packed = PackedDense::pack(&dense, out, inp);
         for rows in [1, 4, 16, 512] {
             let x: Vec<f32> = (0..rows * inp).map(|_| float()).collect();
             let (a4, a8) = (quantize_acts(&x, rows, inp, 4, 1.), quantize_acts(&x, rows, inp, 8, 1.));
@@ -48,6 +49,7 @@ fn main() {
             print!("{:>12} {rows:>5}  {base:>10.1}", format!("{inp} x {out}"));
             let print =
                 |name, seconds: f64| print!("  {name} {:.1} ({:.2})", gop / seconds, gop / seconds / base);
+            print("packed f32", best(|| matmul_packed(&x, &packed, &mut y, rows)));
             print("W4A4", best(|| matmul_int(&a4, &w4, &mut y)));
             print("W4A8", best(|| matmul_int(&a8, &w4, &mut y)));
             print("W8A8", best(|| matmul_int(&a8, &w8, &mut y)));
