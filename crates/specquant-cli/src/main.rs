@@ -22,6 +22,9 @@ use clap::Parser;
 use specquant_kernels::Isa;
 use ui::note;
 
+#[global_allocator]
+static GLOBAL: mimalloc::MiMalloc = mimalloc::MiMalloc;
+
 fn main() -> ExitCode {
     let args = Args::parse();
     match run(args) {

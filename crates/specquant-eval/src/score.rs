@@ -13,7 +13,7 @@ use crate::{Error, Result};
 
 /// Tokens of a batch, over all steps of the walk. Batches follow from the documents alone, so that an interrupted run that is continued
 /// computes the same numbers.
-const BATCH_TOKENS: usize = 4096;
+const BATCH_TOKENS: usize = 2048;
 
 /// What a continuation scored.
 #[derive(Debug, Clone, Copy, PartialEq)]
@@ -99,7 +99,7 @@ pub fn batches(documents: &[Vec<Query>]) -> Vec<Vec<usize>> {
 /// # Errors
 /// A token outside the model's vocabulary; [`Error::NotFinite`] when a score is not a number.
 pub fn score(model: &Model, documents: &[&[Query]]) -> Result<Vec<Vec<Score>>> {
-    let (width, vocab) = (model.config.hidden_size, model.config.vocab_size);
+    let vocab = model.config.vocab_size;
     // Also of the tokens that are only predicted.
     let ids = documents.iter().copied().flatten().flat_map(|q| &q.ids);
     if let Some(&id) = ids.max().filter(|id| **id as usize >= vocab) {
@@ -126,10 +126,9 @@ pub fn score(model: &Model, documents: &[&[Query]]) -> Result<Vec<Vec<Score>>> {
             }
             entries.push((sequence, piece));
         }
-        let hidden = model.hidden(&mut entries)?;
-        let mut wanted = Vec::with_capacity(rows.len() * width);
-        rows.iter().for_each(|(row, _)| wanted.extend_from_slice(&hidden[row * width..(row + 1) * width]));
-        let found = model.map_logits(&wanted, |i, logits| {
+        let wanted: Vec<usize> = rows.iter().map(|(row, _)| *row).collect();
+        let hidden = model.hidden_of(&mut entries, &wanted)?;
+        let found = model.map_logits(&hidden, |i, logits| {
             let (total, best) = (log_sum_exp(logits), argmax(logits));
             let score = |&(d, q, token): &(usize, usize, u32)| {
                 (d, q, f64::from(logits[token as usize]) - total, token == best)

@@ -121,19 +121,52 @@ impl Block {
         spans: &mut [Span],
         observe: &mut dyn FnMut(Site, &[f32]),
     ) -> Result<()> {
-        let rows = x.len() / config.hidden_size;
-        let mut normed = vec![0.0; x.len()];
+        let attended = self.attention(config, rope, x, spans, observe)?;
+        self.finish(config, x, &attended, observe)
+    }
 
+    /// The first half of [`Block::forward`]: appends to the spans' caches and returns the attention's output,
+    /// `[rows, heads * head_dim]`.
+    ///
+    /// # Errors
+    /// When a mapped weight cannot be widened.
+    pub fn attention(
+        &self,
+        config: &ModelConfig,
+        rope: &RopeTable,
+        x: &[f32],
+        spans: &mut [Span],
+        observe: &mut dyn FnMut(Site, &[f32]),
+    ) -> Result<Vec<f32>> {
+        let mut normed = vec![0.0; x.len()];
         kernels::rms_norm(x, &self.input_norm, config.rms_norm_eps, &mut normed);
         observe(Site::Qkv, &normed);
-        let [mut q, mut k, v] = forward_shared([&self.q, &self.k, &self.v], &normed, rows)?;
+        let [mut q, mut k, v] =
+            forward_shared([&self.q, &self.k, &self.v], &normed, x.len() / config.hidden_size)?;
         position(&mut q, self.q_norm.as_deref(), config, config.num_heads, rope);
         position(&mut k, self.k_norm.as_deref(), config, config.num_kv_heads, rope);
         let mut attended = vec![0.0; q.len()];
         self.attend(config, &q, &k, &v, spans, &mut attended);
-        observe(Site::O, &attended);
-        add(x, &self.o.forward(&attended, rows)?);
+        Ok(attended)
+    }
 
+    /// The second half of [`Block::forward`], which knows no neighbours: of any rows of the residual stream and of the attention's
+    /// output.
+    ///
+    /// # Errors
+    /// When a mapped weight cannot be widened.
+    pub fn finish(
+        &self,
+        config: &ModelConfig,
+        x: &mut [f32],
+        attended: &[f32],
+        observe: &mut dyn FnMut(Site, &[f32]),
+    ) -> Result<()> {
+        let rows = x.len() / config.hidden_size;
+        observe(Site::O, attended);
+        add(x, &self.o.forward(attended, rows)?);
+
+        let mut normed = vec![0.0; x.len()];
         kernels::rms_norm(x, &self.post_norm, config.rms_norm_eps, &mut normed);
         observe(Site::GateUp, &normed);
         let [mut gate, up] = forward_shared([&self.gate, &self.up], &normed, rows)?;

@@ -274,6 +274,19 @@ impl Model {
     /// # Errors
     /// [`Error::TokenId`] for an id outside the vocabulary; then no sequence has changed.
     pub fn hidden(&self, batch: &mut [(&mut Sequence, &[u32])]) -> Result<Vec<f32>> {
+        let tokens = batch.iter().map(|(_, ids)| ids.len()).sum();
+        self.hidden_of(batch, &Vec::from_iter(0..tokens))
+    }
+
+    /// As [`Model::hidden`], of some of the tokens only, `[rows, hidden]`: the others need no more of the last block than its
+    /// keys and values. rows: token numbers within the batch.
+    ///
+    /// # Errors
+    /// As [`Model::hidden`].
+    ///
+    /// # Panics
+    /// When a row is not in the batch.
+    pub fn hidden_of(&self, batch: &mut [(&mut Sequence, &[u32])], rows: &[usize]) -> Result<Vec<f32>> {
         let ids: Vec<u32> = batch.iter().flat_map(|(_, ids)| ids.iter().copied()).collect();
         let mut x = self.embedding.lookup(&ids, self.config.hidden_size)?;
         if ids.is_empty() {
@@ -287,7 +300,16 @@ impl Model {
                 .filter(|(_, ids)| !ids.is_empty())
                 .map(|(sequence, ids)| Span { rows: ids.len(), cache: &mut sequence.caches[layer] })
                 .collect();
-            block.forward(&self.config, &rope, &mut x, &mut spans, &mut |_: Site, _: &[f32]| ())?;
+            let observe = &mut |_: Site, _: &[f32]| ();
+            let mut attended = block.attention(&self.config, &rope, &x, &mut spans, observe)?;
+            if layer + 1 == self.blocks.len() && rows.len() < ids.len() {
+                if rows.is_empty() {
+                    return Ok(Vec::new());
+                }
+                attended = gather(&attended, attended.len() / ids.len(), rows);
+                x = gather(&x, self.config.hidden_size, rows);
+            }
+            block.finish(&self.config, &mut x, &attended, observe)?;
         }
         let mut normed = vec![0.0; x.len()];
         kernels::rms_norm(&x, &self.head.norm, self.config.rms_norm_eps, &mut normed);
@@ -332,16 +354,13 @@ impl Model {
         if batch.iter().any(|(_, ids)| ids.is_empty()) {
             return Err(Error::NoTokens);
         }
-        let hidden = self.hidden(batch)?;
-        if hidden.iter().any(|v| !v.is_finite()) {
+        let ends = batch.iter().scan(0, |end, (_, ids)| {
+            *end += ids.len();
+            Some(*end - 1)
+        });
+        let last = self.hidden_of(batch, &Vec::from_iter(ends))?;
+        if last.iter().any(|v| !v.is_finite()) {
             return Err(Error::NotFiniteStates);
-        }
-        let width = self.config.hidden_size;
-        let mut last = Vec::with_capacity(batch.len() * width);
-        let mut end = 0;
-        for (_, ids) in batch.iter() {
-            end += ids.len();
-            last.extend_from_slice(&hidden[(end - 1) * width..end * width]);
         }
         self.logits(&last)
     }
@@ -356,4 +375,9 @@ impl Model {
         let linears = self.blocks.iter().flat_map(|b| b.linears().map(|(_, l)| l.resident_bytes()));
         linears.sum::<usize>() + self.head.linear.resident_bytes()
     }
+}
+
+/// Some rows of `x`, `[rows, width]`.
+fn gather(x: &[f32], width: usize, rows: &[usize]) -> Vec<f32> {
+    rows.iter().flat_map(|row| &x[row * width..(row + 1) * width]).copied().collect()
 }

@@ -86,6 +86,18 @@ fn pieces_and_batches_give_the_logits_of_one_run() {
         assert!(max_difference(in_a, &want[7 * vocab..]) < 2e-4, "{name}");
         assert!(max_difference(in_b, &want[vocab..30 * vocab]) < 2e-4, "{name}");
         assert_eq!((a.len(), b.len()), (ids.len(), 30));
+        // Of some rows only, out of both sequences, and of none.
+        a.truncate(7);
+        b.truncate(1);
+        let (rows, in_a) = ([0, 3, ids.len() - 7 + 2], ids.len() - 7);
+        let hidden = model.hidden_of(&mut [(&mut a, &ids[7..]), (&mut b, &ids[1..30])], &rows).unwrap();
+        let logits = model.logits(&hidden).unwrap();
+        for (logits, position) in logits.chunks_exact(vocab).zip([7, 10, rows[2] - in_a + 1]) {
+            let want = &want[position * vocab..(position + 1) * vocab];
+            assert!(max_difference(logits, want) < 2e-4, "{name}, position {position}");
+        }
+        let nothing = model.hidden_of(&mut [(&mut a, &ids[..3])], &[]).unwrap();
+        assert!(nothing.is_empty() && a.len() == ids.len() + 3);
     }
 }
 
