@@ -7,6 +7,7 @@
 use std::path::PathBuf;
 
 use clap::{Args as ClapArgs, Parser, Subcommand, ValueEnum};
+use specquant_model::{BranchBasis, Source, Truncation};
 use specquant_quantize::Searched;
 
 /// 4-bit LLMs on a CPU: quantize, evaluate, generate.
@@ -49,6 +50,29 @@ pub struct ModelArgs {
     /// Worker threads; all cores by default
     #[arg(long, value_name = "N")]
     pub threads: Option<usize>,
+    /// Use at most N items (Fourier bins, directions) of every channel's 16-bit branch
+    #[arg(long, value_name = "N", conflicts_with = "truncate")]
+    pub k_run: Option<usize>,
+    /// Use as few of them as hold this share of each channel's energy, in [0, 1]
+    #[arg(long, value_name = "SHARE")]
+    pub truncate: Option<f32>,
+}
+
+impl ModelArgs {
+    /// The model's files, with the branches cut as asked.
+    pub fn open(&self) -> anyhow::Result<Source> {
+        let mut source = Source::open(&self.model)?;
+        let truncation = match (self.k_run, self.truncate) {
+            (Some(items), _) => Truncation::Items(items),
+            (None, Some(share)) => {
+                anyhow::ensure!((0.0..=1.0).contains(&share), "--truncate {share}: choose 0 to 1");
+                Truncation::Energy(share)
+            }
+            (None, None) => Truncation::None,
+        };
+        source.truncate_branches(truncation)?;
+        Ok(source)
+    }
 }
 
 #[derive(ClapArgs)]
@@ -59,7 +83,7 @@ pub struct QuantizeArgs {
     /// Directory to write; it must not exist, but for --overwrite
     #[arg(short, long, value_name = "DST")]
     pub output: PathBuf,
-    /// A built-in recipe (specquant, gptq, smooth-gptq, smoothquant, rtn) or a TOML file
+    /// A built-in recipe (specquant, svdquant, quarot, awq, gptq, smooth-gptq, smoothquant, rtn) or a TOML file
     #[arg(short, long, value_name = "NAME|FILE", default_value = "specquant")]
     pub recipe: String,
     /// Replace a SpecQuant checkpoint, or an empty directory, at DST
@@ -94,7 +118,16 @@ pub struct Overrides {
     /// Migration strength of smoothing: a number in [0, 1], "search", or "off" [smooth.smoothing_strength]
     #[arg(long, value_name = "ALPHA")]
     pub smoothing_strength: Option<Strength>,
-    /// Fourier bins kept per output channel on average; 0 for no branch; above the recipe's max_k, that becomes twice this [branch.mean_k]
+    /// Directions of the 16-bit branch: fourier, fourier-top, dct, rows, svd, wsvd [branch.basis]
+    #[arg(long, value_name = "BASIS", value_parser = basis)]
+    pub basis: Option<BranchBasis>,
+    /// Rank of a branch of svd, wsvd or rows, instead of --mean-k [branch.rank]
+    #[arg(long, value_name = "R")]
+    pub rank: Option<usize>,
+    /// Whether the branch's bits come on top or from the residual's least sensitive channels [branch.overhead]
+    #[arg(long, value_name = "MODE")]
+    pub overhead: Option<OverheadArg>,
+    /// Fourier bins kept per output channel on average; other bases get the bits of as many; 0 for no branch; above the recipe's max_k, that becomes twice this [branch.mean_k]
     #[arg(long, value_name = "K")]
     pub mean_k: Option<usize>,
     /// Most bins that one channel keeps; 0 for no bound [branch.max_k]
@@ -127,6 +160,21 @@ pub struct Overrides {
     /// Worker threads; all cores by default. The result does not depend on it [threads]
     #[arg(long, value_name = "N")]
     pub threads: Option<usize>,
+}
+
+/// Who pays for the bits of a branch.
+#[derive(Clone, Copy, PartialEq, ValueEnum)]
+pub enum OverheadArg {
+    /// They come on top
+    Plain,
+    /// Some channels of the residual get one bit less
+    Matched,
+}
+
+fn basis(text: &str) -> Result<BranchBasis, String> {
+    let names = BranchBasis::ALL.map(BranchBasis::name);
+    let found = BranchBasis::ALL.into_iter().find(|b| b.name() == text);
+    found.ok_or_else(|| format!("choose one of {}", names.join(", ")))
 }
 
 /// A migration strength, or no smoothing.

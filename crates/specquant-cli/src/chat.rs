@@ -3,7 +3,7 @@
 use std::io::{BufRead, IsTerminal, Write, stderr, stdin, stdout};
 use std::process::ExitCode;
 
-use specquant_model::{Message, Sampler, Source, generate};
+use specquant_model::{Message, Sampler, generate};
 
 use crate::args::ChatArgs;
 use crate::generate::sampling;
@@ -13,7 +13,7 @@ use crate::ui::note;
 pub fn run(args: ChatArgs) -> anyhow::Result<ExitCode> {
     system::set_threads(args.model.threads)?;
     let mut sampler = Sampler::new(sampling(&args.sampling)?);
-    let source = Source::open(&args.model.model)?;
+    let source = args.model.open()?;
     let tokenizer = source.tokenizer()?;
     let model = system::load_for_decoding(&source)?;
     let mut messages: Vec<Message> = args.system.iter().map(|text| message("system", text)).collect();

@@ -42,7 +42,7 @@ struct Measurement {
 
 pub fn measure(args: MeasureArgs) -> anyhow::Result<ExitCode> {
     system::set_threads(args.model.threads)?;
-    let source = Source::open(&args.model.model)?;
+    let source = args.model.open()?;
     let tokenizer = source.tokenizer()?;
     let model = system::load_for_decoding(&source)?;
     let greedy = || Sampler::new(Sampling::GREEDY);

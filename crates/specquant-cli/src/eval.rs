@@ -112,7 +112,7 @@ pub fn measure(
 fn ppl(args: PplArgs) -> anyhow::Result<ExitCode> {
     system::set_threads(args.model.threads)?;
     let text = read(&args.text)?;
-    let source = Source::open(&args.model.model)?;
+    let source = args.model.open()?;
     let prose = encode(&text, &args.text, args.bos, &source)?;
     let theirs = args.reference.as_deref().map(|path| -> anyhow::Result<Reference> {
         let theirs = Source::open(path)?;

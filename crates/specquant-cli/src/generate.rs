@@ -5,7 +5,7 @@ use std::process::ExitCode;
 use std::time::Instant;
 
 use serde_json::json;
-use specquant_model::{Sampler, Sampling, Source, generate};
+use specquant_model::{Sampler, Sampling, generate};
 
 use crate::args::{GenerateArgs, SamplingArgs};
 use crate::system;
@@ -21,7 +21,7 @@ pub fn sampling(args: &SamplingArgs) -> anyhow::Result<Sampling> {
 pub fn run(args: GenerateArgs) -> anyhow::Result<ExitCode> {
     system::set_threads(args.model.threads)?;
     let sampling = sampling(&args.sampling)?;
-    let source = Source::open(&args.model.model)?;
+    let source = args.model.open()?;
     let tokenizer = source.tokenizer()?;
     let prompt = tokenizer.encode(&args.prompt, true)?;
     anyhow::ensure!(!prompt.is_empty(), "--prompt is empty; give some text to continue");

@@ -4,13 +4,12 @@ use std::io::Write;
 use std::process::ExitCode;
 use std::time::Instant;
 
-use anyhow::Context;
 use serde_json::json;
-use specquant_model::{Source, Tokenizer};
+use specquant_model::{BranchBasis, Source, Tokenizer};
 use specquant_quantize as q;
-use specquant_quantize::{Embeddings, Event, Fourier, Plan, Recipe, Report, Rounding, Smooth};
+use specquant_quantize::{Branch, Embeddings, Event, Overhead, Plan, Recipe, Report, Rounding, Smooth};
 
-use crate::args::{EmbeddingsArg, Overrides, QuantizeArgs, ScoreArg, Strength};
+use crate::args::{EmbeddingsArg, OverheadArg, Overrides, QuantizeArgs, ScoreArg, Strength};
 use crate::system::{self, human};
 use crate::ui::{Progress, note};
 
@@ -43,43 +42,15 @@ pub fn recipe(name: &str, flags: &Overrides) -> anyhow::Result<Recipe> {
     match flags.smoothing_strength {
         Some(Strength::Off) => r.smooth = None,
         Some(Strength::On(s)) => {
-            r.smooth = Some(Smooth { smoothing_strength: s, all_sites: r.smooth.is_none_or(|s| s.all_sites) })
+            r.smooth = Some(Smooth {
+                method: r.smooth.map_or_else(Default::default, |s| s.method),
+                smoothing_strength: s,
+                all_sites: r.smooth.map_or(r.rotate.is_none(), |s| s.all_sites),
+            })
         }
         None => {}
     }
-    if flags.mean_k == Some(0) {
-        r.branch = None;
-    } else if flags.mean_k.is_some()
-        || flags.max_k.is_some()
-        || flags.score.is_some()
-        || flags.temperature.is_some()
-    {
-        let mut branch = match r.branch {
-            Some(branch) => branch,
-            None => Fourier {
-                mean_k: flags.mean_k.context("this recipe has no branch: give it one with --mean-k K")?,
-                max_k: q::DEFAULT_MAX_K,
-                score: q::branch::Score::Uniform,
-                temperature: q::Searched::Fixed(0.0),
-            },
-        };
-        branch.mean_k = flags.mean_k.unwrap_or(branch.mean_k);
-        if let Some(max_k) = flags.max_k {
-            branch.max_k = max_k;
-        } else if branch.max_k > 0 && branch.max_k < branch.mean_k {
-            // A bound that came along with the recipe gives way to a larger mean.
-            branch.max_k = branch.mean_k.saturating_mul(2);
-        }
-        branch.temperature = flags.temperature.unwrap_or(branch.temperature);
-        if let Some(score) = flags.score {
-            branch.score = match score {
-                ScoreArg::Act => q::branch::Score::ActivationAware,
-                ScoreArg::Entropy => q::branch::Score::Entropy,
-                ScoreArg::Uniform => q::branch::Score::Uniform,
-            };
-        }
-        r.branch = Some(branch);
-    }
+    branch(&mut r, flags)?;
     match flags.embeddings {
         Some(EmbeddingsArg::Half) => r.embeddings = Embeddings::Half,
         Some(EmbeddingsArg::Int8) => r.embeddings = Embeddings::Int8,
@@ -89,16 +60,96 @@ pub fn recipe(name: &str, flags: &Overrides) -> anyhow::Result<Recipe> {
     Ok(r)
 }
 
+/// The branch with the flags' values in place of its own.
+fn branch(r: &mut Recipe, flags: &Overrides) -> anyhow::Result<()> {
+    if flags.mean_k == Some(0) && flags.rank.is_none_or(|rank| rank == 0) {
+        r.branch = None;
+    }
+    let named =
+        flags.basis.is_some() || flags.mean_k.is_some_and(|k| k > 0) || flags.rank.is_some_and(|k| k > 0);
+    if !named
+        && flags.max_k.is_none()
+        && flags.score.is_none()
+        && flags.temperature.is_none()
+        && flags.overhead.is_none()
+    {
+        return Ok(());
+    }
+    if flags.mean_k == Some(0) && !named {
+        return Ok(());
+    }
+    let mut branch = match r.branch {
+        Some(branch) => branch,
+        None => Branch {
+            basis: BranchBasis::Fourier,
+            mean_k: 0,
+            rank: 0,
+            max_k: q::DEFAULT_MAX_K,
+            score: q::branch::Score::Uniform,
+            temperature: q::Searched::Fixed(0.0),
+            iterations: 0,
+            overhead: Overhead::Plain,
+        },
+    };
+    if let Some(basis) = flags.basis {
+        branch.basis = basis;
+        // What only the former basis has does not come along.
+        if !matches!(basis, BranchBasis::Svd | BranchBasis::Wsvd) {
+            branch.iterations = 0;
+        }
+        if matches!(basis, BranchBasis::Rows | BranchBasis::Svd | BranchBasis::Wsvd) {
+            (branch.score, branch.temperature) = (q::branch::Score::Uniform, q::Searched::Fixed(0.0));
+        } else {
+            branch.rank = 0;
+        }
+    }
+    branch.mean_k = flags.mean_k.unwrap_or(branch.mean_k);
+    branch.rank = flags.rank.unwrap_or(if flags.mean_k.is_some() { 0 } else { branch.rank });
+    anyhow::ensure!(
+        branch.mean_k > 0 || branch.rank > 0,
+        "this recipe has no branch: give it a size with --mean-k K, or --rank R for the bases svd, wsvd and rows"
+    );
+    if let Some(max_k) = flags.max_k {
+        branch.max_k = max_k;
+    } else if branch.max_k > 0 && branch.max_k < branch.mean_k {
+        // A bound that came along with the recipe gives way to a larger mean.
+        branch.max_k = branch.mean_k.saturating_mul(2);
+    }
+    branch.temperature = flags.temperature.unwrap_or(branch.temperature);
+    if let Some(score) = flags.score {
+        branch.score = match score {
+            ScoreArg::Act => q::branch::Score::ActivationAware,
+            ScoreArg::Entropy => q::branch::Score::Entropy,
+            ScoreArg::Uniform => q::branch::Score::Uniform,
+        };
+    }
+    match flags.overhead {
+        Some(OverheadArg::Plain) => branch.overhead = Overhead::Plain,
+        Some(OverheadArg::Matched) => branch.overhead = Overhead::Matched,
+        None => {}
+    }
+    r.branch = Some(branch);
+    Ok(())
+}
+
 /// The plan, for people.
 fn describe(plan: &Plan, recipe: &Recipe) -> String {
+    let rotate = if recipe.rotate.is_some() { "rotation, " } else { "" };
     let smooth = if recipe.smooth.is_some() { "smoothing, " } else { "" };
-    let branch = recipe.branch.map_or(String::new(), |b| format!("{} Fourier bins per channel, ", b.mean_k));
+    let branch = recipe.branch.map_or(String::new(), |b| {
+        let name = b.basis.name();
+        match b.rank {
+            0 if b.basis == BranchBasis::Fourier => format!("{} Fourier bins per channel, ", b.mean_k),
+            0 => format!("a {name} branch of the size of {} Fourier bins per channel, ", b.mean_k),
+            rank => format!("a {name} branch of rank {rank}, "),
+        }
+    });
     let rounding = match recipe.rounding {
         Rounding::Rtn {} => "nearest rounding",
         Rounding::Gptq(_) => "GPTQ",
     };
     format!(
-        "plan: {} {}: {smooth}{branch}{rounding}\n  {} blocks, {} linear layers, {:.1} M weights at {:.3} bits\n  \
+        "plan: {} {}: {rotate}{smooth}{branch}{rounding}\n  {} blocks, {} linear layers, {:.1} M weights at {:.3} bits\n  \
          calibration {} tokens, predicted peak memory {}, output about {}",
         recipe.name,
         recipe.scheme,

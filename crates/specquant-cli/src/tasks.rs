@@ -13,7 +13,7 @@ use specquant_eval::{
     evaluate, results_json, sanitized, tokens, write_results, write_whole,
 };
 use specquant_kernels::Isa;
-use specquant_model::{Model, QuantizationConfig, Source};
+use specquant_model::{Model, QuantizationConfig, Source, Truncation};
 
 use crate::args::{BosArg, TaskArgs, TasksArgs};
 use crate::system;
@@ -196,10 +196,15 @@ pub fn model_name(model: &Path) -> String {
     name.map_or_else(|| "model".to_owned(), |n| n.to_string_lossy().into_owned())
 }
 
-/// The scheme of a SpecQuant checkpoint.
+/// The scheme of a SpecQuant checkpoint, and how much of its branches is used.
 pub fn scheme(source: &Source) -> anyhow::Result<Option<String>> {
     let config = QuantizationConfig::from_config(source.config_json(), source.path())?;
-    Ok(config.map(|q| q.scheme.to_string()))
+    let cut = match source.truncation() {
+        Truncation::None => String::new(),
+        Truncation::Items(k) => format!(" k-run {k}"),
+        Truncation::Energy(share) => format!(" truncate {share}"),
+    };
+    Ok(config.map(|q| format!("{}{cut}", q.scheme)))
 }
 
 /// What results say about the run.
@@ -235,7 +240,7 @@ pub fn run(args: TasksArgs) -> anyhow::Result<ExitCode> {
     system::set_threads(args.model.threads)?;
     let data = read(&args.tasks)?;
     let path = &args.model.model;
-    let source = Source::open(path)?;
+    let source = args.model.open()?;
     let queries = encode_all(&args.tasks, &data, &source)?;
     if let Some(path) = &args.dump_requests {
         dump(&data, &queries, path)?;

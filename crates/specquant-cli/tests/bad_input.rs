@@ -268,8 +268,15 @@ fn nonsense_flags() {
         (["--smoothing-strength", "strong"], &["--smoothing-strength", "\"strong\"", "search"]),
         (["--temperature", "101"], &["temperature = 101", "0 (uniform) to 100"]),
         (["--score", "vibes"], &["--score", "vibes", "entropy"]),
+        (["--basis", "walsh"], &["--basis", "walsh", "fourier-top"]),
+        (["--rank", "8"], &["branch.rank", "fourier", "--mean-k"]),
+        (["--overhead", "free"], &["--overhead", "free", "matched"]),
+        (["--overhead", "matched"], &["the branch takes", "--mean-k", "--overhead plain"]),
         (["--embeddings", "int3"], &["--embeddings", "int3", "int8"]),
-        (["--recipe", "nosuch"], &["\"nosuch\"", "specquant, gptq, smooth-gptq, smoothquant, rtn"]),
+        (
+            ["--recipe", "nosuch"],
+            &["\"nosuch\"", "specquant, svdquant, quarot, awq, gptq, smooth-gptq, smoothquant, rtn"],
+        ),
         (["--bits", "4"], &["--bits"]),
     ] {
         refuse_quantize(&lab, &model, &flags, words);
@@ -309,6 +316,20 @@ fn bad_recipe_files() {
 }
 
 #[test]
+fn a_branch_that_is_not_there_cannot_be_truncated() {
+    let lab = Lab::new();
+    let ours = lab.quantized(&lab.model("llama-sharded"), "ours", &["--recipe", "rtn"]);
+    for flags in [["--k-run", "4"], ["--truncate", "0.5"]] {
+        let mut command = generate(&ours);
+        command.extend(flags.map(str::to_owned));
+        refuse(&lab, command, &[ours.to_str().unwrap(), "no 16-bit branch", flags[0]]);
+    }
+    let mut command = generate(&ours);
+    command.extend(["--truncate", "2"].map(str::to_owned));
+    refuse(&lab, command, &["--truncate 2", "0 to 1"]);
+}
+
+#[test]
 fn models_that_are_quantized_already() {
     let lab = Lab::new();
     let model = lab.model("llama-sharded");
@@ -325,7 +346,7 @@ fn models_that_are_quantized_already() {
 fn a_damaged_checkpoint_of_ours() {
     let lab = Lab::new();
     let source = lab.model("llama-sharded");
-    let flags = ["--mean-k", "4", "--smoothing-strength", "0.5", "--temperature", "0"];
+    let flags = ["--mean-k", "4", "--smoothing-strength", "0.5", "--temperature", "1"];
     let fresh = lab.quantized(&source, "fresh", &flags);
     let copy = || {
         let copy = lab.path().join("copy");
@@ -343,19 +364,19 @@ fn a_damaged_checkpoint_of_ours() {
         refuse(&lab, generate(&model), &[&[name.as_str(), model.to_str().unwrap()], words].concat());
     };
     let again = "quantize the model again";
-    damage("spectral_bins", &|t| (t.shape, t.bytes) = (vec![100], vec![0; 200]), &["[100]", "[176]", again]);
-    damage("spectral_bins", &|t| t.dtype = Dtype::I16, &["I16", "U16", again]);
-    damage("spectral_coeffs", &|t| t.shape = vec![t.shape[0] * 2, 1], &["[1408, 1]", "[704, 2]", again]);
+    damage("branch_counts", &|t| (t.shape, t.bytes) = (vec![100], vec![0; 200]), &["[100]", "[176]", again]);
+    damage("branch_counts", &|t| t.dtype = Dtype::I16, &["I16", "U16", again]);
+    damage("branch_coeffs", &|t| t.shape = vec![t.shape[0] * 2, 1], &["[1408, 1]", "[704, 2]", again]);
     damage("weight_packed", &|t| t.shape = vec![96, 88], &["[96, 88]", "[176, 48]", again]);
     damage("weight_scale", &|t| t.bytes[8..10].copy_from_slice(&NAN_F16), &["NaN", "row 4", "again"]);
 
     // The bins ask for other coefficients than there are; a coefficient is not a number.
     let model = copy();
-    let name = format!("{layer}.spectral_bins");
+    let name = format!("{layer}.branch_counts");
     edit_tensor(&shard_of(&model, &name), &name, |t| t.bytes[0] += 1);
-    refuse(&lab, generate(&model), &[&format!("{layer}.spectral_coeffs"), "[705, 2]", again]);
+    refuse(&lab, generate(&model), &[&format!("{layer}.branch_coeffs"), "[705, 2]", again]);
     let model = copy();
-    let name = format!("{layer}.spectral_coeffs");
+    let name = format!("{layer}.branch_coeffs");
     edit_tensor(&shard_of(&model, &name), &name, |t| t.bytes[..2].copy_from_slice(&NAN_F16));
     refuse(&lab, generate(&model), &[layer, "finite", again]);
 
@@ -367,8 +388,16 @@ fn a_damaged_checkpoint_of_ours() {
     refuse(&lab, generate(&model), &[shard.file_name().unwrap().to_str().unwrap(), "missing"]);
 
     for (key, value, words) in [
+        ("branch_basis", json!(null), &["branch_co", "names no branch_basis", again][..]),
+        ("branch_basis", json!("dct"), &["branch_coeffs", "F16 [384, 1]", again]),
+        ("branch_basis", json!("walsh"), &["walsh", "fourier-top"]),
+        ("online_rotations", json!({"down": "wavelet"}), &["wavelet", "hadamard"]),
         ("scheme", json!({"weight_bits": 9, "act_bits": 4, "kv_bits": 4}), &["W9", "2 to 8"][..]),
-        ("scheme", json!({"weight_bits": 8, "act_bits": 8, "kv_bits": 8}), &["weight_packed", "8-bit codes"]),
+        (
+            "scheme",
+            json!({"weight_bits": 8, "act_bits": 8, "kv_bits": 8}),
+            &["weight_packed", "instead of I8"],
+        ),
         (
             "scheme",
             json!({"weight_bits": 4, "act_bits": 4, "kv_bits": 4, "group_size": 7}),

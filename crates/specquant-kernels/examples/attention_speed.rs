@@ -2,7 +2,7 @@
 //! `cargo run --release -p specquant-kernels --example attention_speed`
 
 use specquant_kernels::{
-    KvCache, KvFormat, SpectralCoeffs, add_branch, attention, basis_rows, exp_in_place, log_sum_exp,
+    BranchCoeffs, KvCache, KvFormat, add_branch, attention, exp_in_place, fourier_rows, log_sum_exp,
     matmul_nn, matmul_nt,
 };
 use std::time::Instant;
@@ -80,9 +80,10 @@ fn main() {
     println!("log_sum_exp of {vocab}: {:.1} µs", secs * 1e6);
     let secs = best(10, || exp_in_place(&mut y[..8192]));
     println!("exp: {:.2} ns per element, one thread", secs * 1e9 / 8192.0);
-    let (r, m) = (basis_rows(k, 16), 2048);
-    let coeffs: Vec<half::f16> = noise(n * 32).into_iter().map(half::f16::from_f32).collect();
-    let Ok(c) = SpectralCoeffs::pack(k, &vec![16; n], &coeffs) else { return };
+    let (r, m) = (fourier_rows(k, 16), 2048);
+    let coeffs: Vec<half::f16> = noise(n * r).into_iter().map(half::f16::from_f32).collect();
+    let rows: Vec<u32> = (0..n).flat_map(|_| 0..r as u32).collect();
+    let Ok(c) = BranchCoeffs::pack(k, &vec![r; n], &rows, &coeffs) else { return };
     let (p, mut y) = (noise(m * r), vec![0.0; m * n]);
     let many = best(10, || add_branch(&p, m, r, &c, &mut y));
     let one = best(50, || add_branch(&p[..r], 1, r, &c, &mut y[..n]));

@@ -65,16 +65,12 @@ pub enum KernelError {
         /// Inputs that are safe with 8-bit activations.
         limit: usize,
     },
-    /// More bins than the half spectrum has.
-    #[error("output channel {row} keeps {bins} bins, but an input width of {n} has {max}")]
-    Bins {
-        /// Output channel.
+    /// A coefficient of a direction that the basis does not have.
+    #[error("a branch coefficient belongs to basis row {row}, but there are only {len}")]
+    BasisRow {
+        /// The row.
         row: usize,
-        /// Bins asked for.
-        bins: usize,
-        /// Input width.
-        n: usize,
-        /// floor(n/2)+1.
-        max: usize,
+        /// Rows of the basis.
+        len: usize,
     },
 }

@@ -3,37 +3,39 @@
 //! A quantized linear layer computes (arXiv 2511.11663, Eq. 16)
 //!
 //! ```text
-//! y = Q_a(x) · Q_w(R)ᵀ + (x Φᵀ) · C
+//! y = Q_a(x) · Q_w(R)ᵀ + (x Pᵀ) · Cᵀ
 //! ```
 //!
-//! with a 4-bit integer product of the residual weight `R` ([`matmul_int`]) and a wider low-frequency branch
-//! ([`project`], [`add_branch`]). This crate holds these products, the quantizers that feed them, and the float operations
+//! with a 4-bit integer product of the residual weight `R` ([`matmul_int`]) and a wider branch in few directions
+//! ([`Basis::project`], [`add_branch`]). This crate holds these products, the quantizers that feed them, and the float operations
 //! around them. It knows no tensors, no files and no models.
 //!
 //! Every kernel has a scalar twin that its tests compare it with; the instruction set is chosen at run time ([`Isa`]).
 
 mod acts;
 mod attention;
+mod branch;
 mod ceilings;
 mod dense;
 mod error;
+mod hadamard;
 mod isa;
 mod kv;
 mod matmul;
 mod ops;
 mod packed_dense;
-mod spectral;
 mod weights;
 
 pub use acts::*;
 pub use attention::*;
+pub use branch::*;
 pub use ceilings::*;
 pub use dense::*;
 pub use error::*;
+pub use hadamard::*;
 pub use isa::*;
 pub use kv::*;
 pub use matmul::*;
 pub use ops::*;
 pub use packed_dense::*;
-pub use spectral::*;
 pub use weights::*;

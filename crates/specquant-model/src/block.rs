@@ -5,7 +5,7 @@ use specquant_kernels as kernels;
 use specquant_kernels::KvCache;
 
 use crate::linear::{Linear, forward_shared};
-use crate::{ModelConfig, Result};
+use crate::{ModelConfig, Result, Rotations};
 
 /// A place in the block whose input feeds linear layers: the unit of smoothing, of activation statistics and of Hessians.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash)]
@@ -23,6 +23,16 @@ pub enum Site {
 impl Site {
     /// In the order in which a block meets them.
     pub const ALL: [Site; 4] = [Site::Qkv, Site::O, Site::GateUp, Site::Down];
+
+    /// Name in checkpoints.
+    pub fn name(self) -> &'static str {
+        match self {
+            Site::Qkv => "qkv",
+            Site::O => "o",
+            Site::GateUp => "gate_up",
+            Site::Down => "down",
+        }
+    }
 
     /// The layers that read this input, by their Hugging Face names within the block.
     pub fn layers(self) -> &'static [&'static str] {
@@ -61,6 +71,8 @@ pub struct Block {
     pub down: Linear,
     /// Keys that a query sees, itself included; all of them if `None`.
     pub window: Option<usize>,
+    /// Transforms of activations that the weights are made for.
+    pub rotations: Rotations,
 }
 
 /// Rotation angles of consecutive rows, `[rows, head_dim / 2]` each.
@@ -109,7 +121,7 @@ impl Block {
     /// Adds the block's output to the residual stream.
     ///
     /// x: `[rows, hidden]`, the spans' tokens one after another; rope: one row a token; `observe` sees the input of every
-    /// [`Site`], `[rows, in]`, before it is quantized.
+    /// [`Site`], `[rows, in]`, as its layers see it before it is quantized.
     ///
     /// # Errors
     /// When a mapped weight cannot be widened.
@@ -145,8 +157,18 @@ impl Block {
             forward_shared([&self.q, &self.k, &self.v], &normed, x.len() / config.hidden_size)?;
         position(&mut q, self.q_norm.as_deref(), config, config.num_heads, rope);
         position(&mut k, self.k_norm.as_deref(), config, config.num_kv_heads, rope);
+        if let Some(rotation) = &self.rotations.qk {
+            for x in [&mut q, &mut k] {
+                let heads = x.len() / config.head_dim;
+                rotation.apply(x, heads);
+            }
+        }
         let mut attended = vec![0.0; q.len()];
         self.attend(config, &q, &k, &v, spans, &mut attended);
+        if let Some(rotation) = &self.rotations.heads {
+            let rows = x.len() / config.hidden_size;
+            rotation.apply_across(&mut attended, rows, config.head_dim);
+        }
         Ok(attended)
     }
 
@@ -171,6 +193,9 @@ impl Block {
         observe(Site::GateUp, &normed);
         let [mut gate, up] = forward_shared([&self.gate, &self.up], &normed, rows)?;
         kernels::silu_mul(&mut gate, &up);
+        if let Some(rotation) = &self.rotations.down {
+            rotation.apply(&mut gate, rows);
+        }
         observe(Site::Down, &gate);
         add(x, &self.down.forward(&gate, rows)?);
         Ok(())

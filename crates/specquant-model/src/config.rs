@@ -8,7 +8,7 @@ use std::path::Path;
 
 use serde_json::{Value, json};
 
-use crate::{Error, Problems, Result};
+use crate::{Error, Problems, Result, Site};
 
 /// A decoder family; all are LLaMA's block with small additions.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -185,6 +185,15 @@ impl ModelConfig {
             json["attention_bias"] = json!(self.attention_bias);
         }
         json
+    }
+
+    /// Width of a site's input.
+    pub fn site_width(&self, site: Site) -> usize {
+        match site {
+            Site::Qkv | Site::GateUp => self.hidden_size,
+            Site::O => self.num_heads * self.head_dim,
+            Site::Down => self.intermediate_size,
+        }
     }
 
     /// Rotary frequencies in radians per position, after scaling: `[head_dim / 2]`. Formulas: transformers `modeling_rope_utils.py`,

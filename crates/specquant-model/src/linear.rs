@@ -1,10 +1,11 @@
 //! A linear layer, dense or quantized, and the work that layers with one input share.
 
 use std::ops::Range;
+use std::sync::Arc;
 
 use rayon::prelude::*;
 use specquant_kernels as kernels;
-use specquant_kernels::{PackedDense, PackedWeights, SpectralCoeffs};
+use specquant_kernels::{Basis, BranchCoeffs, PackedDense, PackedWeights};
 
 use crate::{Result, TensorView};
 
@@ -35,7 +36,15 @@ pub struct DenseLinear {
     pub bias: Option<Vec<f32>>,
 }
 
-/// `y = Q_a(x) Q_w(R)ᵀ + (x Φᵀ) C + b` (arXiv 2511.11663, Eq. 16).
+/// The part of a layer that stays in floating point, `(x Pᵀ) Cᵀ`.
+pub struct Branch {
+    /// P; layers with one input share it.
+    pub basis: Arc<Basis>,
+    /// C.
+    pub coeffs: BranchCoeffs,
+}
+
+/// `y = Q_a(x) Q_w(R)ᵀ + (x Pᵀ) Cᵀ + b` (arXiv 2511.11663, Eq. 16).
 pub struct QuantLinear {
     /// The rounded residual, `[out, in]`.
     pub weights: PackedWeights,
@@ -43,8 +52,8 @@ pub struct QuantLinear {
     pub act_bits: u8,
     /// Clip ratio of the activation quantizer.
     pub act_clip: f32,
-    /// The low-frequency branch, fed by the unquantized input.
-    pub branch: Option<SpectralCoeffs>,
+    /// The branch, fed by the unquantized input.
+    pub branch: Option<Branch>,
     /// `[out]`.
     pub bias: Option<Vec<f32>>,
 }
@@ -123,7 +132,7 @@ fn scatter(part: &[f32], rows: usize, start: usize, out: usize, y: &mut [f32]) {
 impl QuantLinear {
     /// Bytes of codes, scales and coefficients in memory.
     fn resident_bytes(&self) -> usize {
-        self.weights.bytes() + self.branch.as_ref().map_or(0, SpectralCoeffs::bytes)
+        self.weights.bytes() + self.branch.as_ref().map_or(0, |b| b.coeffs.bytes() + b.basis.bytes())
     }
 }
 
@@ -191,22 +200,19 @@ impl Linear {
 
 /// Runs layers that read the same input, x: `[rows, in]`, and returns their outputs, `[rows, out]` each.
 ///
-/// The input is quantized once per (bits, clip) and projected on the spectral basis once, for the largest k among the layers.
+/// The input is quantized once per (bits, clip), and projected once on a basis that the layers share, on as many of its rows as any of
+/// them uses.
 ///
 /// # Errors
 /// When a mapped weight cannot be widened.
 pub fn forward_shared<const N: usize>(layers: [&Linear; N], x: &[f32], rows: usize) -> Result<[Vec<f32>; N]> {
     let inp = x.len() / rows;
-    let k_max = layers
-        .iter()
-        .filter_map(|l| match l {
-            Linear::Quantized(q) => q.branch.as_ref().map(SpectralCoeffs::k_max),
-            Linear::Dense(_) => None,
-        })
-        .max()
-        .unwrap_or(0);
-    let projection = if k_max > 0 { kernels::project(x, rows, inp, k_max) } else { Vec::new() };
-    let stride = projection.len() / rows;
+    let branch = |l: &&Linear| match l {
+        Linear::Quantized(q) => q.branch.as_ref().map(|b| (Arc::as_ptr(&b.basis), b.coeffs.rank())),
+        Linear::Dense(_) => None,
+    };
+    let branches = layers.each_ref().map(branch);
+    let mut projected: Option<(*const Basis, Vec<f32>)> = None;
     let mut codes: Option<((u8, u32), kernels::QuantizedActs)> = None;
     let mut outputs = [const { Vec::new() }; N];
     for (layer, y) in layers.into_iter().zip(&mut outputs) {
@@ -229,8 +235,15 @@ pub fn forward_shared<const N: usize>(layers: [&Linear; N], x: &[f32], rows: usi
                     kernels::matmul_int(&acts, &l.weights, y);
                     codes = Some((key, acts));
                 }
-                if let Some(branch) = &l.branch {
-                    kernels::add_branch(&projection, rows, stride, branch, y);
+                if let Some(Branch { basis, coeffs }) = &l.branch {
+                    let this = Arc::as_ptr(basis);
+                    if projected.as_ref().is_none_or(|(of, _)| *of != this) {
+                        let ranks = branches.iter().flatten().filter(|(of, _)| *of == this);
+                        let rank = ranks.map(|(_, rank)| *rank).max().unwrap_or(0);
+                        projected = Some((this, basis.project(x, rows, rank)));
+                    }
+                    let p = projected.as_ref().map_or(&[][..], |(_, p)| p);
+                    kernels::add_branch(p, rows, p.len() / rows, coeffs, y);
                 }
                 &l.bias
             }

@@ -7,9 +7,10 @@ use specquant_kernels as kernels;
 use specquant_kernels::{KvCache, KvFormat};
 
 use crate::block::{Block, RopeTable, Site, Span};
-use crate::checkpoint::{QuantizationConfig, StoredLinear, read_linear};
+use crate::checkpoint::QuantizationConfig;
 use crate::linear::Linear;
-use crate::{Error, ModelConfig, Result, Scheme, Source, TensorView};
+use crate::stored_linear::{StoredLinear, Truncation, read_basis, read_linear};
+use crate::{Error, ModelConfig, Result, Rotations, Scheme, Source, TensorView};
 
 /// Rows of logits computed at a time: `64 × 49152` f32 are 12 MiB, which the allocator keeps.
 const LOGIT_ROWS: usize = 64;
@@ -40,7 +41,7 @@ impl Embedding {
         let config = source.config();
         let (vocab, hidden) = (config.vocab_size, config.hidden_size);
         if source.has("model.embed_tokens.weight_packed") {
-            let stored = StoredLinear::read(source, "model.embed_tokens", vocab, hidden, 8, hidden)?;
+            let stored = StoredLinear::read(source, "model.embed_tokens", [vocab, hidden], 8, hidden, None)?;
             return Ok(Embedding::Int8 {
                 codes: source.tensor("model.embed_tokens.weight_packed")?,
                 scales: stored.scales,
@@ -106,9 +107,14 @@ impl Head {
         let name = if config.tie_word_embeddings { "model.embed_tokens" } else { "lm_head" };
         let (vocab, hidden) = (config.vocab_size, config.hidden_size);
         let linear = if source.has(&format!("{name}.weight_packed")) {
-            StoredLinear::read(source, name, vocab, hidden, 8, hidden)?.to_linear(name, &INT8_ROWS)?
+            StoredLinear::read(source, name, [vocab, hidden], 8, hidden, None)?.to_linear(
+                name,
+                &INT8_ROWS,
+                None,
+                Truncation::None,
+            )?
         } else {
-            read_linear(source, None, name, vocab, hidden)?
+            read_linear(source, None, name, [vocab, hidden], None)?
         };
         Ok(Head { norm: norm(source, "model.norm.weight", hidden)?, linear })
     }
@@ -137,22 +143,28 @@ impl Block {
         let (hidden, inner) = (c.hidden_size, c.intermediate_size);
         let (wide, narrow) = (c.num_heads * c.head_dim, c.num_kv_heads * c.head_dim);
         let prefix = format!("model.layers.{index}");
-        let linear = |name: &str, out, inp| read_linear(source, quant, &format!("{prefix}.{name}"), out, inp);
+        let [qkv, o, gate_up, down] =
+            Site::ALL.map(|site| read_basis(source, quant, &prefix, site, c.site_width(site)));
+        let (qkv, o, gate_up, down) = (qkv?, o?, gate_up?, down?);
+        let linear = |name: &str, shape, basis: &Option<_>| {
+            read_linear(source, quant, &format!("{prefix}.{name}"), shape, basis.as_ref())
+        };
         let vector = |name: &str, width| norm(source, &format!("{prefix}.{name}.weight"), width);
         let head_norm = |name: &str| c.qk_norm.then(|| vector(name, c.head_dim)).transpose();
         Ok(Block {
             input_norm: vector("input_layernorm", hidden)?,
-            q: linear("self_attn.q_proj", wide, hidden)?,
-            k: linear("self_attn.k_proj", narrow, hidden)?,
-            v: linear("self_attn.v_proj", narrow, hidden)?,
-            o: linear("self_attn.o_proj", hidden, wide)?,
+            q: linear("self_attn.q_proj", [wide, hidden], &qkv)?,
+            k: linear("self_attn.k_proj", [narrow, hidden], &qkv)?,
+            v: linear("self_attn.v_proj", [narrow, hidden], &qkv)?,
+            o: linear("self_attn.o_proj", [hidden, wide], &o)?,
             q_norm: head_norm("self_attn.q_norm")?,
             k_norm: head_norm("self_attn.k_norm")?,
             post_norm: vector("post_attention_layernorm", hidden)?,
-            gate: linear("mlp.gate_proj", inner, hidden)?,
-            up: linear("mlp.up_proj", inner, hidden)?,
-            down: linear("mlp.down_proj", hidden, inner)?,
+            gate: linear("mlp.gate_proj", [inner, hidden], &gate_up)?,
+            up: linear("mlp.up_proj", [inner, hidden], &gate_up)?,
+            down: linear("mlp.down_proj", [hidden, inner], &down)?,
             window: c.sliding_window.get(index).copied().flatten(),
+            rotations: quant.map_or_else(Rotations::default, |q| Rotations::new(&q.online_rotations, c)),
         })
     }
 }

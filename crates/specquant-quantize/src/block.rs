@@ -1,95 +1,16 @@
-//! One decoder block: statistics, smoothing search and folds, then its seven layers.
+//! One decoder block: smoothing search and folds, then its seven layers.
+
+use std::sync::Arc;
 
 use serde::Serialize;
-use specquant_model::{Block, DenseLinear, DenseWeight, Linear, ModelConfig, Site, StoredLinear};
+use specquant_kernels::Basis;
+use specquant_model::{Block, DenseLinear, DenseWeight, Linear, ModelConfig, Site, StoredLinear, Truncation};
 
-use crate::layer::{self, RoundingReport, Weight};
-use crate::recipe::{Recipe, Rounding, Searched};
-use crate::rounding::{Factor, Hessian, factorize};
-use crate::transforms::smooth;
-use crate::{Error, Result};
-
-/// What calibration learns about the input of a [`Site`].
-pub struct SiteStats {
-    /// Largest magnitude per channel, `[in]`.
-    pub max: Vec<f32>,
-    /// Sum of magnitudes per channel, `[in]`.
-    sum: Vec<f64>,
-    /// Rows seen.
-    rows: usize,
-    /// Σ x xᵀ, if GPTQ needs it.
-    hessian: Option<Hessian>,
-    /// Every `stride`-th row, for searches and reports, `[sampled, in]`.
-    sample: Vec<f32>,
-    stride: usize,
-}
-
-impl SiteStats {
-    /// Empty statistics of a site with `inp` channels that will see `total_rows` rows.
-    pub fn new(inp: usize, total_rows: usize, search_tokens: usize, with_hessian: bool) -> Self {
-        SiteStats {
-            max: vec![0.0; inp],
-            sum: vec![0.0; inp],
-            rows: 0,
-            hessian: with_hessian.then(|| Hessian::new(inp)),
-            sample: Vec::new(),
-            stride: total_rows.div_ceil(search_tokens).max(1),
-        }
-    }
-
-    /// Adds rows. x: `[rows, in]`.
-    ///
-    /// # Errors
-    /// [`Error::NotFinite`] names the first broken channel of `module`.
-    pub fn add(&mut self, x: &[f32], module: &str) -> Result<()> {
-        let inp = self.max.len();
-        for row in x.chunks_exact(inp) {
-            if self.rows.is_multiple_of(self.stride) {
-                self.sample.extend_from_slice(row);
-            }
-            self.rows += 1;
-            for (channel, (&x, (max, sum))) in
-                row.iter().zip(self.max.iter_mut().zip(&mut self.sum)).enumerate()
-            {
-                if !x.is_finite() {
-                    return Err(Error::NotFinite {
-                        module: module.to_owned(),
-                        what: "the calibration input",
-                        channel: Some(channel),
-                    });
-                }
-                *max = max.max(x.abs());
-                *sum += f64::from(x.abs());
-            }
-        }
-        if let Some(hessian) = &mut self.hessian {
-            hessian.add(x);
-        }
-        Ok(())
-    }
-
-    /// The same statistics of the smoothed input `x / λ`.
-    fn smooth(&mut self, lambda: &[f32]) {
-        for (channel, &l) in lambda.iter().enumerate() {
-            self.max[channel] /= l;
-            self.sum[channel] /= f64::from(l);
-        }
-        self.sample
-            .chunks_exact_mut(lambda.len())
-            .for_each(|row| row.iter_mut().zip(lambda).for_each(|(x, l)| *x /= l));
-        if let Some(hessian) = &mut self.hessian {
-            hessian.rescale(&lambda.iter().map(|l| 1.0 / l).collect::<Vec<_>>());
-        }
-    }
-
-    fn mean_abs(&self) -> Vec<f32> {
-        self.sum.iter().map(|s| (s / self.rows.max(1) as f64) as f32).collect()
-    }
-
-    fn sampled_rows(&self) -> usize {
-        self.sample.len() / self.max.len()
-    }
-}
+use crate::layer::{self, Input, RoundingReport, Weight};
+use crate::recipe::{Recipe, Rounding, Searched, SmoothMethod};
+use crate::rounding::{Factor, factorize};
+use crate::transforms::{awq, smooth};
+use crate::{Result, SiteStats};
 
 /// What is reported of a layer.
 #[derive(Debug, Clone, PartialEq, Serialize)]
@@ -98,15 +19,15 @@ pub struct LayerReport {
     pub name: String,
     /// `[out, in]`.
     pub shape: [usize; 2],
-    /// Stored bits per weight: codes, scales, bins, coefficients.
+    /// Stored bits per weight: codes, scales, counts, indices, coefficients, and the layer's share of a stored basis.
     pub bits_per_weight: f64,
     /// Migration strength; absent without smoothing.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub smoothing_strength: Option<f32>,
-    /// Mean number of kept bins; absent without a branch.
+    /// Mean number of items (Fourier bins, directions) of the branch; absent without one.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub mean_k: Option<f64>,
-    /// Largest number of kept bins of a channel; absent without a branch.
+    /// Largest number of items of a channel; absent without a branch.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub max_k: Option<u16>,
     /// Temperature of the allocation; absent without a branch.
@@ -161,10 +82,14 @@ fn site_factors(
     stats: &SiteStats,
     weight_max: &[f32],
     site: Site,
+    method: SmoothMethod,
     alpha: f32,
     config: &ModelConfig,
 ) -> (Vec<f32>, Vec<f32>) {
-    let mut lambda = smooth::factors(&stats.max, weight_max, alpha);
+    let mut lambda = match method {
+        SmoothMethod::SmoothQuant => smooth::factors(&stats.max, weight_max, alpha),
+        SmoothMethod::Awq => awq::factors(&stats.mean_abs(), alpha),
+    };
     let kv_lambda = match site {
         Site::O => smooth::share_in_groups(&mut lambda, config.num_heads, config.num_kv_heads),
         _ => Vec::new(),
@@ -172,18 +97,22 @@ fn site_factors(
     (lambda, kv_lambda)
 }
 
+/// A layer's name, shape, weight, bias and full-precision output.
+type Candidate = (&'static str, usize, usize, Vec<f32>, Option<Vec<f32>>, Vec<f32>);
+
 /// Chooses a site's migration strength by the output error of its layers as they would be quantized; `None` is no smoothing.
 fn search_strength(
     block: &mut Block,
     site: Site,
     stats: &SiteStats,
     weight_max: &[f32],
+    method: SmoothMethod,
     recipe: &Recipe,
     config: &ModelConfig,
 ) -> Result<Option<f32>> {
     let rows = stats.sampled_rows();
     let mean_abs = stats.mean_abs();
-    let mut layers = Vec::new();
+    let mut layers: Vec<Candidate> = Vec::new();
     for (name, linear) in site_layers(block, site) {
         let want = linear.forward(&stats.sample, rows)?;
         let (out, inp) = (linear.out_features(), linear.in_features());
@@ -191,24 +120,47 @@ fn search_strength(
             layers.push((name, out, inp, w.clone(), bias.clone(), want));
         }
     }
+    let wants: Vec<&[f32]> = layers.iter().map(|l| l.5.as_slice()).collect();
     let mut best = (f64::INFINITY, None);
-    let strengths = (0..=20).map(|i| Some(i as f32 / 20.0));
+    let most = if method == SmoothMethod::Awq { 19 } else { 20 };
+    let strengths = (0..=most).map(|i| Some(i as f32 / 20.0));
     for alpha in [None].into_iter().chain(strengths) {
         let lambda = alpha.map_or_else(
             || vec![1.0; stats.max.len()],
-            |a| site_factors(stats, weight_max, site, a, config).0,
+            |a| site_factors(stats, weight_max, site, method, a, config).0,
         );
         let mut x = stats.sample.clone();
         x.chunks_exact_mut(lambda.len())
             .for_each(|row| row.iter_mut().zip(&lambda).for_each(|(x, l)| *x /= l));
         let mean_abs: Vec<f32> = mean_abs.iter().zip(&lambda).map(|(m, l)| m / l).collect();
-        let mut error = 0.0;
-        for (name, out, inp, w, bias, want) in &layers {
-            let mut scaled = w.clone();
-            smooth::scale_columns(&mut scaled, &lambda);
-            let weight = Weight { name, out: *out, inp: *inp, values: &scaled, bias: bias.as_deref() };
-            error += layer::trial_error(&weight, recipe, &mean_abs, 0.0, &x, want, rows)?;
-        }
+        let inverse: Vec<f32> = lambda.iter().map(|l| 1.0 / l).collect();
+        // GPTQ is no part of a trial, but some branches need the input's second moment.
+        let hessian = stats.hessian.as_ref().filter(|_| recipe.branch_needs_hessian()).map(|h| {
+            let mut h = h.clone();
+            h.rescale(&inverse);
+            h
+        });
+        let scaled: Vec<Vec<f32>> = layers
+            .iter()
+            .map(|(_, _, _, w, _, _)| {
+                let mut w = w.clone();
+                smooth::scale_columns(&mut w, &lambda);
+                w
+            })
+            .collect();
+        let weights: Vec<Weight> = layers
+            .iter()
+            .zip(&scaled)
+            .map(|((name, out, inp, _, bias, _), values)| Weight {
+                name,
+                out: *out,
+                inp: *inp,
+                values,
+                bias: bias.as_deref(),
+            })
+            .collect();
+        let input = Input { mean_abs: &mean_abs, hessian: hessian.as_ref(), sample: &x, rows };
+        let error = layer::trial_error(&weights, recipe, &input, &wants, &vec![0.0; weights.len()])?;
         if error < best.0 {
             best = (error, alpha);
         }
@@ -237,10 +189,13 @@ fn smooth_block(
         let weight_max = smooth::column_max(&weights, inp);
         strengths[i] = match recipe_smooth.smoothing_strength {
             Searched::Fixed(alpha) => Some(alpha),
-            Searched::Search(_) => search_strength(block, site, &stats[i], &weight_max, recipe, config)?,
+            Searched::Search(_) => {
+                search_strength(block, site, &stats[i], &weight_max, recipe_smooth.method, recipe, config)?
+            }
         };
         if let Some(alpha) = strengths[i] {
-            let (lambda, kv_lambda) = site_factors(&stats[i], &weight_max, site, alpha, config);
+            let (lambda, kv_lambda) =
+                site_factors(&stats[i], &weight_max, site, recipe_smooth.method, alpha, config);
             for (_, linear) in site_layers(block, site) {
                 if let Some((w, _)) = dense(linear) {
                     smooth::scale_columns(w, &lambda);
@@ -253,9 +208,15 @@ fn smooth_block(
     Ok(strengths)
 }
 
+/// A quantized block.
+pub struct QuantizedBlock {
+    /// Each layer's report and stored form, in the order of [`Block::linears`].
+    pub layers: Vec<(LayerReport, StoredLinear)>,
+    /// The bases of the branches, in the order of [`Site::ALL`].
+    pub bases: [Option<Arc<Basis>>; 4],
+}
+
 /// Quantizes the block in place. `block` holds owned dense weights; `stats` is in the order of [`Site::ALL`].
-///
-/// Returns each layer's stored form and report, in the order of [`Block::linears`].
 ///
 /// # Errors
 /// When something is not finite or cannot be packed.
@@ -265,42 +226,60 @@ pub fn quantize_block(
     stats: &mut [SiteStats; 4],
     recipe: &Recipe,
     config: &ModelConfig,
-) -> Result<Vec<(LayerReport, StoredLinear)>> {
+) -> Result<QuantizedBlock> {
     let strengths = smooth_block(block, stats, recipe, config)?;
-    let mut done = Vec::new();
+    let (mut done, mut bases) = (Vec::new(), [const { None }; 4]);
     for (i, site) in Site::ALL.into_iter().enumerate() {
         let stats = &stats[i];
         let (rows, mean_abs) = (stats.sampled_rows(), stats.mean_abs());
+        let input =
+            Input { mean_abs: &mean_abs, hessian: stats.hessian.as_ref(), sample: &stats.sample, rows };
         let factor: Option<Factor> = match (&recipe.rounding, &stats.hessian) {
             (Rounding::Gptq(gptq), Some(hessian)) => Some(factorize(hessian, gptq)),
             _ => None,
         };
-        for (name, linear) in site_layers(block, site) {
-            let name = format!("{prefix}.{name}");
-            let (out, inp) = (linear.out_features(), linear.in_features());
-            let want = linear.forward(&stats.sample, rows)?;
-            let Some((w, bias)) = dense(linear) else { continue };
-            let weight = Weight { name: &name, out, inp, values: w, bias: bias.as_deref() };
-            let (stored, rounding, temperature) =
-                layer::finish(&weight, recipe, &mean_abs, factor.as_ref(), (&stats.sample, &want, rows))?;
-            let quantized = stored.to_linear(&name, &recipe.scheme)?;
-            let branched = !stored.coeffs.is_empty();
+        let names: Vec<String> = site.layers().iter().map(|name| format!("{prefix}.{name}")).collect();
+        let mut linears: Vec<&mut Linear> = site_layers(block, site).into_iter().map(|(_, l)| l).collect();
+        let wants =
+            linears.iter().map(|l| Ok(l.forward(&stats.sample, rows)?)).collect::<Result<Vec<_>>>()?;
+        let wants: Vec<&[f32]> = wants.iter().map(Vec::as_slice).collect();
+        let weights: Vec<Weight> = linears
+            .iter_mut()
+            .zip(&names)
+            .filter_map(|(linear, name)| {
+                let (out, inp) = (linear.out_features(), linear.in_features());
+                let (w, bias) = dense(linear)?;
+                Some(Weight { name, out, inp, values: w, bias: bias.as_deref() })
+            })
+            .collect();
+        let (basis, finished) = layer::finish(&weights, recipe, &input, factor.as_ref(), &wants)?;
+        let outs: usize = weights.iter().map(|w| w.out).sum();
+        drop(weights);
+        for (l, layer::Done { stored, rounding, temperature }) in finished.into_iter().enumerate() {
+            let quantized = stored.to_linear(&names[l], &recipe.scheme, basis.as_ref(), Truncation::None)?;
+            let (out, inp) = (stored.out, stored.inp);
+            let shared = basis.as_ref().map_or(0, |b| layer::shared_bits(b) * out / outs);
+            let items = stored.branch.as_ref().map(|b| {
+                let total: usize = b.counts.iter().map(|&k| usize::from(k)).sum();
+                (total as f64 / out as f64, b.counts.iter().copied().max().unwrap_or(0))
+            });
             let report = LayerReport {
+                name: names[l].clone(),
                 shape: [out, inp],
-                bits_per_weight: stored.stored_bits() as f64 / (out * inp) as f64,
+                bits_per_weight: (stored.stored_bits() + shared) as f64 / (out * inp) as f64,
                 smoothing_strength: strengths[i],
-                mean_k: branched.then(|| stored.coeffs.len() as f64 / 2.0 / out as f64),
-                max_k: branched.then(|| stored.bins.iter().copied().max().unwrap_or(0)),
-                temperature: branched.then_some(temperature),
-                relative_error: layer::output_error(&quantized, &stats.sample, &want, rows)?,
+                mean_k: items.map(|(mean, _)| mean),
+                max_k: items.map(|(_, most)| most),
+                temperature: items.map(|_| temperature),
+                relative_error: layer::output_error(&quantized, &stats.sample, wants[l], rows)?,
                 rounding,
-                name,
             };
-            *linear = quantized;
+            *linears[l] = quantized;
             done.push((report, stored));
         }
+        bases[i] = basis.filter(|_| done.iter().rev().take(names.len()).any(|(_, s)| s.branch.is_some()));
     }
-    Ok(done)
+    Ok(QuantizedBlock { layers: done, bases })
 }
 
 #[cfg(test)]

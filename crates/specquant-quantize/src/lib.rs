@@ -13,6 +13,7 @@ mod output;
 mod pipeline;
 mod recipe;
 pub mod rounding;
+mod stats;
 pub mod transforms;
 
 pub use block::*;
@@ -20,3 +21,4 @@ pub use error::*;
 pub use output::check_output;
 pub use pipeline::*;
 pub use recipe::*;
+pub use stats::*;

@@ -11,15 +11,16 @@ use serde::Serialize;
 use serde_json::json;
 use specquant_kernels::{KvCache, KvFormat};
 use specquant_model::{
-    Block, DenseLinear, DenseWeight, Dtype, FORMAT_VERSION, Linear, ModelConfig, QuantizationConfig,
-    RopeTable, Site, Source, Span, StoredTensor, storable_scales,
+    Block, DenseLinear, DenseWeight, Dtype, FORMAT_VERSION, Linear, ModelConfig, OnlineRotations,
+    QuantizationConfig, RopeTable, Site, Source, Span, StoredTensor, basis_tensors, storable_scales,
 };
 
-use crate::block::{LayerReport, SiteStats, quantize_block};
+use crate::block::{LayerReport, quantize_block};
 use crate::calibration::GENERATION_BATCH;
 use crate::output::Output;
-use crate::recipe::{Embeddings, Recipe, Rounding};
-use crate::{Error, Result, card};
+use crate::recipe::{Embeddings, Overhead, Recipe, Rounding};
+use crate::transforms::rotate::{self, RandomHadamard};
+use crate::{Error, Result, SiteStats, branch, card};
 
 /// Rows that run through a block together.
 const BATCH_ROWS: usize = 2048;
@@ -68,7 +69,7 @@ pub struct Report {
     pub scheme: String,
     /// Calibration tokens used.
     pub calibration_tokens: usize,
-    /// Stored bits per weight over all linear layers of the blocks: codes, scales, bins, coefficients.
+    /// Stored bits per weight over all linear layers of the blocks: codes, scales, branches.
     pub bits_per_weight: f64,
     /// Bytes of all tensors.
     pub tensor_bytes: u64,
@@ -101,7 +102,7 @@ pub fn plan(source: &Source, recipe: &Recipe) -> Result<Plan> {
             problems.push(format!("  {name}: group size {group} does not divide its {inp} inputs into groups of a multiple of 8; these would: {}, or 0", fits.join(", ")));
         }
         let bins = inp / 2 + 1;
-        if let Some(b) = recipe.branch.as_ref().filter(|b| b.mean_k > bins) {
+        if let Some(b) = recipe.branch.as_ref().filter(|b| b.basis.is_fourier() && b.mean_k > bins) {
             problems.push(format!(
                 "  {name}: has {bins} frequency bins, fewer than branch.mean_k = {}; lower it (--mean-k)",
                 b.mean_k
@@ -109,29 +110,51 @@ pub fn plan(source: &Source, recipe: &Recipe) -> Result<Plan> {
         }
     }
     if scheme.weight_bits == 16
-        && *recipe != (Recipe { smooth: None, branch: None, rounding: Rounding::Rtn {}, ..recipe.clone() })
+        && *recipe
+            != (Recipe {
+                rotate: None,
+                smooth: None,
+                branch: None,
+                rounding: Rounding::Rtn {},
+                ..recipe.clone()
+            })
     {
-        problems.push(format!("  {scheme} leaves the weights alone, so smoothing, branch and GPTQ have nothing to do: use --recipe rtn"));
+        problems.push(format!("  {scheme} leaves the weights alone, so rotation, smoothing, branch and GPTQ have nothing to do: use --recipe rtn"));
+    }
+    for site in Site::ALL {
+        let (outs, inp) = (site_outputs(&shapes, site), config.site_width(site));
+        let Some(b) = recipe.branch.as_ref().filter(|b| b.overhead == Overhead::Matched) else { continue };
+        // One bit less for a channel saves as many bits as it has inputs; the table of bits costs 8.
+        let (most, need) = (outs * inp.saturating_sub(8), branch::bits(b, outs, inp));
+        if need > most {
+            problems.push(format!(
+                "  {}: the branch takes {need} bits, but one bit less for every channel saves only {most}; lower its size (--mean-k, --rank), or \
+                 let it come on top (--overhead plain)",
+                site.name()
+            ));
+        }
     }
     if !problems.is_empty() {
         return Err(Error::Unfit(problems.join("\n")));
     }
 
-    let mean_k = recipe.branch.as_ref().map_or(0, |b| b.mean_k) as f64;
-    let bits = |out: usize, inp: usize| {
-        let container = if scheme.weight_bits <= 4 {
-            4 * inp.next_multiple_of(2)
-        } else {
-            inp * if scheme.weight_bits == 16 { 16 } else { 8 }
+    // Bits of a site's layers with the basis that they share.
+    let bits = |site: Site| {
+        let (outs, inp) = (site_outputs(&shapes, site), config.site_width(site));
+        let code_bits = match scheme.weight_bits {
+            bits @ ..=4 => (usize::from(bits) * inp).next_multiple_of(8),
+            16 => 16 * inp,
+            _ => 8 * inp,
         };
         let groups = if scheme.weight_bits == 16 { 0 } else { inp / scheme.group(inp) };
-        let branch = if mean_k > 0.0 { 32.0 * mean_k + 16.0 } else { 0.0 };
-        out as f64 * ((container + 16 * groups) as f64 + branch)
+        let plain = recipe.branch.as_ref().filter(|b| b.overhead == Overhead::Plain);
+        let branch = plain.map_or(0, |b| branch::bits(b, outs, inp));
+        (outs * (code_bits + 16 * groups) + branch) as f64
     };
     let block_weights: usize = shapes.iter().map(|(_, [out, inp])| out * inp).sum();
-    let block_bits: f64 = shapes.iter().map(|(_, [out, inp])| bits(*out, *inp)).sum();
-    let vocab_weights =
-        config.vocab_size * config.hidden_size * if config.tie_word_embeddings { 1 } else { 2 };
+    let block_bits: f64 = Site::ALL.into_iter().map(bits).sum();
+    let tied = config.tie_word_embeddings && recipe.rotate.is_none();
+    let vocab_weights = config.vocab_size * config.hidden_size * if tied { 1 } else { 2 };
     let vocab_bytes = vocab_weights * if recipe.embeddings == Embeddings::Int8 { 1 } else { 2 };
     let tokens = recipe.calibration.samples * recipe.calibration.sequence_length;
 
@@ -145,12 +168,11 @@ pub fn plan(source: &Source, recipe: &Recipe) -> Result<Plan> {
             4 * (config.num_layers * block_weights + vocab_weights + kv)
         }
     };
-    let vocabulary = config.vocab_size * config.hidden_size * 6
-        + if config.tie_word_embeddings { 0 } else { vocab_bytes / 2 };
-    let hessians: usize = match recipe.rounding {
-        Rounding::Rtn {} => 0,
-        Rounding::Gptq(_) => {
-            let squares = Site::ALL.map(|s| site_width(config, s).pow(2));
+    let vocabulary = config.vocab_size * config.hidden_size * 6 + if tied { 0 } else { vocab_bytes / 2 };
+    let hessians: usize = match recipe.needs_hessian() {
+        false => 0,
+        true => {
+            let squares = Site::ALL.map(|s| config.site_width(s).pow(2));
             8 * (squares.iter().sum::<usize>() + 2 * squares.iter().max().unwrap_or(&0))
         }
     };
@@ -170,13 +192,10 @@ pub fn plan(source: &Source, recipe: &Recipe) -> Result<Plan> {
     })
 }
 
-/// Width of a site's input.
-fn site_width(c: &ModelConfig, site: Site) -> usize {
-    match site {
-        Site::Qkv | Site::GateUp => c.hidden_size,
-        Site::O => c.num_heads * c.head_dim,
-        Site::Down => c.intermediate_size,
-    }
+/// Output channels of all layers that read a site. shapes: of one block's layers.
+fn site_outputs(shapes: &[(String, [usize; 2])], site: Site) -> usize {
+    let of_site = |name: &str| site.layers().iter().any(|layer| name.ends_with(layer));
+    shapes.iter().filter(|(name, _)| of_site(name)).map(|(_, [out, _])| out).sum()
 }
 
 /// Quantizes the model of `source` into the directory `destination`.
@@ -206,11 +225,31 @@ pub fn run(
         _ => HalfType::F16,
     };
 
-    let mut ends = vocabulary_tensors(source, "model.embed_tokens", recipe.embeddings, half_dtype)?;
-    if !config.tie_word_embeddings {
-        ends.extend(vocabulary_tensors(source, "lm_head", recipe.embeddings, half_dtype)?);
+    let rotation = recipe.rotate.map(|rotate| Rotation {
+        residual: RandomHadamard::new(config.hidden_size, recipe.seed),
+        online: rotate::online(&rotate, config),
+    });
+    let mut norm = source.tensor("model.norm.weight")?.to_f32()?;
+    let vocabulary = |from: &str, name: &str, change: &dyn Fn(&mut [f32])| {
+        vocabulary_tensors(source, from, name, recipe.embeddings, half_dtype, change)
+    };
+    let mut ends = vocabulary("model.embed_tokens", "model.embed_tokens", &|x| {
+        rotation.iter().for_each(|r| r.residual.rotate_rows(x));
+    })?;
+    // A rotated head has the final norm folded in, so it is no longer the embedding.
+    let tied = config.tie_word_embeddings && rotation.is_none();
+    if !tied {
+        let from = if config.tie_word_embeddings { "model.embed_tokens" } else { "lm_head" };
+        ends.extend(vocabulary(from, "lm_head", &|x| {
+            if let Some(rotation) = &rotation {
+                rotate::fold_norm(x, &norm);
+                rotation.residual.rotate_rows(x);
+            }
+        })?);
     }
-    let norm = source.tensor("model.norm.weight")?.to_f32()?;
+    if rotation.is_some() {
+        norm.fill(1.0);
+    }
     ends.push(StoredTensor::f32("model.norm.weight".to_owned(), vec![norm.len()], &norm));
     output.write_shard(&ends)?;
     drop(ends);
@@ -220,6 +259,7 @@ pub fn run(
         .iter()
         .map(|ids| {
             let mut x = embedding.lookup(ids, config.hidden_size)?;
+            rotation.iter().for_each(|r| r.residual.rotate_rows(&mut x));
             x.chunks_exact_mut(config.hidden_size)
                 .for_each(|row| round_row(row, recipe.embeddings, half_dtype));
             Ok(x)
@@ -227,7 +267,8 @@ pub fn run(
         .collect::<Result<Vec<_>>>()?;
     let mut layers = Vec::new();
     for index in 0..config.num_layers {
-        let (tensors, reports) = one_block(source, index, recipe, &mut states, half_dtype)?;
+        let (tensors, reports) =
+            one_block(source, index, recipe, rotation.as_ref(), &mut states, half_dtype)?;
         output.write_shard(&tensors)?;
         progress(Event::Block { index, of: config.num_layers, layers: &reports });
         layers.extend(reports);
@@ -249,11 +290,13 @@ pub fn run(
         format_version: FORMAT_VERSION,
         specquant_version: report.specquant_version.clone(),
         scheme: recipe.scheme,
+        branch_basis: recipe.branch.as_ref().map(|b| b.basis),
+        online_rotations: rotation.as_ref().map_or_else(OnlineRotations::default, |r| r.online),
         recipe: json!(recipe),
     };
     let mut config_json = source.config_json().clone();
     config_json["quantization_config"] = json!(quantization);
-    config_json["tie_word_embeddings"] = json!(config.tie_word_embeddings);
+    config_json["tie_word_embeddings"] = json!(tied);
     for (name, bytes) in source.side_files()? {
         output.write(&name, &bytes)?;
     }
@@ -264,11 +307,18 @@ pub fn run(
     Ok(report)
 }
 
+/// What a recipe's rotation comes to in a model.
+struct Rotation {
+    residual: RandomHadamard,
+    online: OnlineRotations,
+}
+
 /// Calibrates and quantizes one block, and moves the hidden states through the result.
 fn one_block(
     source: &Source,
     index: usize,
     recipe: &Recipe,
+    rotation: Option<&Rotation>,
     states: &mut [Vec<f32>],
     half: HalfType,
 ) -> Result<(Vec<StoredTensor>, Vec<LayerReport>)> {
@@ -276,13 +326,16 @@ fn one_block(
     let prefix = format!("model.layers.{index}");
     let mut block = Block::read(source, index, None)?;
     block.linears_mut().into_iter().try_for_each(Linear::widen)?;
+    if let Some(Rotation { residual, online }) = rotation {
+        rotate::rotate_block(&mut block, config, residual, online);
+    }
     let mut reports = Vec::new();
     let mut tensors = Vec::new();
     if recipe.scheme.weight_bits < 16 {
         let rows = states.iter().map(|s| s.len() / config.hidden_size).sum();
-        let with_hessian = matches!(recipe.rounding, Rounding::Gptq(_));
+        let with_hessian = recipe.needs_hessian();
         let mut stats = Site::ALL.map(|site| {
-            SiteStats::new(site_width(config, site), rows, recipe.calibration.search_tokens, with_hessian)
+            SiteStats::new(config.site_width(site), rows, recipe.calibration.search_tokens, with_hessian)
         });
         // Statistics come from the full-precision block on the quantized blocks' outputs; the states themselves stay.
         let mut observed = Ok(());
@@ -292,9 +345,13 @@ fn one_block(
             }
         })?;
         observed?;
-        for (report, stored) in quantize_block(&mut block, &prefix, &mut stats, recipe, config)? {
+        let done = quantize_block(&mut block, &prefix, &mut stats, recipe, config)?;
+        for (report, stored) in done.layers {
             tensors.extend(stored.tensors(&report.name));
             reports.push(report);
+        }
+        for (site, basis) in Site::ALL.into_iter().zip(done.bases) {
+            tensors.extend(basis.iter().flat_map(|b| basis_tensors(b, &prefix, site)));
         }
     } else {
         let names = block.linears().map(|(name, _)| name);
@@ -403,15 +460,18 @@ fn round_row(row: &mut [f32], embeddings: Embeddings, half: HalfType) {
     }
 }
 
-/// The tensors of an embedding or head, `[vocab, hidden]`.
+/// The tensors of an embedding or head called `name`, `[vocab, hidden]`: those of `from` after a change.
 fn vocabulary_tensors(
     source: &Source,
+    from: &str,
     name: &str,
     embeddings: Embeddings,
     half: HalfType,
+    change: &dyn Fn(&mut [f32]),
 ) -> Result<Vec<StoredTensor>> {
-    let view = source.tensor(&format!("{name}.weight"))?;
-    let values = view.to_f32()?;
+    let view = source.tensor(&format!("{from}.weight"))?;
+    let mut values = view.to_f32()?;
+    change(&mut values);
     if embeddings == Embeddings::Half {
         return Ok(vec![half.tensor(format!("{name}.weight"), view.shape.clone(), &values)?]);
     }
@@ -425,8 +485,8 @@ fn vocabulary_tensors(
         group_size: hidden,
         codes: codes.concat(),
         scales,
-        bins: Vec::new(),
-        coeffs: Vec::new(),
+        channel_bits: Vec::new(),
+        branch: None,
         bias: None,
     };
     Ok(stored.tensors(name))

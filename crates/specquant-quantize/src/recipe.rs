@@ -7,15 +7,18 @@
 use std::path::{Path, PathBuf};
 
 use serde::{Deserialize, Serialize};
-use specquant_model::Scheme;
+use specquant_model::{BranchBasis, RotationKind, Scheme};
 
 use crate::branch::Score;
 use crate::rounding::{ClipSearch, GptqConfig};
 use crate::{Error, Result};
 
 /// The built-in recipes: name and text.
-pub const BUILT_IN: [(&str, &str); 5] = [
+pub const BUILT_IN: [(&str, &str); 8] = [
     ("specquant", include_str!("../recipes/specquant.toml")),
+    ("svdquant", include_str!("../recipes/svdquant.toml")),
+    ("quarot", include_str!("../recipes/quarot.toml")),
+    ("awq", include_str!("../recipes/awq.toml")),
     ("gptq", include_str!("../recipes/gptq.toml")),
     ("smooth-gptq", include_str!("../recipes/smooth-gptq.toml")),
     ("smoothquant", include_str!("../recipes/smoothquant.toml")),
@@ -31,12 +34,15 @@ pub struct Recipe {
     /// Bit widths, granularity and run-time clip ratios.
     #[serde(default)]
     pub scheme: Scheme,
+    /// Rotation of the residual stream and of the inputs of `o_proj` and `down_proj`; none if absent. It comes before smoothing.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub rotate: Option<Rotate>,
     /// Smoothing; none if absent.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub smooth: Option<Smooth>,
     /// The 16-bit branch; none if absent.
     #[serde(default, skip_serializing_if = "Option::is_none")]
-    pub branch: Option<Fourier>,
+    pub branch: Option<Branch>,
     /// How the residual becomes integers.
     pub rounding: Rounding,
     /// Search for the clip ratio of weight scales.
@@ -91,35 +97,100 @@ impl std::str::FromStr for Searched {
     }
 }
 
-/// Per-channel smoothing, `λ = max|x|^α / max|w|^(1-α)`.
+/// Rotations (QuaRot, arXiv 2404.00456).
+#[derive(Debug, Clone, Copy, PartialEq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct Rotate {
+    /// Kind of the orthonormal transforms.
+    pub kind: RotationKind,
+    /// Whether the heads of q and k are rotated too, after RoPE, which spreads outliers of the KV cache.
+    #[serde(default = "yes")]
+    pub qk: bool,
+}
+
+/// Per-channel smoothing: the factors λ that inputs are divided by.
 #[derive(Debug, Clone, Copy, PartialEq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct Smooth {
-    /// Migration strength α in [0, 1] (SmoothQuant's name). The search runs over 0, 0.05 … 1 and no smoothing at all.
+    /// How λ follows from the statistics.
+    #[serde(default)]
+    pub method: SmoothMethod,
+    /// Migration strength α in [0, 1] (SmoothQuant's name), or the word "search": over 0, 0.05 … 1 and no smoothing at all.
     pub smoothing_strength: Searched,
     /// Also fold v_proj → o_proj and up_proj → down_proj. SmoothQuant folds only the two norms.
     #[serde(default = "yes")]
     pub all_sites: bool,
 }
 
+/// How smoothing factors follow from the statistics.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum SmoothMethod {
+    /// `max|x|^α / max|w|^(1-α)` (arXiv 2211.10438, Eq. 4).
+    #[default]
+    SmoothQuant,
+    /// `mean|x|^α`, normalized by the geometric mean of its extremes (arXiv 2306.00978; llm-awq, `auto_scale.py`). The search tries 0, 0.05 … 0.95.
+    Awq,
+}
+
 fn yes() -> bool {
     true
 }
 
-/// The low-frequency Fourier branch.
+/// The 16-bit branch.
 #[derive(Debug, Clone, Copy, PartialEq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
-pub struct Fourier {
-    /// k̄: complex coefficients kept per output channel, on average (paper, section "Implementation details": 16 at 4 bits).
+pub struct Branch {
+    /// Which directions are kept.
+    #[serde(default = "fourier")]
+    pub basis: BranchBasis,
+    /// k̄: complex coefficients kept per output channel, on average (paper, section "Implementation details": 16 at 4 bits). The other bases
+    /// get as many bits as that many Fourier bins take, indices and stored directions included.
+    #[serde(default)]
     pub mean_k: usize,
-    /// The most that one channel keeps; 0 for all of its floor(in/2)+1 bins. It is also the width of the projection that
+    /// For `svd`, `wsvd` and `rows`: the rank, in place of the budget of `mean_k`; 0 for that.
+    #[serde(default)]
+    pub rank: usize,
+    /// The most that one channel keeps, in the unit of `mean_k`; 0 for everything. It is also the width of the projection that
     /// all channels share at run time, 2·max_k − 1, which the paper does not bound.
     #[serde(default = "default_max_k")]
     pub max_k: usize,
-    /// What a channel's share of the budget follows.
+    /// What a channel's share of the budget follows, in bases that give every channel its own.
+    #[serde(default = "uniform")]
     pub score: Score,
     /// Shares are softmax(T · z-score); 0 is uniform. The search tries 0, 0.25, 0.5 and 1.
+    #[serde(default = "zero")]
     pub temperature: Searched,
+    /// For `svd` and `wsvd`: how often the branch is fitted again to what rounding the residual left, at most.
+    #[serde(default)]
+    pub iterations: usize,
+    /// Whether the branch's bits are taken from the residual.
+    #[serde(default)]
+    pub overhead: Overhead,
+}
+
+fn fourier() -> BranchBasis {
+    BranchBasis::Fourier
+}
+
+fn uniform() -> Score {
+    Score::Uniform
+}
+
+fn zero() -> Searched {
+    Searched::Fixed(0.0)
+}
+
+/// Who pays for the bits of a branch.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum Overhead {
+    /// They come on top.
+    #[default]
+    Plain,
+    /// The least sensitive channels of the residual get one bit less, so that the layer takes no more bits than without a branch (paper, section
+    /// "Implementation details").
+    Matched,
 }
 
 /// How weights become integers.
@@ -162,7 +233,7 @@ pub struct Calibration {
     pub search_tokens: usize,
 }
 
-/// [`Fourier::max_k`] unless a recipe says otherwise: twice the paper's mean.
+/// [`Branch::max_k`] unless a recipe says otherwise: twice the paper's mean.
 pub const DEFAULT_MAX_K: usize = 32;
 
 fn default_max_k() -> usize {
@@ -213,6 +284,16 @@ impl Recipe {
         Recipe::parse(&text, name_or_file)
     }
 
+    /// Whether the branch is chosen by the second moment of the inputs.
+    pub fn branch_needs_hessian(&self) -> bool {
+        self.branch.as_ref().is_some_and(|b| matches!(b.basis, BranchBasis::Rows | BranchBasis::Wsvd))
+    }
+
+    /// Whether anything needs the second moment of the inputs.
+    pub fn needs_hessian(&self) -> bool {
+        matches!(self.rounding, Rounding::Gptq(_)) || self.branch_needs_hessian()
+    }
+
     fn parse(text: &str, origin: &str) -> Result<Self> {
         let recipe: Recipe = toml::from_str(text).map_err(|e| Error::Recipe(format!("{origin}: {e}")))?;
         recipe.validate()?;
@@ -231,17 +312,15 @@ impl Recipe {
         {
             return refuse(format!("smooth.smoothing_strength = {a}: choose 0 to 1, or \"search\""));
         }
-        if let Some(Fourier { mean_k, max_k, temperature, .. }) = self.branch {
-            if let Searched::Fixed(t) = temperature
-                && !(0.0..=100.0).contains(&t)
-            {
-                return refuse(format!("branch.temperature = {t}: choose 0 (uniform) to 100, or \"search\""));
-            }
-            if max_k > 0 && max_k < mean_k {
-                return refuse(format!(
-                    "branch.max_k = {max_k} is less than branch.mean_k = {mean_k}: raise it (--max-k), or 0 for no bound"
-                ));
-            }
+        if let (Some(_), Some(Smooth { all_sites: true, .. })) = (self.rotate, self.smooth) {
+            return refuse(
+                "rotate and smooth.all_sites = true: the inputs of o_proj and down_proj are rotated after the layers that smoothing would \
+                 fold into; set smooth.all_sites = false"
+                    .to_owned(),
+            );
+        }
+        if let Some(branch) = &self.branch {
+            branch.validate(self.scheme.weight_bits)?;
         }
         if let Rounding::Gptq(g) = &self.rounding
             && (!(g.dampening_frac > 0.0 && g.dampening_frac <= 1.0) || g.block_size == 0)
@@ -275,6 +354,51 @@ impl Recipe {
     }
 }
 
+impl Branch {
+    fn validate(&self, weight_bits: u8) -> Result<()> {
+        let refuse = |why: String| Err(Error::Recipe(why));
+        let &Branch { basis, mean_k, rank, max_k, score, temperature, iterations, overhead } = self;
+        let (name, shared) =
+            (basis.name(), matches!(basis, BranchBasis::Rows | BranchBasis::Svd | BranchBasis::Wsvd));
+        if let Searched::Fixed(t) = temperature
+            && !(0.0..=100.0).contains(&t)
+        {
+            return refuse(format!("branch.temperature = {t}: choose 0 (uniform) to 100, or \"search\""));
+        }
+        if max_k > 0 && max_k < mean_k {
+            return refuse(format!(
+                "branch.max_k = {max_k} is less than branch.mean_k = {mean_k}: raise it (--max-k), or 0 for no bound"
+            ));
+        }
+        if rank > 0 && !shared {
+            return refuse(format!(
+                "branch.rank: the basis {name} keeps bins of every channel; give branch.mean_k (--mean-k)"
+            ));
+        }
+        if mean_k > MAX_ITEMS || rank > MAX_ITEMS {
+            return refuse(format!("branch: mean_k and rank are at most {MAX_ITEMS}"));
+        }
+        if shared && (score != Score::Uniform || temperature != Searched::Fixed(0.0)) {
+            return refuse(format!(
+                "branch.score and branch.temperature: all channels share the directions of the basis {name}; set score = \"uniform\" (--score) and \
+                 temperature = 0 (--temperature)"
+            ));
+        }
+        if iterations > 1 && !matches!(basis, BranchBasis::Svd | BranchBasis::Wsvd) {
+            return refuse(format!("branch.iterations: only svd and wsvd are fitted again, not {name}"));
+        }
+        if overhead == Overhead::Matched && !(3..=4).contains(&weight_bits) {
+            return refuse(format!(
+                "branch.overhead = \"matched\" gives some channels {weight_bits} − 1 bits, which needs weights of 3 or 4 bits"
+            ));
+        }
+        Ok(())
+    }
+}
+
+/// No layer keeps as many directions.
+const MAX_ITEMS: usize = 1 << 14;
+
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -300,12 +424,23 @@ mod tests {
             (format!("{base}[calibration]\nsamples = 0"), "samples"),
             (format!("{base}[scheme]\nweight_bits = 1\nact_bits = 4\nkv_bits = 4"), "W1"),
             (format!("{base}[weight_clip]\nmax_shrink = 1.5"), "max_shrink"),
+            (format!("{base}[branch]\nrank = 8"), "mean_k"),
+            (format!("{base}[branch]\nbasis = \"svd\"\nrank = 8\nscore = \"act\""), "share"),
+            (format!("{base}[branch]\nbasis = \"dct\"\nmean_k = 8\niterations = 5"), "svd"),
+            (format!("{base}[branch]\nbasis = \"walsh\"\nmean_k = 8"), "fourier-top"),
+            (
+                format!(
+                    "{base}[scheme]\nweight_bits = 8\nact_bits = 8\nkv_bits = 8\n[branch]\nmean_k = 8\noverhead = \"matched\""
+                ),
+                "3 or 4",
+            ),
+            (format!("{base}[rotate]\nkind = \"hadamard\"\n[smooth]\nsmoothing_strength = 0.5"), "all_sites"),
             ("name = \"x\"".to_owned(), "rounding"),
         ] {
             let error = Recipe::parse(&text, "test.toml").unwrap_err().to_string();
             assert!(error.contains(word), "{error}");
         }
         let error = Recipe::load("no-such-recipe").unwrap_err().to_string();
-        assert!(error.contains("no-such-recipe") && error.contains("specquant, gptq"), "{error}");
+        assert!(error.contains("no-such-recipe") && error.contains("awq, gptq"), "{error}");
     }
 }

@@ -9,10 +9,13 @@ use rand::Rng;
 use rand_chacha::{ChaCha8Rng, rand_core::SeedableRng};
 use safetensors::{Dtype, tensor::TensorView};
 use specquant_kernels::{KvCache, KvFormat, rms_norm};
-use specquant_model::{Block, Embedding, Head, Model, RopeTable, Site, Source, Span};
-use specquant_quantize::layer::{self, Round, Weight};
+use specquant_model::{
+    Block, BranchBasis, Embedding, Head, Model, RopeTable, Site, Source, Span, Truncation,
+};
+use specquant_quantize::branch::{self, LayerBranch};
+use specquant_quantize::layer::{self, Input, Round, Weight};
 use specquant_quantize::rounding::{ClipSearch, GptqConfig, Hessian, factorize};
-use specquant_quantize::{Recipe, Report, Searched, SiteStats, quantize_block, run};
+use specquant_quantize::{BUILT_IN, Overhead, Recipe, Report, Searched, SiteStats, quantize_block, run};
 
 const TINY: [&str; 6] =
     ["llama-tied-bf16", "llama3-rope-scaled", "llama-sharded", "mistral", "qwen2", "qwen3"];
@@ -155,8 +158,12 @@ fn gptq_with_the_identity_rounds_a_residual_to_nearest() {
         let values = source.tensor(&format!("{name}.weight")).unwrap().to_f32().unwrap();
         let weight = Weight { name: &name, out, inp, values: &values, bias: None };
         let factor = factorize(&Hessian::identity(inp), &GptqConfig::default());
+        let stored = branch::truncate(&values, out, inp, &vec![5; out]).unwrap();
+        let low = LayerBranch { weight: branch::reconstruct(&stored, out, inp), stored };
+        let (input, clip) =
+            (Input { mean_abs: &[], hessian: None, sample: &[], rows: 0 }, ClipSearch::default());
         let rounded =
-            |round| layer::quantize(&weight, &scheme, vec![5; out], &ClipSearch::default(), round).unwrap().0;
+            |round| layer::quantize(&weight, &scheme, Some(&low), &[], &clip, round, &input).unwrap().0;
         assert!(rounded(Round::Gptq(&factor)) == rounded(Round::Nearest), "{name}");
     }
 }
@@ -203,7 +210,7 @@ fn the_checkpoint_read_back_gives_the_logits_of_the_blocks_in_memory() {
             });
             let prefix = format!("model.layers.{index}");
             let layers = quantize_block(&mut b, &prefix, &mut stats, &recipe, config).unwrap();
-            reports.extend(layers.into_iter().map(|(report, _)| report));
+            reports.extend(layers.layers.into_iter().map(|(report, _)| report));
             forward(&b, recipe.scheme.kv_format(), &mut x, &mut |_, _| ());
         }
         assert_eq!(reports, report.layers, "{name}");
@@ -215,6 +222,78 @@ fn the_checkpoint_read_back_gives_the_logits_of_the_blocks_in_memory() {
         let read_back = logits(&Model::load(&written).unwrap(), &texts);
         let bits = |x: &[f32]| -> Vec<u32> { x.iter().map(|v| v.to_bits()).collect() };
         assert!(bits(&in_memory) == bits(&read_back), "{name}: error {}", relative(&read_back, &in_memory));
+    }
+}
+
+/// Adding a method is adding a file and a line; this is what then has to work.
+#[test]
+fn every_built_in_recipe_runs_and_its_result_is_read_back() {
+    let dir = tempfile::tempdir().unwrap();
+    for (name, _) in BUILT_IN {
+        for model in ["llama-tied-bf16", "qwen2"] {
+            let destination = dir.path().join(format!("{model}-{name}"));
+            let report = quantize(&tiny(model), &recipe(name, "W4A4KV4"), &texts(1), &destination);
+            assert!(
+                report.layers.iter().all(|l| l.relative_error.is_finite() && l.relative_error < 0.5),
+                "{name}"
+            );
+            let texts = texts(2);
+            let got = logits(&Model::open(&destination).unwrap(), &texts);
+            let error = relative(&got, &logits(&Model::open(&tiny(model)).unwrap(), &texts));
+            println!("{model} {name}: {error:.3}, {:.3} bits", report.bits_per_weight);
+            assert!(error < 0.9, "{model} {name}: {error}");
+        }
+    }
+}
+
+/// Every basis with smoothing, with rotation, with either rounding.
+#[test]
+fn methods_compose() {
+    let dir = tempfile::tempdir().unwrap();
+    let texts = texts(1);
+    for (i, basis) in BranchBasis::ALL.into_iter().enumerate() {
+        let base = if i % 2 == 0 { "quarot" } else { "smoothquant" };
+        let mut recipe = recipe(base, "W4A8KV8");
+        let mut branch = Recipe::load("specquant").unwrap().branch.unwrap();
+        (branch.basis, branch.score, branch.temperature) =
+            (basis, branch::Score::Uniform, Searched::Fixed(0.0));
+        recipe.branch = Some(branch);
+        let plain = dir.path().join(format!("{}-plain", basis.name()));
+        let report = quantize(&tiny("qwen3"), &recipe, &texts, &plain);
+        assert!(report.layers.iter().all(|l| l.mean_k.is_some()), "{basis:?}");
+        let full = logits(&Model::open(&tiny("qwen3")).unwrap(), &texts);
+        let error = relative(&logits(&Model::open(&plain).unwrap(), &texts), &full);
+        assert!(error < 0.5, "{basis:?}: {error}");
+
+        // Without its branch the same checkpoint is worse, and with all of it the same.
+        let truncated = |t| {
+            let mut source = Source::open(&plain).unwrap();
+            source.truncate_branches(t).unwrap();
+            relative(&logits(&Model::load(&source).unwrap(), &texts), &full)
+        };
+        assert_eq!(truncated(Truncation::Items(usize::MAX)), error);
+        assert_eq!(truncated(Truncation::Energy(1.0)), error);
+        let (none, half) = (truncated(Truncation::Items(0)), truncated(Truncation::Energy(0.5)));
+        assert!(none > error && half > error, "{basis:?}: {none} {half} {error}");
+
+        // Paid for by the residual, it takes what the layer takes without a branch.
+        let branch = recipe.branch.as_mut().unwrap();
+        (branch.mean_k, branch.overhead) = (2, Overhead::Matched);
+        let matched = quantize(&tiny("qwen3"), &recipe, &texts, &dir.path().join(basis.name()));
+        recipe.branch = None;
+        let none =
+            quantize(&tiny("qwen3"), &recipe, &texts, &dir.path().join(format!("{}-none", basis.name())));
+        for (with, without) in matched.layers.iter().zip(&none.layers) {
+            let row = 1.0 / without.shape[0] as f64;
+            assert!(
+                with.bits_per_weight <= without.bits_per_weight + 1e-9
+                    && with.bits_per_weight > without.bits_per_weight - row - 0.01,
+                "{basis:?} {}: {} {}",
+                with.name,
+                with.bits_per_weight,
+                without.bits_per_weight
+            );
+        }
     }
 }
 

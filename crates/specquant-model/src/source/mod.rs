@@ -19,7 +19,7 @@ use serde_json::{Value, json};
 use sha2::{Digest, Sha256};
 
 use crate::config::token_ids;
-use crate::{Error, ModelConfig, Problems, Result, Tokenizer};
+use crate::{Error, ModelConfig, Problems, Result, Tokenizer, Truncation};
 pub(crate) use gguf::Gguf;
 pub(crate) use gguf_model::token_id;
 use safetensors_dir::Tensors;
@@ -33,6 +33,7 @@ pub struct Source {
     config_json: Value,
     tensors: Tensors,
     is_gguf: bool,
+    truncation: Truncation,
 }
 
 impl Source {
@@ -82,7 +83,14 @@ impl Source {
             }
         }
         let tensors = safetensors_dir::tensors(dir)?;
-        let mut source = Source { path: dir.to_owned(), config, config_json, tensors, is_gguf: false };
+        let mut source = Source {
+            path: dir.to_owned(),
+            config,
+            config_json,
+            tensors,
+            is_gguf: false,
+            truncation: Truncation::None,
+        };
         source.settle_tying();
         Ok(source)
     }
@@ -97,7 +105,14 @@ impl Source {
         let config = gguf_model::config(&gguf, &map)?;
         let tensors = gguf_model::tensors(&gguf, &path.into(), &map, &config);
         let config_json = config.to_hf_json();
-        Ok(Source { path: path.to_owned(), config, config_json, tensors, is_gguf: true })
+        Ok(Source {
+            path: path.to_owned(),
+            config,
+            config_json,
+            tensors,
+            is_gguf: true,
+            truncation: Truncation::None,
+        })
     }
 
     /// Whether the output matrix is the embedding matrix is for the tensors to say, not for the flag alone. No lm_head at all: tied,
@@ -209,8 +224,27 @@ impl Source {
         self.tensors.values().filter(|t| t.dtype.widens()).try_for_each(|t| t.to_f32().map(drop))
     }
 
-    /// SHA-256, in hexadecimal, of all that determines what the model computes: configuration, tensors (names, types, shapes, bytes)
-    /// and tokenizer. It does not depend on the path or on how the tensors are spread over files.
+    /// Models loaded from here leave out a part of every branch.
+    ///
+    /// # Errors
+    /// [`Error::Checkpoint`] when there is no branch.
+    pub fn truncate_branches(&mut self, truncation: Truncation) -> Result<()> {
+        let quant = crate::QuantizationConfig::from_config(&self.config_json, &self.path)?;
+        if truncation != Truncation::None && quant.and_then(|q| q.branch_basis).is_none() {
+            let why = "has no 16-bit branch that could be truncated; leave out --k-run and --truncate";
+            return Err(Error::Checkpoint(format!("{}: {why}", self.path.display())));
+        }
+        self.truncation = truncation;
+        Ok(())
+    }
+
+    /// How much of every branch is used.
+    pub fn truncation(&self) -> Truncation {
+        self.truncation
+    }
+
+    /// SHA-256, in hexadecimal, of all that determines what the model computes: configuration, tensors (names, types, shapes, bytes),
+    /// tokenizer and truncation. It does not depend on the path or on how the tensors are spread over files.
     ///
     /// # Errors
     /// As [`Source::side_files`].
@@ -224,6 +258,9 @@ impl Source {
         };
         let digests: Vec<_> = tensors.par_iter().map(digest).collect();
         let mut whole = Sha256::new().chain_update(self.config_json.to_string());
+        if self.truncation != Truncation::None {
+            whole.update(format!("{:?}", self.truncation));
+        }
         digests.iter().for_each(|d| whole.update(d));
         let files = self.side_files()?;
         files.iter().filter(|(name, _)| name == "tokenizer.json").for_each(|(_, bytes)| whole.update(bytes));

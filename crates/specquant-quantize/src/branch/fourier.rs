@@ -2,27 +2,19 @@
 //!
 //! With N inputs and `F = rfft(w_j)`, the orthonormal coefficients of bin m are `re = c Re F_m` and `im = -c Im F_m`,
 //! `c = √(2/N)`, or `√(1/N)` at m = 0 and N/2, where im is zero: `re` multiplies the cosine and `im` the sine row of
-//! `specquant_kernels::real_basis`. Keeping bins m < k leaves the squared error `1/N Σ_{m=k}^{N-k} |F_m|²` (Parseval).
+//! [`specquant_kernels::Basis::Fourier`]. Keeping bins m < k leaves the squared error `1/N Σ_{m=k}^{N-k} |F_m|²` (Parseval).
 //!
 //! Deviations from arXiv 2511.11663, whose equations contradict each other: the signal is an output channel over the
 //! inputs (text of section 3.2; algorithm 1 loops over inputs), the factors above replace those of Eq. 5, 10 and 11, and
 //! a coefficient is stored as (re, im) in f16 instead of amplitude and phase, which takes the same bytes. Everything is
 //! done by FFT, of any length, which is as fast as a product with the basis even for a few bins.
 
-use super::BranchError;
+use super::{BranchError, coefficient};
 use half::f16;
 use rayon::prelude::*;
 use realfft::RealFftPlanner;
 use realfft::num_complex::Complex;
-
-/// The lowest frequency bins of every output channel.
-#[derive(Clone, Debug, PartialEq)]
-pub struct Truncated {
-    /// `[out]`, bins kept of each channel.
-    pub bins: Vec<u16>,
-    /// `Σ bins` pairs (re, im), channel by channel, low frequency first: coefficients of the orthonormal real basis.
-    pub coeffs: Vec<f16>,
-}
+use specquant_model::{BranchBasis, StoredBranch};
 
 /// Keeps the lowest `bins[j]` frequency bins of output channel j of `w_hat: [out, inp]`.
 ///
@@ -31,30 +23,65 @@ pub struct Truncated {
 ///
 /// # Panics
 /// If the slices do not have these shapes.
-pub fn truncate(w_hat: &[f32], out: usize, inp: usize, bins: &[u16]) -> Result<Truncated, BranchError> {
-    assert_eq!(bins.len(), out, "one number of bins for each output channel");
+pub fn truncate(w_hat: &[f32], out: usize, inp: usize, bins: &[u16]) -> Result<StoredBranch, BranchError> {
+    keep(w_hat, out, inp, BranchBasis::Fourier, bins)
+}
+
+/// Keeps the `bins[j]` frequency bins of most energy of output channel j of `w_hat: [out, inp]`, the largest first. This
+/// costs an index a bin, and a whole transform of every input at run time.
+///
+/// # Errors
+/// As [`truncate`].
+///
+/// # Panics
+/// As [`truncate`].
+pub fn truncate_top(
+    w_hat: &[f32],
+    out: usize,
+    inp: usize,
+    bins: &[u16],
+) -> Result<StoredBranch, BranchError> {
+    keep(w_hat, out, inp, BranchBasis::FourierTop, bins)
+}
+
+fn keep(
+    w_hat: &[f32],
+    out: usize,
+    inp: usize,
+    basis: BranchBasis,
+    counts: &[u16],
+) -> Result<StoredBranch, BranchError> {
+    assert_eq!(counts.len(), out, "one number of bins for each output channel");
     let limit = inp / 2 + 1;
-    if let Some(channel) = bins.iter().position(|&k| usize::from(k) > limit) {
-        return Err(BranchError::TooManyBins { channel, bins: usize::from(bins[channel]), inp, limit });
+    if let Some(channel) = counts.iter().position(|&k| usize::from(k) > limit) {
+        return Err(BranchError::TooManyBins { channel, bins: usize::from(counts[channel]), inp, limit });
     }
     let channels = map_spectra(w_hat, out, inp, |channel, spectrum| {
-        let mut coeffs = Vec::with_capacity(2 * usize::from(bins[channel]));
-        for (bin, f) in spectrum.iter().take(usize::from(bins[channel])).enumerate() {
+        let mut order: Vec<u16> = (0..spectrum.len() as u16).collect();
+        if basis == BranchBasis::FourierTop {
+            let energy =
+                |&bin: &u16| spectrum[usize::from(bin)].norm_sqr() * norm(usize::from(bin), inp).powi(2);
+            order.sort_by(|a, b| energy(b).total_cmp(&energy(a))); // stable
+        }
+        order.truncate(usize::from(counts[channel]));
+        let mut coeffs = Vec::with_capacity(2 * order.len());
+        for bin in order.iter().map(|&bin| usize::from(bin)) {
+            let f = spectrum[bin];
             for value in [f.re * norm(bin, inp), -f.im * norm(bin, inp)] {
-                let coeff = f16::from_f32(value);
-                if !coeff.is_finite() {
-                    return Err(BranchError::NotRepresentable { channel, bin, value });
-                }
-                coeffs.push(coeff);
+                coeffs.push(coefficient(value, channel, bin)?);
             }
         }
-        Ok(coeffs)
+        Ok((order, coeffs))
     });
-    let mut coeffs = Vec::with_capacity(2 * bins.iter().map(|&k| usize::from(k)).sum::<usize>());
+    let (mut indices, mut coeffs) = (Vec::new(), Vec::new());
     for channel in channels {
-        coeffs.extend(channel?); // the first channel that fails is the one named, whatever the number of threads
+        let (order, values) = channel?; // the first channel that fails is the one named, whatever the number of threads
+        if basis == BranchBasis::FourierTop {
+            indices.extend(order);
+        }
+        coeffs.extend(values);
     }
-    Ok(Truncated { bins: bins.to_vec(), coeffs })
+    Ok(StoredBranch { basis, counts: counts.to_vec(), indices, coeffs })
 }
 
 /// The weight W' as `[out, inp]` that the stored coefficients stand for.
@@ -63,25 +90,32 @@ pub fn truncate(w_hat: &[f32], out: usize, inp: usize, bins: &[u16]) -> Result<T
 ///
 /// # Panics
 /// If `t` is not of `out` channels with at most `inp / 2 + 1` bins each.
-pub fn reconstruct(t: &Truncated, out: usize, inp: usize) -> Vec<f32> {
-    assert_eq!(t.bins.len(), out, "one number of bins for each output channel");
+pub fn reconstruct(t: &StoredBranch, out: usize, inp: usize) -> Vec<f32> {
+    assert_eq!(t.counts.len(), out, "one number of bins for each output channel");
     let mut w = vec![0.0; out * inp];
     if w.is_empty() {
         return w;
     }
-    let mut rest = t.coeffs.as_slice();
-    let channels: Vec<&[f16]> =
-        t.bins.iter().map(|&k| rest.split_off(..2 * usize::from(k)).unwrap_or(&[])).collect();
+    let (mut rest, mut indices) = (t.coeffs.as_slice(), t.indices.as_slice());
+    let channels: Vec<(&[f16], &[u16])> = t
+        .counts
+        .iter()
+        .map(|&k| {
+            let k = usize::from(k);
+            (rest.split_off(..2 * k).unwrap_or(&[]), indices.split_off(..k).unwrap_or(&[]))
+        })
+        .collect();
     let plan = RealFftPlanner::new().plan_fft_inverse(inp);
     w.par_chunks_exact_mut(inp).zip(channels).for_each_init(
         || (plan.make_input_vec(), plan.make_scratch_vec()),
-        |(spectrum, scratch), (w, coeffs)| {
+        |(spectrum, scratch), (w, (coeffs, indices))| {
             spectrum.fill(Complex::default());
-            for (bin, (f, c)) in spectrum.iter_mut().zip(coeffs.chunks_exact(2)).enumerate() {
+            for (item, c) in coeffs.chunks_exact(2).enumerate() {
+                let bin = indices.get(item).map_or(item, |&bin| usize::from(bin));
                 let own_mirror = bin == 0 || 2 * bin == inp;
                 // The inverse transform adds every other bin and its mirror image.
                 let share = norm(bin, inp) * if own_mirror { 1.0 } else { 0.5 };
-                *f = Complex::new(
+                spectrum[bin] = Complex::new(
                     c[0].to_f32() * share,
                     if own_mirror { 0.0 } else { -c[1].to_f32() * share },
                 );
@@ -160,6 +194,7 @@ fn map_spectra<R: Send>(
 mod tests {
     use super::*;
     use crate::rounding::testing::gaussian;
+    use specquant_kernels::{Basis, fourier_rows};
     use std::f64::consts::TAU;
 
     fn squared_error(a: &[f32], b: &[f32]) -> f64 {
@@ -206,7 +241,8 @@ mod tests {
         for (n, k) in [(45, 7), (64, 33), (576, 16)] {
             let w = gaussian(n, 7);
             let t = truncate(&w, 1, n, &[k as u16]).unwrap();
-            let basis = specquant_kernels::real_basis(n, k);
+            let basis = Basis::Fourier(n);
+            let basis = basis.rows(fourier_rows(n, k));
             // Rows DC, cos 1, sin 1, ...: all coefficients in order but the im of bin 0 (and of bin n/2, at the end).
             let coeffs: Vec<f32> = [t.coeffs[0]].iter().chain(&t.coeffs[2..]).map(|c| c.to_f32()).collect();
             for (i, got) in reconstruct(&t, 1, n).iter().enumerate() {
@@ -261,6 +297,28 @@ mod tests {
         }
     }
 
+    /// The largest bins are the best choice of that many, so they leave less than the lowest; and all of them leave nothing.
+    #[test]
+    fn the_largest_bins_come_first_and_are_put_back_where_they_were() {
+        let n = 60;
+        let w = gaussian(3 * n, 5);
+        let error = |t: &StoredBranch| squared_error(&w, &reconstruct(t, 3, n));
+        let power: Vec<Vec<f64>> = w.chunks(n).map(naive_power).collect();
+        for k in [1u16, 4, 31] {
+            let top = truncate_top(&w, 3, n, &[k; 3]).unwrap();
+            for (power, indices) in power.iter().zip(top.indices.chunks(usize::from(k))) {
+                let both = |bin: usize| power[bin] * if bin == 0 || 2 * bin == n { 1.0 } else { 2.0 };
+                let kept: Vec<f64> = indices.iter().map(|&bin| both(usize::from(bin))).collect();
+                assert!(kept.is_sorted_by(|a, b| *a >= b * (1.0 - 1e-4)), "{kept:?}");
+                let least = kept.last().unwrap();
+                let left_out = (0..=n / 2).filter(|&bin| !indices.contains(&(bin as u16)));
+                assert!(left_out.into_iter().all(|bin| both(bin) <= least * (1.0 + 1e-4)));
+            }
+            assert!(error(&top) <= error(&truncate(&w, 3, n, &[k; 3]).unwrap()) + 1e-4);
+        }
+        assert!(error(&truncate_top(&w, 3, n, &[31; 3]).unwrap()) < 1e-4);
+    }
+
     #[test]
     fn storage_of_sixteen_bins_is_the_overhead_the_paper_reports() {
         // Table 4: 2.7% of the 4-bit codes of Llama-2-7B.
@@ -291,7 +349,7 @@ mod tests {
         w[8..16].fill(3e4);
         w[24..32].fill(f32::NAN);
         let error = truncate(&w, 4, 8, &[1; 4]).unwrap_err();
-        assert!(matches!(error, BranchError::NotRepresentable { channel: 1, bin: 0, .. }), "{error}");
+        assert!(matches!(error, BranchError::NotRepresentable { channel: 1, item: 0, .. }), "{error}");
         assert!(truncate(&w, 4, 8, &[1, 0, 1, 0]).is_ok());
     }
 

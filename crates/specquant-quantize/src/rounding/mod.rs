@@ -4,7 +4,7 @@
 //! `w ≈ code · scale`, with `code` in `[-2^(b-1), 2^(b-1) - 1]` and one scale for each output channel or for each group
 //! of input channels of it. The steps are separate, so that a recipe can combine them:
 //!
-//! 1. [`weight_scales`] chooses the scales, with or without the clip search;
+//! 1. [`weight_scales`] chooses the scales, with or without the clip search, or [`output_scales`] does;
 //! 2. [`round_to_nearest`] or [`gptq`] chooses the codes under those scales.
 //!
 //! Nothing here depends on the number of threads: work is cut in fixed pieces and every sum has a fixed order. Loops are
@@ -12,11 +12,13 @@
 
 mod gptq;
 mod hessian;
+mod output_clip;
 mod rtn;
 mod scales;
 
 pub use gptq::*;
 pub use hessian::*;
+pub use output_clip::*;
 pub use rtn::*;
 pub use scales::*;
 

@@ -70,11 +70,24 @@ pub struct ClipSearch {
     pub max_shrink: f32,
     /// Exponent of the error.
     pub norm: f32,
+    /// Which error.
+    pub objective: ClipObjective,
+}
+
+/// The error that a clip search minimizes.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum ClipObjective {
+    /// Of the weights: [`weight_scales`].
+    #[default]
+    Weight,
+    /// Of the outputs on calibration tokens: [`output_scales`].
+    Output,
 }
 
 impl Default for ClipSearch {
     fn default() -> Self {
-        Self { enabled: true, grid: 100, max_shrink: 0.8, norm: 2.4 }
+        Self { enabled: true, grid: 100, max_shrink: 0.8, norm: 2.4, objective: ClipObjective::Weight }
     }
 }
 

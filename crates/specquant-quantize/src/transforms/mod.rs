@@ -1,3 +1,5 @@
 //! What is done to a layer's input and weight before they are rounded, leaving their product unchanged.
 
+pub mod awq;
+pub mod rotate;
 pub mod smooth;

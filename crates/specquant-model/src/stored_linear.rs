@@ -1,0 +1,492 @@
+//! A quantized linear layer between the disk and the kernels: packing, reading with every check, truncation of its branch.
+
+use std::sync::Arc;
+
+use half::f16;
+use specquant_kernels::{Basis, BranchCoeffs, PackedWeights, fourier_rows};
+
+use crate::checkpoint::{StoredTensor, le_bytes, scales_fit_f16};
+use crate::linear::{Branch, DenseLinear, DenseWeight, Linear, QuantLinear};
+use crate::{BranchBasis, Dtype, Error, QuantizationConfig, Result, Scheme, Site, Source, TensorView};
+
+/// A quantized linear layer as it lies on disk.
+#[derive(Debug, Clone, PartialEq)]
+pub struct StoredLinear {
+    /// Output features.
+    pub out: usize,
+    /// Input features.
+    pub inp: usize,
+    /// Bits of a code, 2 to 8; the largest of [`StoredLinear::channel_bits`].
+    pub bits: u8,
+    /// Bits of each channel's codes, `[out]`, at most 4; empty where all have [`StoredLinear::bits`].
+    pub channel_bits: Vec<u8>,
+    /// Inputs that share a scale.
+    pub group_size: usize,
+    /// `[out, in]`.
+    pub codes: Vec<i8>,
+    /// `[out, in / group_size]`.
+    pub scales: Vec<f32>,
+    /// The part in 16 bits.
+    pub branch: Option<StoredBranch>,
+    /// `[out]`.
+    pub bias: Option<Vec<f32>>,
+}
+
+/// The coefficients of a layer's branch as they lie on disk.
+#[derive(Debug, Clone, PartialEq)]
+pub struct StoredBranch {
+    /// What the items are.
+    pub basis: BranchBasis,
+    /// Items of every output channel, `[out]`.
+    pub counts: Vec<u16>,
+    /// Which items, `[Σ counts]`, for [`BranchBasis::FourierTop`]; empty otherwise: the first ones.
+    pub indices: Vec<u16>,
+    /// `[Σ counts, coeffs per item]`, channel by channel, the most important item first.
+    pub coeffs: Vec<f16>,
+}
+
+/// How much of every channel's branch is loaded: "runtime truncation" (arXiv 2511.11663, section "Implementation details"). What is left out
+/// is missing from the sum; the rounded residual does not make up for it.
+#[derive(Debug, Clone, Copy, PartialEq, Default)]
+pub enum Truncation {
+    /// Everything.
+    #[default]
+    None,
+    /// At most that many items.
+    Items(usize),
+    /// The fewest items that hold this share of the channel's stored energy.
+    Energy(f32),
+}
+
+impl StoredBranch {
+    /// The coefficients that `truncation` leaves, for the kernel.
+    fn pack(
+        &self,
+        basis: &Basis,
+        truncation: Truncation,
+    ) -> Result<BranchCoeffs, specquant_kernels::KernelError> {
+        let (n, width) = (basis.in_features(), self.basis.coeffs_per_item());
+        let (mut counts, mut rows, mut coeffs) =
+            (Vec::with_capacity(self.counts.len()), Vec::new(), Vec::new());
+        let mut at = 0;
+        for &count in &self.counts {
+            let items = at..at + usize::from(count);
+            at = items.end;
+            let kept = truncation.keep(&self.coeffs[items.start * width..items.end * width], width);
+            let before = rows.len();
+            for (i, item) in items.take(kept).enumerate() {
+                let index = self.indices.get(item).map_or(i, |&i| usize::from(i));
+                let coeff = &self.coeffs[item * width..(item + 1) * width];
+                if !self.basis.is_fourier() {
+                    rows.push(index as u32);
+                    coeffs.push(coeff[0]);
+                    continue;
+                }
+                rows.push((2 * index).saturating_sub(1) as u32);
+                coeffs.push(coeff[0]);
+                // The sine of DC and of the Nyquist frequency is zero everywhere and has no row.
+                if index > 0 && 2 * index != n {
+                    rows.push(2 * index as u32);
+                    coeffs.push(coeff[1]);
+                }
+            }
+            counts.push(rows.len() - before);
+        }
+        BranchCoeffs::pack(basis.len(), &counts, &rows, &coeffs)
+    }
+
+    /// Basis rows that the lowest `items` items span, of `n` inputs.
+    pub fn rank(&self, n: usize) -> usize {
+        let items = self.counts.iter().copied().max().map_or(0, usize::from);
+        if self.basis.is_fourier() { fourier_rows(n, items) } else { items }
+    }
+}
+
+impl Truncation {
+    /// Items kept of a channel with these coefficients, `[items, width]`.
+    fn keep(self, coeffs: &[f16], width: usize) -> usize {
+        let items = coeffs.len() / width;
+        match self {
+            Truncation::None => items,
+            Truncation::Items(k) => k.min(items),
+            Truncation::Energy(share) => {
+                let energy = |item: &[f16]| item.iter().map(|c| c.to_f64().powi(2)).sum::<f64>();
+                let total: f64 = coeffs.chunks_exact(width).map(energy).sum();
+                let mut held = 0.0;
+                coeffs
+                    .chunks_exact(width)
+                    .take_while(|item| {
+                        let short = held < f64::from(share) * total;
+                        held += energy(item);
+                        short
+                    })
+                    .count()
+            }
+        }
+    }
+}
+
+/// Appends a row of codes, `bits` each, to a stream of bytes that starts anew with every row.
+fn pack_row(codes: &[i8], bits: u8, bytes: &mut Vec<u8>) {
+    let (mut word, mut filled) = (0u32, 0);
+    for &code in codes {
+        word |= ((i32::from(code) + (1 << (bits - 1))) as u32) << filled;
+        filled += u32::from(bits);
+        while filled >= 8 {
+            bytes.push(word as u8);
+            word >>= 8;
+            filled -= 8;
+        }
+    }
+    if filled > 0 {
+        bytes.push(word as u8);
+    }
+}
+
+/// The inverse of [`pack_row`].
+fn unpack_row(bytes: &[u8], bits: u8, inp: usize, codes: &mut Vec<i8>) {
+    let (mut word, mut filled, mut bytes) = (0u32, 0, bytes.iter());
+    for _ in 0..inp {
+        while filled < u32::from(bits) {
+            word |= u32::from(bytes.next().copied().unwrap_or(0)) << filled;
+            filled += 8;
+        }
+        codes.push(((word & ((1 << bits) - 1)) as i32 - (1 << (bits - 1))) as i8);
+        word >>= bits;
+        filled -= u32::from(bits);
+    }
+}
+
+/// Bytes of a packed row.
+fn row_bytes(inp: usize, bits: u8) -> usize {
+    (inp * usize::from(bits)).div_ceil(8)
+}
+
+impl StoredLinear {
+    /// The tensors of the layer named `prefix`.
+    pub fn tensors(&self, prefix: &str) -> Vec<StoredTensor> {
+        let name = |suffix: &str| format!("{prefix}.{suffix}");
+        let mut tensors = Vec::new();
+        let tensor =
+            |suffix: &str, dtype, shape, bytes| StoredTensor { name: name(suffix), dtype, shape, bytes };
+        if self.bits > 4 {
+            let bytes = self.codes.iter().map(|&c| c as u8).collect();
+            tensors.push(tensor("weight_packed", safetensors::Dtype::I8, vec![self.out, self.inp], bytes));
+        } else {
+            let mut bytes = Vec::new();
+            for (channel, row) in self.codes.chunks(self.inp).enumerate() {
+                pack_row(row, self.channel_bits.get(channel).copied().unwrap_or(self.bits), &mut bytes);
+            }
+            let shape = match self.channel_bits.is_empty() {
+                true => vec![self.out, row_bytes(self.inp, self.bits)],
+                false => vec![bytes.len()],
+            };
+            tensors.push(tensor("weight_packed", safetensors::Dtype::U8, shape, bytes));
+            if !self.channel_bits.is_empty() {
+                let bits = self.channel_bits.clone();
+                tensors.push(tensor("weight_bits", safetensors::Dtype::U8, vec![self.out], bits));
+            }
+        }
+        let scale_shape = vec![self.out, self.inp / self.group_size];
+        tensors.push(if scales_fit_f16(&self.scales) {
+            let half: Vec<f16> = self.scales.iter().map(|&s| f16::from_f32(s)).collect();
+            StoredTensor::f16(name("weight_scale"), scale_shape, &half)
+        } else {
+            StoredTensor::f32(name("weight_scale"), scale_shape, &self.scales)
+        });
+        if let Some(branch) = &self.branch {
+            let u16s = |suffix: &str, values: &[u16]| {
+                tensor(
+                    suffix,
+                    safetensors::Dtype::U16,
+                    vec![values.len()],
+                    le_bytes(values, u16::to_le_bytes),
+                )
+            };
+            if branch.counts.windows(2).any(|w| w[0] != w[1]) {
+                tensors.push(u16s("branch_counts", &branch.counts));
+            }
+            if !branch.indices.is_empty() {
+                tensors.push(u16s("branch_indices", &branch.indices));
+            }
+            let width = branch.basis.coeffs_per_item();
+            let shape = vec![branch.coeffs.len() / width, width];
+            tensors.push(StoredTensor::f16(name("branch_coeffs"), shape, &branch.coeffs));
+        }
+        if let Some(bias) = &self.bias {
+            tensors.push(StoredTensor::f32(name("bias"), vec![self.out], bias));
+        }
+        tensors
+    }
+
+    /// Reads the layer named `prefix` of shape `[out, inp]`, checking every length and range.
+    ///
+    /// # Errors
+    /// [`Error::Checkpoint`] names the tensor and what is wrong with it.
+    pub fn read(
+        source: &Source,
+        prefix: &str,
+        [out, inp]: [usize; 2],
+        bits: u8,
+        group_size: usize,
+        basis: Option<BranchBasis>,
+    ) -> Result<Self> {
+        let reader = Reader { source, prefix };
+        let packed = reader.tensor("weight_packed")?;
+        let mut channel_bits = Vec::new();
+        let mut codes = Vec::with_capacity(out * inp);
+        if bits > 4 {
+            reader.expect(&packed, "weight_packed", Dtype::I8, &[out, inp])?;
+            codes.extend(packed.bytes().iter().map(|&b| b as i8));
+        } else if source.has(&reader.name("weight_bits")) {
+            let view = reader.tensor("weight_bits")?;
+            reader.expect(&view, "weight_bits", Dtype::U8, &[out])?;
+            channel_bits = view.bytes().to_vec();
+            if let Some(row) = channel_bits.iter().position(|b| !(2..=bits).contains(b)) {
+                let why =
+                    format!("gives channel {row} {} bits, where 2 to {bits} are possible", channel_bits[row]);
+                return Err(reader.fail("weight_bits", why));
+            }
+            let total = channel_bits.iter().map(|&b| row_bytes(inp, b)).sum();
+            reader.expect(&packed, "weight_packed", Dtype::U8, &[total])?;
+            let mut rest = packed.bytes();
+            for &bits in &channel_bits {
+                let (row, after) = rest.split_at(row_bytes(inp, bits));
+                unpack_row(row, bits, inp, &mut codes);
+                rest = after;
+            }
+        } else {
+            let width = row_bytes(inp, bits);
+            reader.expect(&packed, "weight_packed", Dtype::U8, &[out, width])?;
+            packed.bytes().chunks(width.max(1)).for_each(|row| unpack_row(row, bits, inp, &mut codes));
+        }
+        let scales = reader.tensor("weight_scale")?;
+        if scales.shape != [out, inp / group_size] {
+            let why = format!("has shape {:?} instead of [{out}, {}]", scales.shape, inp / group_size);
+            return Err(reader.fail("weight_scale", why));
+        }
+        let scales = scales.to_f32()?;
+        let branch = reader.branch(out, basis)?;
+        let bias = read_bias(source, prefix, out)?;
+        Ok(StoredLinear { out, inp, bits, channel_bits, group_size, codes, scales, branch, bias })
+    }
+
+    /// The layer in the kernels' layout. basis: the directions that its branch refers to.
+    ///
+    /// # Errors
+    /// [`Error::Kernel`] when codes, scales or coefficients are out of range; `prefix` names the layer.
+    pub fn to_linear(
+        &self,
+        prefix: &str,
+        scheme: &Scheme,
+        basis: Option<&Arc<Basis>>,
+        truncation: Truncation,
+    ) -> Result<Linear> {
+        let named = |cause| Error::Kernel { name: prefix.to_owned(), cause };
+        let weights =
+            PackedWeights::pack(&self.codes, &self.scales, self.out, self.inp, self.bits, self.group_size)
+                .map_err(named)?;
+        let branch = match (&self.branch, basis) {
+            (None, _) => None,
+            (Some(branch), Some(basis)) => Some(Branch {
+                coeffs: branch.pack(basis, truncation).map_err(named)?,
+                basis: Arc::clone(basis),
+            }),
+            (Some(_), None) => {
+                return Err(Error::Checkpoint(format!(
+                    "{prefix}: has branch coefficients, but its input has no basis; quantize the model again"
+                )));
+            }
+        };
+        Ok(Linear::Quantized(QuantLinear {
+            weights,
+            act_bits: scheme.act_bits,
+            act_clip: scheme.act_clip,
+            branch,
+            bias: self.bias.clone(),
+        }))
+    }
+
+    /// Bits on disk, everything counted: codes, scales, counts, indices and coefficients (a bias is not a weight). What layers share,
+    /// the rows of a stored basis, is extra.
+    pub fn stored_bits(&self) -> usize {
+        let tensors = self.tensors("");
+        8 * tensors.iter().filter(|t| !t.name.ends_with(".bias")).map(|t| t.bytes.len()).sum::<usize>()
+    }
+}
+
+/// The tensors of one layer in a file, and complaints about them.
+struct Reader<'a> {
+    source: &'a Source,
+    prefix: &'a str,
+}
+
+impl Reader<'_> {
+    fn name(&self, suffix: &str) -> String {
+        format!("{}.{suffix}", self.prefix)
+    }
+
+    fn tensor(&self, suffix: &str) -> Result<TensorView> {
+        self.source.tensor(&self.name(suffix))
+    }
+
+    fn fail(&self, suffix: &str, why: String) -> Error {
+        let file = self.source.path().display();
+        Error::Checkpoint(format!("{file}: tensor {}.{suffix} {why}; quantize the model again", self.prefix))
+    }
+
+    fn expect(&self, view: &TensorView, suffix: &str, dtype: Dtype, shape: &[usize]) -> Result<()> {
+        if view.dtype == dtype && view.shape == shape {
+            return Ok(());
+        }
+        let (got, want) = (view.dtype.name(), dtype.name());
+        Err(self.fail(suffix, format!("is {got} {:?} instead of {want} {shape:?}", view.shape)))
+    }
+
+    fn u16s(&self, suffix: &str, len: usize) -> Result<Vec<u16>> {
+        let view = self.tensor(suffix)?;
+        self.expect(&view, suffix, Dtype::U16, &[len])?;
+        Ok(view.bytes().chunks_exact(2).map(|b| u16::from_le_bytes([b[0], b[1]])).collect())
+    }
+
+    fn branch(&self, out: usize, basis: Option<BranchBasis>) -> Result<Option<StoredBranch>> {
+        let has = |suffix: &str| self.source.has(&self.name(suffix));
+        let present: Vec<&str> =
+            ["branch_coeffs", "branch_counts", "branch_indices"].into_iter().filter(|s| has(s)).collect();
+        let (Some(basis), true) = (basis, !present.is_empty()) else {
+            // A branch that nothing declares would be left out of the sum without a word.
+            return match present.first() {
+                Some(suffix) => {
+                    Err(self.fail(suffix, "is there, but config.json names no branch_basis".to_owned()))
+                }
+                None => Ok(None),
+            };
+        };
+        let view = self.tensor("branch_coeffs")?;
+        let width = basis.coeffs_per_item();
+        let items = view.shape.first().copied().unwrap_or(0);
+        let counts = if has("branch_counts") {
+            self.u16s("branch_counts", out)?
+        } else {
+            match u16::try_from(items / out.max(1)) {
+                Ok(each) if usize::from(each) * out == items => vec![each; out],
+                _ => {
+                    let why = format!("has {items} items for {out} channels, and no branch_counts beside it");
+                    return Err(self.fail("branch_coeffs", why));
+                }
+            }
+        };
+        let total = counts.iter().map(|&k| usize::from(k)).sum();
+        self.expect(&view, "branch_coeffs", Dtype::F16, &[total, width])?;
+        let indices = match basis {
+            BranchBasis::FourierTop => self.u16s("branch_indices", total)?,
+            _ => Vec::new(),
+        };
+        let coeffs = view.bytes().chunks_exact(2).map(|b| f16::from_le_bytes([b[0], b[1]])).collect();
+        Ok(Some(StoredBranch { basis, counts, indices, coeffs }))
+    }
+}
+
+/// The tensors of a site's basis, for `prefix` such as `model.layers.0`: none where the basis is computed.
+pub fn basis_tensors(basis: &Basis, prefix: &str, site: Site) -> Vec<StoredTensor> {
+    let name = |suffix: &str| format!("{prefix}.{}.{suffix}", site.name());
+    match basis {
+        Basis::Fourier(_) | Basis::Dct(_) => Vec::new(),
+        Basis::Inputs { indices, .. } => vec![StoredTensor {
+            name: name("branch_inputs"),
+            dtype: safetensors::Dtype::I32,
+            shape: vec![indices.len()],
+            bytes: le_bytes(indices, u32::to_le_bytes),
+        }],
+        Basis::Dense { n, rows } => {
+            let half: Vec<f16> = rows.iter().map(|&v| f16::from_f32(v)).collect();
+            vec![StoredTensor::f16(name("branch_basis"), vec![basis.len(), *n], &half)]
+        }
+    }
+}
+
+/// The basis of a site's branches, `n` inputs wide; none where its layers have no branch.
+pub(crate) fn read_basis(
+    source: &Source,
+    quant: Option<&QuantizationConfig>,
+    prefix: &str,
+    site: Site,
+    n: usize,
+) -> Result<Option<Arc<Basis>>> {
+    let Some(kind) = quant.and_then(|q| q.branch_basis) else { return Ok(None) };
+    let prefix = format!("{prefix}.{}", site.name());
+    let reader = Reader { source, prefix: &prefix };
+    let basis = match kind {
+        BranchBasis::Fourier | BranchBasis::FourierTop => Basis::Fourier(n),
+        BranchBasis::Dct => Basis::Dct(n),
+        BranchBasis::Rows if source.has(&reader.name("branch_inputs")) => {
+            let view = reader.tensor("branch_inputs")?;
+            reader.expect(&view, "branch_inputs", Dtype::I32, &[view.shape.iter().product()])?;
+            let indices: Vec<u32> =
+                view.bytes().chunks_exact(4).map(|b| u32::from_le_bytes([b[0], b[1], b[2], b[3]])).collect();
+            if let Some(i) = indices.iter().find(|&&i| i as usize >= n) {
+                return Err(reader.fail("branch_inputs", format!("names input {i} of {n}")));
+            }
+            Basis::Inputs { n, indices }
+        }
+        BranchBasis::Svd | BranchBasis::Wsvd if source.has(&reader.name("branch_basis")) => {
+            let view = reader.tensor("branch_basis")?;
+            reader.expect(
+                &view,
+                "branch_basis",
+                Dtype::F16,
+                &[view.shape.first().copied().unwrap_or(0), n],
+            )?;
+            Basis::Dense { n, rows: view.to_f32()? }
+        }
+        _ => return Ok(None),
+    };
+    Ok(Some(Arc::new(basis)))
+}
+
+/// Reads `prefix.bias`, `[out]`, if there is one.
+pub(crate) fn read_bias(source: &Source, prefix: &str, out: usize) -> Result<Option<Vec<f32>>> {
+    let name = format!("{prefix}.bias");
+    if !source.has(&name) {
+        return Ok(None);
+    }
+    let view = source.tensor(&name)?;
+    if view.shape != [out] {
+        return Err(Error::Checkpoint(format!(
+            "{}: tensor {name} has shape {:?} instead of [{out}]",
+            source.path().display(),
+            view.shape
+        )));
+    }
+    Ok(Some(view.to_f32()?))
+}
+
+/// The linear layer `prefix` of shape `[out, inp]`: quantized where the source holds codes, dense on the memory map otherwise.
+pub(crate) fn read_linear(
+    source: &Source,
+    quant: Option<&QuantizationConfig>,
+    prefix: &str,
+    [out, inp]: [usize; 2],
+    basis: Option<&Arc<Basis>>,
+) -> Result<Linear> {
+    if let Some(quant) = quant.filter(|_| source.has(&format!("{prefix}.weight_packed"))) {
+        let (scheme, kind) = (&quant.scheme, quant.branch_basis);
+        return StoredLinear::read(source, prefix, [out, inp], scheme.weight_bits, scheme.group(inp), kind)?
+            .to_linear(
+                &format!("{}: {prefix}", source.path().display()),
+                scheme,
+                basis,
+                source.truncation(),
+            );
+    }
+    let weight = source.tensor(&format!("{prefix}.weight"))?;
+    if weight.shape != [out, inp] {
+        let file = source.path().display();
+        return Err(Error::Checkpoint(format!(
+            "{file}: tensor {prefix}.weight has shape {:?} instead of [{out}, {inp}]",
+            weight.shape
+        )));
+    }
+    let bias = read_bias(source, prefix, out)?;
+    Ok(Linear::Dense(DenseLinear { out, inp, weight: DenseWeight::Mapped(weight), bias }))
+}

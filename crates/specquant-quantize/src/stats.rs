@@ -1,0 +1,88 @@
+//! What calibration learns about the inputs of linear layers.
+
+use crate::rounding::Hessian;
+use crate::{Error, Result};
+
+/// What calibration learns about the input of a [`Site`].
+pub struct SiteStats {
+    /// Largest magnitude per channel, `[in]`.
+    pub max: Vec<f32>,
+    /// Sum of magnitudes per channel, `[in]`.
+    sum: Vec<f64>,
+    /// Rows seen.
+    rows: usize,
+    /// Σ x xᵀ, if rounding or branch need it.
+    pub(crate) hessian: Option<Hessian>,
+    /// Every `stride`-th row, for searches and reports, `[sampled, in]`.
+    pub(crate) sample: Vec<f32>,
+    stride: usize,
+}
+
+impl SiteStats {
+    /// Empty statistics of a site with `inp` channels that will see `total_rows` rows.
+    pub fn new(inp: usize, total_rows: usize, search_tokens: usize, with_hessian: bool) -> Self {
+        SiteStats {
+            max: vec![0.0; inp],
+            sum: vec![0.0; inp],
+            rows: 0,
+            hessian: with_hessian.then(|| Hessian::new(inp)),
+            sample: Vec::new(),
+            stride: total_rows.div_ceil(search_tokens).max(1),
+        }
+    }
+
+    /// Adds rows. x: `[rows, in]`.
+    ///
+    /// # Errors
+    /// [`Error::NotFinite`] names the first broken channel of `module`.
+    pub fn add(&mut self, x: &[f32], module: &str) -> Result<()> {
+        let inp = self.max.len();
+        for row in x.chunks_exact(inp) {
+            if self.rows.is_multiple_of(self.stride) {
+                self.sample.extend_from_slice(row);
+            }
+            self.rows += 1;
+            for (channel, (&x, (max, sum))) in
+                row.iter().zip(self.max.iter_mut().zip(&mut self.sum)).enumerate()
+            {
+                if !x.is_finite() {
+                    return Err(Error::NotFinite {
+                        module: module.to_owned(),
+                        what: "the calibration input",
+                        channel: Some(channel),
+                    });
+                }
+                *max = max.max(x.abs());
+                *sum += f64::from(x.abs());
+            }
+        }
+        if let Some(hessian) = &mut self.hessian {
+            hessian.add(x);
+        }
+        Ok(())
+    }
+
+    /// The same statistics of the smoothed input `x / λ`.
+    pub(crate) fn smooth(&mut self, lambda: &[f32]) {
+        for (channel, &l) in lambda.iter().enumerate() {
+            self.max[channel] /= l;
+            self.sum[channel] /= f64::from(l);
+        }
+        self.sample
+            .chunks_exact_mut(lambda.len())
+            .for_each(|row| row.iter_mut().zip(lambda).for_each(|(x, l)| *x /= l));
+        if let Some(hessian) = &mut self.hessian {
+            hessian.rescale(&lambda.iter().map(|l| 1.0 / l).collect::<Vec<_>>());
+        }
+    }
+
+    /// Mean magnitudes, `[in]`.
+    pub(crate) fn mean_abs(&self) -> Vec<f32> {
+        self.sum.iter().map(|s| (s / self.rows.max(1) as f64) as f32).collect()
+    }
+
+    /// Rows of the sample.
+    pub(crate) fn sampled_rows(&self) -> usize {
+        self.sample.len() / self.max.len()
+    }
+}

@@ -1,0 +1,193 @@
+//! Rotations: outliers are spread over all channels before anything is rounded (QuaRot, Ashkboos et al., arXiv 2404.00456).
+//!
+//! An orthonormal Q changes nothing where it meets its transpose. The residual stream x becomes x Q: RMSNorm commutes with Q once
+//! its weight γ is folded into the layers after it, so embeddings, `o_proj` and `down_proj` write x Q, and q, k, v, gate, up and the head read it with
+//! W diag(γ) Q. Within attention, a transform of the heads of v is undone in `o_proj`. What cannot be folded runs on the activations
+//! ([`OnlineRotations`]): across the heads before `o_proj`, over the whole width before `down_proj`, and on q and k after RoPE, whose
+//! product it leaves alone (section 4; constants and places as in QuaRot's `rotation_utils.py`).
+//!
+//! Two lines of that code are left out: the mean of every embedding is not subtracted, which would change an RMSNorm model, and the
+//! head is untied from the embeddings first, because only one of them has γ folded in. Here transforms are in f32, n log n.
+
+use rand::Rng;
+use rand_chacha::{ChaCha8Rng, rand_core::SeedableRng};
+use rayon::prelude::*;
+use specquant_kernels::Hadamard;
+use specquant_model::{Block, DenseLinear, DenseWeight, Linear, ModelConfig, OnlineRotations, Rotations};
+
+use crate::recipe::Rotate;
+
+/// An orthonormal Q [n, n]: x becomes x diag(signs) H.
+pub struct RandomHadamard {
+    signs: Vec<f32>,
+    hadamard: Hadamard,
+}
+
+impl RandomHadamard {
+    /// Of width `n`, with random signs.
+    pub fn new(n: usize, seed: u64) -> Self {
+        let mut rng = ChaCha8Rng::seed_from_u64(seed);
+        let signs = (0..n).map(|_| if rng.random::<bool>() { 1.0 } else { -1.0 }).collect();
+        RandomHadamard { signs, hadamard: Hadamard::new(n) }
+    }
+
+    /// X Q for X `[rows, n]`, in place: what reads or is the residual stream.
+    pub fn rotate_rows(&self, x: &mut [f32]) {
+        let n = self.signs.len();
+        x.par_chunks_exact_mut(n).for_each(|row| row.iter_mut().zip(&self.signs).for_each(|(v, s)| *v *= s));
+        self.hadamard.apply(x, x.len() / n);
+    }
+
+    /// Qᵀ W for W `[n, in]`, in place: what writes the residual stream.
+    fn rotate_columns(&self, w: &mut Vec<f32>) {
+        let n = self.signs.len();
+        let inp = w.len() / n;
+        let mut columns = transposed(w, n, inp);
+        self.rotate_rows(&mut columns);
+        *w = transposed(&columns, inp, n);
+    }
+}
+
+/// w `[rows, cols]` as `[cols, rows]`.
+fn transposed(w: &[f32], rows: usize, cols: usize) -> Vec<f32> {
+    let mut t = vec![0.0; w.len()];
+    t.par_chunks_exact_mut(rows.max(1)).enumerate().for_each(|(col, out)| {
+        out.iter_mut().zip(w[col..].iter().step_by(cols)).for_each(|(t, w)| *t = *w);
+    });
+    t
+}
+
+/// The rotations that a recipe leaves to run time. A width without a Hadamard matrix (9 heads) is not mixed.
+pub fn online(rotate: &Rotate, config: &ModelConfig) -> OnlineRotations {
+    let kind = |n| (Hadamard::new(n).block() > 1).then_some(rotate.kind);
+    OnlineRotations {
+        down: kind(config.intermediate_size),
+        heads: kind(config.num_heads),
+        qk: kind(config.head_dim).filter(|_| rotate.qk),
+    }
+}
+
+/// Weight and bias of a layer that has not been quantized.
+fn owned(linear: &mut Linear) -> Option<(&mut Vec<f32>, Option<&mut Vec<f32>>)> {
+    match linear {
+        Linear::Dense(DenseLinear { weight: DenseWeight::Owned(w), bias, .. }) => Some((w, bias.as_mut())),
+        _ => None,
+    }
+}
+
+/// Multiplies the columns of w `[out, in]` by a norm's weight `[in]`.
+pub fn fold_norm(w: &mut [f32], norm: &[f32]) {
+    w.par_chunks_exact_mut(norm.len()).for_each(|row| row.iter_mut().zip(norm).for_each(|(w, n)| *w *= n));
+}
+
+/// Rotates a block whose weights are dense and owned, so that it maps the rotated residual stream as it mapped the plain one.
+pub fn rotate_block(
+    block: &mut Block,
+    config: &ModelConfig,
+    residual: &RandomHadamard,
+    online: &OnlineRotations,
+) {
+    let rotations = Rotations::new(online, config);
+    for (norm, layers) in [
+        (&mut block.input_norm, vec![&mut block.q, &mut block.k, &mut block.v]),
+        (&mut block.post_norm, vec![&mut block.gate, &mut block.up]),
+    ] {
+        for (w, _) in layers.into_iter().filter_map(owned) {
+            fold_norm(w, norm);
+            residual.rotate_rows(w);
+        }
+        norm.fill(1.0);
+    }
+    for (w, bias) in [&mut block.o, &mut block.down].into_iter().filter_map(owned) {
+        residual.rotate_columns(w);
+        if let Some(bias) = bias {
+            residual.rotate_rows(bias);
+        }
+    }
+    let head = Hadamard::new(config.head_dim);
+    if let Some((w, bias)) = owned(&mut block.v) {
+        let out = config.num_kv_heads * config.head_dim;
+        let inp = w.len() / out;
+        let mut columns = transposed(w, out, inp);
+        head.apply(&mut columns, inp * config.num_kv_heads);
+        *w = transposed(&columns, inp, out);
+        if let Some(bias) = bias {
+            head.apply(bias, config.num_kv_heads);
+        }
+    }
+    if let Some((w, _)) = owned(&mut block.o) {
+        let rows = w.len() / (config.num_heads * config.head_dim);
+        head.apply(w, rows * config.num_heads);
+        if let Some(heads) = &rotations.heads {
+            heads.apply_across(w, rows, config.head_dim);
+        }
+    }
+    if let (Some((w, _)), Some(down)) = (owned(&mut block.down), &rotations.down) {
+        let rows = w.len() / config.intermediate_size;
+        down.apply(w, rows);
+    }
+    block.rotations = rotations;
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use specquant_kernels::{KvCache, KvFormat, rms_norm};
+    use specquant_model::{Embedding, Head, RopeTable, RotationKind, Source, Span};
+    use std::path::Path;
+
+    fn forward(block: &Block, config: &ModelConfig, x: &mut [f32]) {
+        let rows = x.len() / config.hidden_size;
+        let mut cache = KvCache::new(KvFormat::F32, config.num_kv_heads, config.head_dim);
+        let rope = RopeTable::new(&config.inv_freq(), 0..rows);
+        block.forward(config, &rope, x, &mut [Span { rows, cache: &mut cache }], &mut |_, _| ()).unwrap();
+    }
+
+    fn relative(got: &[f32], want: &[f32]) -> f64 {
+        let norm = |x: &mut dyn Iterator<Item = f32>| x.map(|v| f64::from(v).powi(2)).sum::<f64>().sqrt();
+        norm(&mut got.iter().zip(want).map(|(g, w)| g - w)) / norm(&mut want.iter().copied())
+    }
+
+    /// GQA, biases, norms on q and k, a sliding window and a tied head all meet a rotation here.
+    #[test]
+    fn a_rotated_model_gives_the_same_logits() {
+        let tiny = Path::new(env!("CARGO_MANIFEST_DIR")).join("../../../shared/golden/tiny");
+        for name in ["llama-tied-bf16", "llama3-rope-scaled", "llama-sharded", "mistral", "qwen2", "qwen3"] {
+            let source = Source::open(&tiny.join(name)).unwrap();
+            let config = source.config();
+            let rotate = Rotate { kind: RotationKind::Hadamard, qk: true };
+            let (residual, online) = (RandomHadamard::new(config.hidden_size, 3), online(&rotate, config));
+            let mut rng = ChaCha8Rng::seed_from_u64(4);
+            let ids: Vec<u32> = (0..40).map(|_| rng.random_range(0..config.vocab_size as u32)).collect();
+            let mut plain = Embedding::read(&source).unwrap().lookup(&ids, config.hidden_size).unwrap();
+            let mut rotated = plain.clone();
+            residual.rotate_rows(&mut rotated);
+            for index in 0..config.num_layers {
+                let mut block = Block::read(&source, index, None).unwrap();
+                block.linears_mut().into_iter().try_for_each(Linear::widen).unwrap();
+                forward(&block, config, &mut plain);
+                rotate_block(&mut block, config, &residual, &online);
+                assert!(block.rotations.down.is_some() && block.rotations.qk.is_some());
+                forward(&block, config, &mut rotated);
+                let mut expected = plain.clone();
+                residual.rotate_rows(&mut expected);
+                let difference = relative(&rotated, &expected);
+                assert!(difference < 1e-4, "{name}, block {index}: {difference}");
+            }
+            let mut head = Head::read(&source).unwrap();
+            let logits = |head: &Head, x: &[f32]| {
+                let mut normed = vec![0.0; x.len()];
+                rms_norm(x, &head.norm, config.rms_norm_eps, &mut normed);
+                head.linear.forward(&normed, ids.len()).unwrap()
+            };
+            let want = logits(&head, &plain);
+            head.linear.widen().unwrap();
+            let (w, _) = owned(&mut head.linear).unwrap();
+            fold_norm(w, &head.norm);
+            residual.rotate_rows(w);
+            head.norm.fill(1.0);
+            let difference = relative(&logits(&head, &rotated), &want);
+            assert!(difference < 1e-4, "{name}: {difference}");
+        }
+    }
+}
