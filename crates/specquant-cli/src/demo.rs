@@ -162,7 +162,7 @@ pub fn run(args: DemoArgs) -> anyhow::Result<ExitCode> {
     )?;
     writeln!(
         out,
-        "bits/weight: linear layers of the blocks, scales and spectral coefficients counted; the source (GGUF: its own rounding included) runs in f32"
+        "bits/weight: linear layers of the blocks, scales and branches counted; the source (GGUF: its own rounding included) runs in f32"
     )?;
     writeln!(
         out,
