@@ -61,7 +61,7 @@ fn main() {
     let config = SpinQuantConfig { steps, sequence_length: tokens, ..SpinQuantConfig::default() };
     let mut clock = Instant::now();
     let progress = &mut |step, loss| {
-        println!("spinquant step {step}: loss {loss:.4}, {:.2} s", clock.elapsed().as_secs_f64());
+        println!("spinquant step {step}: loss {loss:.6}, {:.2} s", clock.elapsed().as_secs_f64());
         clock = Instant::now();
     };
     spinquant(&source, &[ids.clone()], &config, start, progress).unwrap();

@@ -44,14 +44,19 @@ fn rotate_fixed(x: &Tensor, rt: &Tensor) -> Candle<Tensor> {
 }
 
 impl<'a> Net<'a> {
-    /// Reads a model. r3: `[head_dim, head_dim]`; r4: `[b, b]`, b divides the intermediate size.
+    /// Reads a model, for sequences up to `longest` tokens. r3: `[head_dim, head_dim]`; r4: `[b, b]`, b divides the intermediate size.
     pub fn load(
         source: &Source,
         config: &'a SpinQuantConfig,
+        longest: usize,
         r3: Option<&[f32]>,
         r4: Option<&[f32]>,
     ) -> Result<Self> {
         let model = source.config();
+        if source.is_quantized() {
+            let (path, method) = (source.path().to_owned(), "specquant".to_owned());
+            return Err(specquant_model::Error::AlreadyQuantized { path, method }.into());
+        }
         let vector = |name: &str| -> Result<Vec<f32>> { Ok(source.tensor(name)?.to_f32()?) };
         let matrix = |name: &str, shape: [usize; 2]| -> Result<Tensor> { Ok(tensor(vector(name)?, &shape)?) };
         let transposed = |r: Option<&[f32]>| -> Result<Option<Tensor>> {
@@ -61,7 +66,7 @@ impl<'a> Net<'a> {
         };
         let (r3t, r4t) = (transposed(r3)?, transposed(r4)?);
 
-        let geometry = Geometry::new(model, 0, config.sequence_length);
+        let geometry = Geometry::new(model, 0, longest);
         let mut layers = Vec::with_capacity(model.num_layers);
         for layer in 0..model.num_layers {
             let prefix = format!("model.layers.{layer}");
@@ -114,13 +119,8 @@ impl<'a> Net<'a> {
     }
 
     /// The embeddings of `tokens`, not rotated, `[tokens, hidden]`.
-    fn embed(&self, tokens: &[u32]) -> Result<Tensor> {
-        let vocab = self.embedding.dim(0)?;
-        if let Some(&id) = tokens.iter().find(|id| **id as usize >= vocab) {
-            return Err(specquant_model::Error::TokenId { id, vocab }.into());
-        }
-        let ids = Tensor::new(tokens, self.embedding.device())?;
-        Ok(self.embedding.index_select(&ids, 0)?)
+    fn embed(&self, tokens: &[u32]) -> Candle<Tensor> {
+        self.embedding.index_select(&Tensor::new(tokens, self.embedding.device())?, 0)
     }
 
     /// What the head multiplies, `[tokens, hidden]`: normalized, and rotated back. x: `[tokens, hidden]`.
@@ -139,7 +139,7 @@ impl<'a> Net<'a> {
     }
 
     /// The mean cross-entropy of predicting each token of a sequence from those before it, in nats, and its gradient by every
-    /// rotation. rotations: R1, then R2 of every layer; the gradients in the same order.
+    /// rotation. tokens: at least two, within the vocabulary; rotations: R1, then R2 of every layer; the gradients in the same order.
     pub fn gradients(&self, tokens: &[u32], rotations: &[Tensor]) -> Result<(f64, Vec<Tensor>)> {
         let (targets, tokens) = (&tokens[1..], &tokens[..tokens.len() - 1]);
         let (r1, r2) = (Var::from_tensor(&rotations[0])?, &rotations[1..]);

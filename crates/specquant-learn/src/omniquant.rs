@@ -163,14 +163,15 @@ pub fn omniquant(
     config.validate()?;
     let block = Block::new(weights, model, layer)?;
     let samples = samples(fp_inputs, quant_inputs, model.hidden_size, config)?;
-    let geometry = Geometry::new(model, layer, config.sequence_length);
+    let longest = samples.iter().map(|(fp, _)| fp.dims()[0]).max().unwrap_or_default();
+    let geometry = Geometry::new(model, layer, longest);
     let samples = samples
         .into_iter()
         .map(|(fp, quantized)| Ok((geometry.forward(&block, &fp)?, quantized)))
         .collect::<Result<Vec<_>>>()?;
 
     let mut params = Params::new(weights, model, layer, act_max, config)?;
-    let mut losses = Vec::with_capacity(config.epochs);
+    let mut losses = Vec::new();
     for epoch in 0..config.epochs {
         let mut mean = 0.0;
         for (target, input) in &samples {

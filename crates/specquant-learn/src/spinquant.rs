@@ -4,7 +4,7 @@
 //! stream is rotated by R1 `[hidden, hidden]`, the values of every head by R2 `[head_dim, head_dim]`, one a layer; both fold into the
 //! weights. Two fixed rotations may stay online: R3 on queries and keys after the rotary embedding, R4 before `down_proj`. Every
 //! rotation leaves the full-precision function alone, but not the quantized one: R1 and R2 minimize its next-token cross-entropy
-//! by Cayley SGD ([`stiefel`](crate::stiefel)), the quantizers' gradient being the straight-through one.
+//! by Cayley SGD, the quantizers' gradient being the straight-through one.
 //!
 //! ```text
 //! x ← E R1      q, k, v, gate, up: W γ R1      o, down: R1ᵀ W      head: W γ R1      γ: the weight of the norm before
@@ -154,11 +154,16 @@ pub fn spinquant(
 ) -> Result<Rotations> {
     config.validate()?;
     let sequences = cut(texts, config.sequence_length)?;
+    let vocab = source.config().vocab_size;
+    if let Some(&id) = sequences.iter().copied().flatten().find(|id| **id as usize >= vocab) {
+        return Err(specquant_model::Error::TokenId { id, vocab }.into());
+    }
     let mut rotations = start.check(source.config())?;
-    let net = Net::load(source, config, start.r3.as_deref(), start.r4.as_deref())?;
+    let longest = sequences.iter().map(|s| s.len()).max().unwrap_or_default();
+    let net = Net::load(source, config, longest, start.r3.as_deref(), start.r4.as_deref())?;
     let mut rng = ChaCha8Rng::seed_from_u64(config.seed);
     let mut order: Vec<usize> = Vec::new();
-    let mut losses = Vec::with_capacity(config.steps);
+    let mut losses = Vec::new();
     for step in 0..config.steps {
         let (mut loss, mut gradients) = (0.0, Vec::new());
         for _ in 0..config.samples_per_step {

@@ -68,7 +68,7 @@ fn the_float_forward_equals_the_model_under_any_rotations() {
         let want = model.logits(&hidden).unwrap();
 
         let config = FLOAT();
-        let net = Net::load(&source, &config, None, None).unwrap();
+        let net = Net::load(&source, &config, 64, None, None).unwrap();
         let error = relative(&logits(&net, &tokens, &rotations(&source, |n, _| identity(n))), &want);
         assert!(error < 1e-4, "{name}: {error}");
 
@@ -76,12 +76,12 @@ fn the_float_forward_equals_the_model_under_any_rotations() {
         let r3 = to_vec(&rotation(c.head_dim, 50)).unwrap();
         for b in [c.intermediate_size, 16] {
             let r4 = to_vec(&rotation(b, 51)).unwrap();
-            let net = Net::load(&source, &config, Some(&r3), Some(&r4)).unwrap();
+            let net = Net::load(&source, &config, 64, Some(&r3), Some(&r4)).unwrap();
             let error = relative(&logits(&net, &tokens, &turned), &want);
             assert!(error < 1e-3, "{name}, R4 of {b}: {error}");
             // Rotated 8-bit weights take another path to nearly the same.
             let config = SpinQuantConfig { weight_bits: 8, ..FLOAT() };
-            let net = Net::load(&source, &config, Some(&r3), Some(&r4)).unwrap();
+            let net = Net::load(&source, &config, 64, Some(&r3), Some(&r4)).unwrap();
             let error = relative(&logits(&net, &tokens, &turned), &want);
             assert!(error < 0.05, "{name}, 8-bit weights: {error}");
         }
@@ -93,7 +93,7 @@ fn gradients_equal_finite_differences() {
     for (name, weight_bits) in [("qwen2", 16), ("qwen3", 16), ("llama-sharded", 16)] {
         let source = tiny(name);
         let config = SpinQuantConfig { weight_bits, ..FLOAT() };
-        let net = Net::load(&source, &config, None, None).unwrap();
+        let net = Net::load(&source, &config, 64, None, None).unwrap();
         let (at, tokens) = (rotations(&source, rotation), tokens(24, 2));
         let (_, gradients) = net.gradients(&tokens, &at).unwrap();
         for i in 0..at.len() {
@@ -116,7 +116,7 @@ fn gradients_equal_finite_differences() {
 fn in_full_precision_no_rotation_is_better_than_another() {
     let source = tiny("llama-tied-bf16");
     let config = FLOAT();
-    let net = Net::load(&source, &config, None, None).unwrap();
+    let net = Net::load(&source, &config, 64, None, None).unwrap();
     let at = rotations(&source, rotation);
     let (_, gradients) = net.gradients(&tokens(24, 3), &at).unwrap();
     for (r, g) in at.iter().zip(&gradients) {

@@ -77,7 +77,7 @@ fn the_full_precision_block_is_that_of_the_whole_model() {
         let source = tiny(name);
         let c = source.config();
         let config = SpinQuantConfig { act_bits: 16, kv_bits: 16, ..SpinQuantConfig::default() };
-        let net = Net::load(&source, &config, None, None).unwrap();
+        let net = Net::load(&source, &config, 64, None, None).unwrap();
         let block = Block::new(&Owned::read(&source, 1).weights(), c, 1).unwrap();
         let x = tensor(inputs(c.hidden_size).swap_remove(0), (20, c.hidden_size)).unwrap();
         let found = to_vec(&Geometry::new(c, 1, 20).forward(&block, &x).unwrap()).unwrap();
