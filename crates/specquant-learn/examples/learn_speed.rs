@@ -1,4 +1,4 @@
-//! What learning costs: a step of SpinQuant on a model, and OmniQuant on one of its blocks.
+//! What learning costs: a step of SpinQuant on a LLaMA model, and a pass of OmniQuant over 8 sequences on its first block.
 //!
 //!     cargo run --release -p specquant-learn --example learn_speed -- MODEL TEXT [TOKENS] [STEPS]
 #![allow(
@@ -56,7 +56,7 @@ fn main() {
         r1: blocks(c.hidden_size, 0),
         r2: (0..c.num_layers).map(|layer| blocks(c.head_dim, 65536 * layer)).collect(),
         r3: Some(blocks(c.head_dim, 0)),
-        r4: Some(blocks(c.intermediate_size, 0)),
+        r4: Some(blocks(1 << c.intermediate_size.trailing_zeros(), 0)),
     };
     let config = SpinQuantConfig { steps, sequence_length: tokens, ..SpinQuantConfig::default() };
     let mut clock = Instant::now();
@@ -64,7 +64,7 @@ fn main() {
         println!("spinquant step {step}: loss {loss:.6}, {:.2} s", clock.elapsed().as_secs_f64());
         clock = Instant::now();
     };
-    spinquant(&source, &[ids.clone()], &config, start, progress).unwrap();
+    spinquant(&source, std::slice::from_ref(&ids), &config, start, progress).unwrap();
 
     // The first block's inputs are embeddings: both streams are the same there.
     let get = |name: &str| source.tensor(name).unwrap().to_f32().unwrap();
@@ -92,7 +92,7 @@ fn main() {
         column_max(&rms_norm(&inputs.concat(), &post, c.rms_norm_eps), h),
     );
     let config =
-        OmniQuantConfig { samples: 8, epochs: steps, sequence_length: tokens, ..OmniQuantConfig::default() };
+        OmniQuantConfig { samples: 8, epochs: 1, sequence_length: tokens, ..OmniQuantConfig::default() };
     let mut clock = Instant::now();
     let progress = &mut |epoch, loss| {
         println!(

@@ -40,7 +40,8 @@ fn smooth_operations_have_the_slopes_of_finite_differences() {
     let w = random(&[7, 8], 4);
     let softmax =
         |window| move |x: &Tensor| rows(x, CausalSoftmax { tokens: 5, scale: 0.4, window }).unwrap();
-    let cases: [(&str, &[usize], &dyn Fn(&Tensor) -> Tensor); 5] = [
+    type Case<'a> = (&'a str, &'a [usize], &'a dyn Fn(&Tensor) -> Tensor);
+    let cases: [Case; 5] = [
         ("norm", &[4, 9], &|x| rows(x, RmsNorm { eps }).unwrap()),
         ("softmax", &[3, 5, 5], &softmax(None)),
         ("softmax in a window", &[3, 5, 5], &softmax(Some(2))),
