@@ -65,12 +65,12 @@ pub struct SpinQuantConfig {
 }
 
 impl Default for SpinQuantConfig {
-    /// Sized for a CPU; the rest as published.
+    /// Sized for a CPU: 50 sequences of 256 tokens, a 128th of the published tokens; the rest as published.
     fn default() -> Self {
         SpinQuantConfig {
             steps: 50,
             samples_per_step: 1,
-            sequence_length: 512,
+            sequence_length: 256,
             learning_rate: 1.5,
             max_grad_norm: 1.0,
             seed: 0,
@@ -139,7 +139,7 @@ pub struct Rotations {
 
 /// Learns the rotations of a model.
 ///
-/// texts: token ids, the longer the better; each is cut into sequences of `sequence_length` tokens, in the order of which chance
+/// texts: token ids, the longer the better; each is cut into sequences of `sequence_length` tokens, whose order the seed
 /// decides; when all have been seen they are shuffled again. `progress` is told every step's number, from 0, and its loss.
 ///
 /// # Errors
