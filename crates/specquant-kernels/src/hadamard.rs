@@ -3,11 +3,11 @@
 //!
 //! All entries of a Hadamard matrix are ±1, so that a transform spreads an outlier evenly over everything that it mixes. For a
 //! power of two there is Sylvester's matrix, which butterflies apply in n log n additions. A width n = K·2^m asks for a matrix of
-//! order K besides. Which one is used where, and what a width without one gets, says [`Hadamard`].
+//! order K besides; [`Hadamard`] says which widths have one, and what the others get.
 //!
-//! Deviations from QuaRot's code: its matrices of orders 12 to 172 come from Sloane's library, those made here have rows and
-//! columns in another order and with other signs, which matters to nobody who transforms both activations and weights; and a
-//! width that has no plan there (4864, 29568, 9 heads) is no error.
+//! Deviations from QuaRot's code: it copies its matrices of orders 12 to 172 from Sloane's library, and most of those made here
+//! are others, which matters to nobody who transforms both activations and weights; and a width that has no plan there (4864,
+//! 29568, 9 heads) is no error.
 
 mod kernel;
 mod lanes;
@@ -36,12 +36,14 @@ const CHUNK: usize = 1 << 14;
 /// exists:
 ///
 /// 1. p = 1: K = 1, L = n.
-/// 2. K = 4p ≤ 256 by a construction of Paley or Williamson, L = n / K. This leaves out p = 47, 59 and 61.
+/// 2. K = 4p by a construction of Paley or Williamson, L = n / K: for p up to 63, except 47, 59 and 61.
 /// 3. p = q·r with q ≤ r as close to each other as can be: H_K = H_4r ⊗ H_4q, L = n / K.
 /// 4. K = 1, L = 2^e, the largest power of two in n. If n is odd, this is the identity.
 ///
 /// [`Display`](fmt::Display) writes the factors of a block, `28·512`, after the number of blocks if there are several,
 /// `107 x 128`.
+///
+/// Each value costs log2 L additions, and about K/4 + 7 for every order K.
 ///
 /// To rotate the input of a layer y = x Wᵀ, transform x and the rows of W alike: (x H)(W H)ᵀ = x Wᵀ. To give the output of a
 /// layer the rotation, [`apply_across`](Self::apply_across) the rows of W `[out, in]`, with `inner` = in: x (Hᵀ W)ᵀ = y H.
@@ -60,8 +62,8 @@ impl Hadamard {
         let power = if n == 0 { 1 } else { 1 << n.trailing_zeros() };
         let ks = odd_orders(n / power, power);
         let orders: Vec<_> = ks.into_iter().filter_map(Order::get).collect();
-        let taken: usize = orders.iter().map(|order| order.k & order.k.wrapping_neg()).product();
-        Hadamard { n, low: power / taken, orders }
+        // An order is four times an odd number.
+        Hadamard { n, low: power >> (2 * orders.len()), orders }
     }
 
     /// Width n of the vectors.
@@ -140,6 +142,10 @@ impl Hadamard {
     }
 
     fn run(&self, x: &mut [f32], rows: usize, inner: usize, transposed: bool) {
+        self.run_with(Isa::active(), x, rows, inner, transposed);
+    }
+
+    fn run_with(&self, isa: Isa, x: &mut [f32], rows: usize, inner: usize, transposed: bool) {
         let want = rows.checked_mul(self.n).and_then(|len| len.checked_mul(inner));
         assert_eq!(Some(x.len()), want, "Hadamard transform: x is not [{rows}, {}, {inner}]", self.n);
         let block = self.block();
@@ -147,12 +153,8 @@ impl Hadamard {
             return;
         }
         let steps = Steps { low: self.low, inner, orders: &self.orders, transposed, scale: self.scale() };
-        let length = block * inner;
-        let task = |x: &mut [f32]| {
-            let mut scratch = Scratch::new(&self.orders);
-            x.chunks_exact_mut(length).for_each(|x| transform(Isa::active(), x, &steps, &mut scratch));
-        };
-        let chunk = (CHUNK / length).max(1) * length;
+        let task = |x: &mut [f32]| transform(isa, x, &steps, &mut Scratch::new(&self.orders));
+        let chunk = (CHUNK / (block * inner)).max(1) * block * inner;
         if x.len() <= chunk {
             return task(x);
         }
@@ -173,16 +175,19 @@ impl fmt::Display for Hadamard {
     }
 }
 
-/// The orders for the odd factor `p` of a width p·`power`, the innermost first; none if there are none.
+/// The orders for the odd factor p of a width p·`power`, the innermost first; none if there are none.
 fn odd_orders(p: usize, power: usize) -> Vec<usize> {
-    let is_available = |q: &usize| q.checked_mul(4).is_some_and(orders::is_available);
-    if power >= 4 && is_available(&p) {
+    let is_available = |q: usize| q.checked_mul(4).is_some_and(orders::is_available);
+    if power >= 4 && is_available(p) {
         return vec![4 * p];
     }
-    // Of two orders, the smaller is the inner one, whose columns may be too few to fill a vector.
-    let split = |q: &usize| p.is_multiple_of(*q) && is_available(q) && is_available(&(p / q));
-    match (3..64).filter(|q| q * q <= p).rfind(split) {
+    let splits = |q: &usize| p.is_multiple_of(*q) && is_available(*q) && is_available(p / q);
+    match (3..64).filter(|q| q * q <= p).rfind(splits) {
+        // The inner one may have too few columns to fill a vector, so it is the smaller.
         Some(q) if power >= 16 => vec![4 * q, 4 * p / q],
         _ => vec![],
     }
 }
+
+#[cfg(test)]
+mod tests;

@@ -8,20 +8,22 @@ use crate::isa::{Avx2, Avx512Vnni};
 use crate::isa::{Isa, Scalar, with_token};
 use std::sync::Arc;
 
-/// Columns that are mixed side by side: two vectors.
-const STRIP: usize = 16;
+/// Floats of a vector.
+const LANES: usize = 8;
+/// Columns that are mixed side by side.
+const STRIP: usize = 2 * LANES;
 /// Values that the butterflies finish before they turn to wider strides: they stay in an L1 cache.
 const NEAR: usize = 4096;
 
-/// One step of the transform in place: a contiguous `[.., k, k, low, inner]`, mixed along all but the last axis.
+/// What to do with x, contiguous `[.., k, .., k, low, inner]`: mix along the axes k and `low`.
 pub(super) struct Steps<'a> {
     /// Width of the power of two.
     pub low: usize,
-    /// Values that lie between two neighbours of the axis `low`: one transform for each.
+    /// Neighbouring values that are transformed each by itself.
     pub inner: usize,
-    /// Axes that are no power of two, the innermost first.
+    /// The matrices of the axes k, the innermost first.
     pub orders: &'a [Arc<Order>],
-    /// Whether they are mixed with the transposed matrices.
+    /// Whether they are transposed.
     pub transposed: bool,
     /// What the result is multiplied with.
     pub scale: f32,
@@ -30,22 +32,27 @@ pub(super) struct Steps<'a> {
 /// Room for [`transform`].
 pub(super) struct Scratch {
     /// For 16 groups of 4 values, their sums with every choice of signs, in every column of a strip.
-    tables: Vec<[f32; STRIP << GROUP]>,
-    /// A strip of outputs.
-    sums: Vec<[[f32; STRIP]; OUTPUTS]>,
+    tables: Vec<Aligned<{ STRIP << GROUP }>>,
+    /// A strip of outputs, [k / 4, 4, 16].
+    sums: Vec<Aligned<{ STRIP * OUTPUTS }>>,
 }
+
+/// Where every vector lies within one line of the cache: vectors that straddle two are read at half the speed.
+#[derive(Clone, Copy)]
+#[repr(align(64))]
+struct Aligned<const N: usize>([f32; N]);
 
 impl Scratch {
     pub fn new(orders: &[Arc<Order>]) -> Self {
         let k = orders.iter().map(|order| order.k).max().unwrap_or(0);
         Scratch {
-            tables: vec![[0.0; STRIP << GROUP]; GROUPS.min(k / GROUP)],
-            sums: vec![[[0.0; STRIP]; OUTPUTS]; k / OUTPUTS],
+            tables: vec![Aligned([0.0; STRIP << GROUP]); GROUPS.min(k / GROUP)],
+            sums: vec![Aligned([0.0; STRIP * OUTPUTS]); k / OUTPUTS],
         }
     }
 }
 
-/// Transforms one contiguous block in place with the kernel of an instruction set, or the scalar one if the machine lacks it.
+/// Transforms whole blocks in place with the kernel of an instruction set, or the scalar one if the machine lacks it.
 pub(super) fn transform(isa: Isa, x: &mut [f32], steps: &Steps, scratch: &mut Scratch) {
     with_token!(isa, token => token.transform(x, steps, scratch));
 }
@@ -72,7 +79,6 @@ impl Kernel for Avx2 {
     }
 }
 
-// Twice as wide is no faster: the butterflies wait for the L1 cache, and for the one port that adds.
 #[cfg(target_arch = "x86_64")]
 impl Kernel for Avx512Vnni {
     fn transform(self, x: &mut [f32], steps: &Steps, scratch: &mut Scratch) {
@@ -83,87 +89,84 @@ impl Kernel for Avx512Vnni {
 // The loops below are written out where closures would do: a closure is compiled by itself, without the instruction set.
 
 #[inline(always)]
-fn run<S: Lanes>(s: S, x: &mut [f32], steps: &Steps, scratch: &mut Scratch) {
-    let (mut stride, mut scale) = (steps.low * steps.inner, steps.scale);
-    if steps.low > 1 {
-        for x in x.chunks_exact_mut(stride) {
-            butterflies(s, x, steps.inner, scale);
-        }
-        scale = 1.0;
+fn run<S: Lanes<LANES>>(s: S, x: &mut [f32], steps: &Steps, scratch: &mut Scratch) {
+    if steps.orders.is_empty() {
+        return butterflies(s, x, steps.low, steps.inner, steps.scale);
     }
+    let mut block = steps.low * steps.inner;
     for order in steps.orders {
-        let codes = order.codes(steps.transposed);
-        for x in x.chunks_exact_mut(order.k * stride) {
-            let mut at = 0;
-            while at + 2 * S::N <= stride {
-                mix::<S, 2>(s, &mut x[at..], stride, codes, order.k, scale, scratch);
-                at += 2 * S::N;
-            }
-            if at + S::N <= stride {
-                mix::<S, 1>(s, &mut x[at..], stride, codes, order.k, scale, scratch);
-                at += S::N;
-            }
-            while at < stride {
-                mix::<Single, 1>(Single, &mut x[at..], stride, codes, order.k, scale, scratch);
-                at += 1;
-            }
+        block *= order.k;
+    }
+    for x in x.chunks_exact_mut(block) {
+        let (mut stride, mut scale) = (steps.low * steps.inner, steps.scale);
+        if steps.low > 1 {
+            butterflies(s, x, steps.low, steps.inner, scale);
+            scale = 1.0;
         }
-        stride *= order.k;
-        scale = 1.0;
+        for order in steps.orders {
+            for x in x.chunks_exact_mut(order.k * stride) {
+                mix_all(s, x, stride, order.codes(steps.transposed), scale, scratch);
+            }
+            stride *= order.k;
+            scale = 1.0;
+        }
     }
 }
 
-/// The Walsh-Hadamard transform of x `[len / inner, inner]` along its first axis, a power of two, times `scale`.
+/// The Walsh-Hadamard transforms of x `[.., low, inner]` along `low`, a power of two from 2 on, times `scale`.
 #[inline(always)]
-fn butterflies<S: Lanes>(s: S, x: &mut [f32], inner: usize, scale: f32) {
-    let (len, mut reach) = (x.len(), 2 * inner);
-    while reach < len && reach < NEAR {
-        reach *= 2;
+fn butterflies<S: Lanes<LANES>>(s: S, x: &mut [f32], low: usize, inner: usize, scale: f32) {
+    let length = low * inner;
+    if length < LANES || (inner > 1 && !inner.is_multiple_of(LANES)) {
+        return levels(Single, x, inner, length, scale);
     }
-    for x in x.chunks_exact_mut(reach) {
-        if inner == 1 && reach >= S::N {
-            let stride = first(s, x, scale);
-            levels(s, x, stride, reach, 1.0);
-        } else if inner.is_multiple_of(S::N) {
-            levels(s, x, inner, reach, scale);
-        } else {
-            levels(Single, x, inner, reach, scale);
+    // Strides below `near` are done piece by piece: whole transforms if several fit in, or else a part of one.
+    let mut near = 2 * inner;
+    while near < length && near < NEAR {
+        near *= 2;
+    }
+    for x in x.chunks_mut((NEAR / near).max(1) * near) {
+        match inner {
+            1 if low < LANES * LANES => {
+                lanes(s, x, scale);
+                levels(s, x, LANES, near, 1.0);
+            }
+            1 => {
+                squares(s, x, scale);
+                levels(s, x, LANES * LANES, near, 1.0);
+            }
+            _ => levels(s, x, inner, near, scale),
         }
     }
-    if reach.is_multiple_of(S::N) {
-        levels(s, x, reach, len, 1.0);
-    } else {
-        levels(Single, x, reach, len, 1.0);
+    levels(s, x, near, length, 1.0);
+}
+
+/// The butterflies of strides 1, 2 and 4, times `scale`.
+#[inline(always)]
+fn lanes<S: Lanes<LANES>>(s: S, x: &mut [f32], scale: f32) {
+    for x in x.as_chunks_mut::<LANES>().0 {
+        s.store(s.butterflies(s.scale(s.load(x), scale)), x);
     }
 }
 
-/// The butterflies of strides below S::N, or below 8·S::N if x is that long, times `scale`; returns which of the two. The length
-/// of x is a power of two, S::N and up.
+/// The butterflies of strides 1 to 32, times `scale`.
 #[inline(always)]
-fn first<S: Lanes>(s: S, x: &mut [f32], scale: f32) -> usize {
-    let square = 8 * S::N;
-    if x.len() < square {
-        for x in x.chunks_exact_mut(S::N) {
-            s.store(s.butterflies(s.load(x, scale)), x);
-        }
-        return S::N;
-    }
-    for x in x.chunks_exact_mut(square) {
-        let mut v = [s.zero(); 8];
-        for r in 0..8 {
-            v[r] = s.butterflies(s.load(&x[r * S::N..], scale));
+fn squares<S: Lanes<LANES>>(s: S, x: &mut [f32], scale: f32) {
+    for x in x.as_chunks_mut::<LANES>().0.as_chunks_mut::<LANES>().0 {
+        let mut v = [s.zero(); LANES];
+        for r in 0..LANES {
+            v[r] = s.butterflies(s.scale(s.load(&x[r]), scale));
         }
         between(s, &mut v);
-        for r in 0..8 {
-            s.store(v[r], &mut x[r * S::N..]);
+        for r in 0..LANES {
+            s.store(v[r], &mut x[r]);
         }
     }
-    square
 }
 
 /// The butterflies between R vectors, a power of two.
 #[inline(always)]
-fn between<S: Lanes, const R: usize>(s: S, v: &mut [S::V; R]) {
+fn between<const N: usize, S: Lanes<N>, const R: usize>(s: S, v: &mut [S::V; R]) {
     let mut bit = 1;
     while bit < R {
         for r in 0..R {
@@ -175,102 +178,139 @@ fn between<S: Lanes, const R: usize>(s: S, v: &mut [S::V; R]) {
     }
 }
 
-/// The butterflies of strides `stride`, 2·`stride`, .. up to below `end`, three of them in one pass, times `scale`.
+/// The butterflies of strides `stride`, 2·`stride`, .. up to below `end`, three of them in one pass, times `scale` if there are
+/// any. `stride` is a multiple of N.
 #[inline(always)]
-fn levels<S: Lanes>(s: S, x: &mut [f32], mut stride: usize, end: usize, mut scale: f32) {
-    while stride < end {
-        let radix = match end / stride {
-            2 => pass::<S, 2>(s, x, stride, scale),
-            4 => pass::<S, 4>(s, x, stride, scale),
-            _ => pass::<S, 8>(s, x, stride, scale),
+fn levels<const N: usize, S: Lanes<N>>(s: S, x: &mut [f32], stride: usize, end: usize, mut scale: f32) {
+    let x = x.as_chunks_mut::<N>().0;
+    let mut stride = stride / N;
+    while stride < end / N {
+        let radix = match end / N / stride {
+            2 => pass::<N, S, 2>(s, x, stride, scale),
+            4 => pass::<N, S, 4>(s, x, stride, scale),
+            _ => pass::<N, S, 8>(s, x, stride, scale),
         };
         (stride, scale) = (stride * radix, 1.0);
     }
 }
 
-/// Butterflies of R values each, `stride` apart, times `scale`; returns R. The stride is a multiple of S::N.
+/// Butterflies of R vectors each, `stride` of them apart, times `scale`; returns R.
 #[inline(always)]
-fn pass<S: Lanes, const R: usize>(s: S, x: &mut [f32], stride: usize, scale: f32) -> usize {
+fn pass<const N: usize, S: Lanes<N>, const R: usize>(
+    s: S,
+    x: &mut [[f32; N]],
+    stride: usize,
+    scale: f32,
+) -> usize {
     for x in x.chunks_exact_mut(R * stride) {
-        let mut at = 0;
-        while at < stride {
+        for at in 0..stride {
             let mut v = [s.zero(); R];
             for r in 0..R {
-                v[r] = s.load(&x[r * stride + at..], scale);
+                v[r] = s.scale(s.load(&x[r * stride + at]), scale);
             }
             between(s, &mut v);
             for r in 0..R {
-                s.store(v[r], &mut x[r * stride + at..]);
+                s.store(v[r], &mut x[r * stride + at]);
             }
-            at += S::N;
         }
     }
     R
 }
 
-/// Replaces C vectors of columns of x, `[k, stride]`, by their products with the signs of `codes`, times `scale`.
-///
-/// Four inputs have 16 sums, one for every choice of signs: each is made once, and an output adds one of them where a plain
-/// product would take four additions.
+/// Replaces the columns of x, `[k, stride]`, by their products with the signs of `codes`, times `scale`.
 #[inline(always)]
-fn mix<S: Lanes, const C: usize>(
+fn mix_all<S: Lanes<LANES>>(
     s: S,
     x: &mut [f32],
     stride: usize,
     codes: &[u32],
-    k: usize,
     scale: f32,
     scratch: &mut Scratch,
 ) {
-    let mut codes = codes;
+    let k = x.len() / stride;
+    let mut at = 0;
+    while at + STRIP <= stride {
+        mix::<LANES, S, 2>(s, &mut x[at..], k, stride, codes, scale, scratch);
+        at += STRIP;
+    }
+    if at + LANES <= stride {
+        mix::<LANES, S, 1>(s, &mut x[at..], k, stride, codes, scale, scratch);
+        at += LANES;
+    }
+    while at < stride {
+        mix::<1, Single, 1>(Single, &mut x[at..], k, stride, codes, scale, scratch);
+        at += 1;
+    }
+}
+
+/// [`mix_all`] for the first C vectors of columns.
+///
+/// Four inputs have 16 sums, one for every choice of signs: each is made once, and an output adds one of them where a plain
+/// product would take four additions.
+#[inline(always)]
+fn mix<const N: usize, S: Lanes<N>, const C: usize>(
+    s: S,
+    x: &mut [f32],
+    k: usize,
+    stride: usize,
+    mut codes: &[u32],
+    scale: f32,
+    scratch: &mut Scratch,
+) {
     for first in (0..k).step_by(GROUP * GROUPS) {
         let tables = &mut scratch.tables[..GROUPS.min((k - first) / GROUP)];
         for (g, table) in tables.iter_mut().enumerate() {
+            let table = table.0.as_chunks_mut::<N>().0;
             for c in 0..C {
                 let mut v = [s.zero(); GROUP];
                 for i in 0..GROUP {
-                    v[i] = s.load(&x[(first + g * GROUP + i) * stride + c * S::N..], scale);
+                    let x = x[(first + g * GROUP + i) * stride..].as_chunks::<N>().0;
+                    v[i] = s.scale(s.load(&x[c]), scale);
                 }
                 let (low, high) = (choices(s, v[0], v[1]), choices(s, v[2], v[3]));
                 for code in 0..1 << GROUP {
-                    s.store(s.add(low[code % 4], high[code / 4]), &mut table[code * STRIP + c * S::N..]);
+                    s.store(s.add(low[code % 4], high[code / 4]), &mut table[code * (STRIP / N) + c]);
                 }
             }
         }
         for sums in &mut scratch.sums[..k / OUTPUTS] {
+            let sums = sums.0.as_chunks_mut::<N>().0;
             let (mine, others) = codes.split_at(tables.len());
             codes = others;
             let mut acc = [[s.zero(); C]; OUTPUTS];
             if first > 0 {
                 for o in 0..OUTPUTS {
                     for c in 0..C {
-                        acc[o][c] = s.load(&sums[o][c * S::N..], 1.0);
+                        acc[o][c] = s.load(&sums[o * (STRIP / N) + c]);
                     }
                 }
             }
             for (code, table) in mine.iter().zip(tables.iter()) {
+                let table = table.0.as_chunks::<N>().0;
                 for o in 0..OUTPUTS {
-                    let term = &table[(code >> (8 * o)) as usize % (1 << GROUP) * STRIP..];
+                    let code = (code >> (8 * o)) as usize % (1 << GROUP);
                     for c in 0..C {
-                        acc[o][c] = s.add(acc[o][c], s.load(&term[c * S::N..], 1.0));
+                        acc[o][c] = s.add(acc[o][c], s.load(&table[code * (STRIP / N) + c]));
                     }
                 }
             }
             for o in 0..OUTPUTS {
                 for c in 0..C {
-                    s.store(acc[o][c], &mut sums[o][c * S::N..]);
+                    s.store(acc[o][c], &mut sums[o * (STRIP / N) + c]);
                 }
             }
         }
     }
-    for (i, sum) in scratch.sums[..k / OUTPUTS].as_flattened().iter().enumerate() {
-        x[i * stride..][..C * S::N].copy_from_slice(&sum[..C * S::N]);
+    for (i, sums) in scratch.sums[..k / OUTPUTS].iter().enumerate() {
+        for o in 0..OUTPUTS {
+            x[(i * OUTPUTS + o) * stride..][..C * N].copy_from_slice(&sums.0[o * STRIP..][..C * N]);
+        }
     }
 }
 
 /// ±a ± b: bit 0 of the index subtracts a, bit 1 b.
 #[inline(always)]
-fn choices<S: Lanes>(s: S, a: S::V, b: S::V) -> [S::V; 4] {
+fn choices<const N: usize, S: Lanes<N>>(s: S, a: S::V, b: S::V) -> [S::V; 4] {
     let (sum, difference) = (s.add(a, b), s.sub(b, a));
     [sum, difference, s.sub(a, b), s.sub(s.sub(s.zero(), a), b)]
 }

@@ -4,25 +4,21 @@
 use crate::isa::Avx2;
 use crate::isa::Scalar;
 
-/// Arithmetic on vectors of [`N`](Self::N) floats. Each is exact or rounds once: all implementations give the same bits.
-pub(super) trait Lanes: Copy {
-    /// Floats of a vector.
-    const N: usize;
+/// Arithmetic on vectors of N floats. Each operation is exact or rounds once: all implementations give the same bits.
+pub(super) trait Lanes<const N: usize>: Copy {
     type V: Copy;
 
     fn zero(self) -> Self::V;
-    /// The first N of x, which has to have them; times `scale`.
-    fn load(self, x: &[f32], scale: f32) -> Self::V;
-    /// Overwrites the first N of x, which has to have them.
-    fn store(self, v: Self::V, x: &mut [f32]);
+    fn load(self, x: &[f32; N]) -> Self::V;
+    fn store(self, v: Self::V, x: &mut [f32; N]);
     fn add(self, a: Self::V, b: Self::V) -> Self::V;
     fn sub(self, a: Self::V, b: Self::V) -> Self::V;
-    /// The butterflies of stride 1, 2 and 4 between eight lanes.
+    fn scale(self, v: Self::V, scale: f32) -> Self::V;
+    /// The butterflies of all strides below N between the lanes.
     fn butterflies(self, v: Self::V) -> Self::V;
 }
 
-impl Lanes for Scalar {
-    const N: usize = 8;
+impl Lanes<8> for Scalar {
     type V = [f32; 8];
 
     #[inline(always)]
@@ -31,13 +27,13 @@ impl Lanes for Scalar {
     }
 
     #[inline(always)]
-    fn load(self, x: &[f32], scale: f32) -> Self::V {
-        std::array::from_fn(|l| x[l] * scale)
+    fn load(self, x: &[f32; 8]) -> Self::V {
+        *x
     }
 
     #[inline(always)]
-    fn store(self, v: Self::V, x: &mut [f32]) {
-        x[..8].copy_from_slice(&v);
+    fn store(self, v: Self::V, x: &mut [f32; 8]) {
+        *x = v;
     }
 
     #[inline(always)]
@@ -48,6 +44,11 @@ impl Lanes for Scalar {
     #[inline(always)]
     fn sub(self, a: Self::V, b: Self::V) -> Self::V {
         std::array::from_fn(|l| a[l] - b[l])
+    }
+
+    #[inline(always)]
+    fn scale(self, v: Self::V, scale: f32) -> Self::V {
+        v.map(|v| v * scale)
     }
 
     #[inline(always)]
@@ -62,8 +63,7 @@ impl Lanes for Scalar {
 #[derive(Clone, Copy)]
 pub(super) struct Single;
 
-impl Lanes for Single {
-    const N: usize = 1;
+impl Lanes<1> for Single {
     type V = f32;
 
     #[inline(always)]
@@ -72,13 +72,13 @@ impl Lanes for Single {
     }
 
     #[inline(always)]
-    fn load(self, x: &[f32], scale: f32) -> f32 {
-        x[0] * scale
+    fn load(self, x: &[f32; 1]) -> f32 {
+        x[0]
     }
 
     #[inline(always)]
-    fn store(self, v: f32, x: &mut [f32]) {
-        x[0] = v;
+    fn store(self, v: f32, x: &mut [f32; 1]) {
+        *x = [v];
     }
 
     #[inline(always)]
@@ -92,6 +92,11 @@ impl Lanes for Single {
     }
 
     #[inline(always)]
+    fn scale(self, v: f32, scale: f32) -> f32 {
+        v * scale
+    }
+
+    #[inline(always)]
     fn butterflies(self, v: f32) -> f32 {
         v
     }
@@ -102,8 +107,7 @@ mod x86 {
     use super::*;
     use std::arch::x86_64::*;
 
-    impl Lanes for Avx2 {
-        const N: usize = 8;
+    impl Lanes<8> for Avx2 {
         type V = __m256;
 
         #[inline(always)]
@@ -113,15 +117,15 @@ mod x86 {
         }
 
         #[inline(always)]
-        fn load(self, x: &[f32], scale: f32) -> __m256 {
-            // SAFETY: the token proves AVX2; the slice has 8 floats.
-            unsafe { _mm256_mul_ps(_mm256_loadu_ps(x[..8].as_ptr()), _mm256_set1_ps(scale)) }
+        fn load(self, x: &[f32; 8]) -> __m256 {
+            // SAFETY: the token proves AVX2; x has 8 floats.
+            unsafe { _mm256_loadu_ps(x.as_ptr()) }
         }
 
         #[inline(always)]
-        fn store(self, v: __m256, x: &mut [f32]) {
-            // SAFETY: the token proves AVX2; the slice has 8 floats.
-            unsafe { _mm256_storeu_ps(x[..8].as_mut_ptr(), v) }
+        fn store(self, v: __m256, x: &mut [f32; 8]) {
+            // SAFETY: the token proves AVX2; x has 8 floats.
+            unsafe { _mm256_storeu_ps(x.as_mut_ptr(), v) }
         }
 
         #[inline(always)]
@@ -134,6 +138,12 @@ mod x86 {
         fn sub(self, a: __m256, b: __m256) -> __m256 {
             // SAFETY: the token proves AVX2.
             unsafe { _mm256_sub_ps(a, b) }
+        }
+
+        #[inline(always)]
+        fn scale(self, v: __m256, scale: f32) -> __m256 {
+            // SAFETY: the token proves AVX2.
+            unsafe { _mm256_mul_ps(v, _mm256_set1_ps(scale)) }
         }
 
         #[inline(always)]
