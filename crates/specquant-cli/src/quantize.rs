@@ -208,19 +208,27 @@ pub fn quantize(
         _ => texts(source, &tokenizer, recipe, quiet)?,
     };
     let mut progress = Progress::new("block", source.config().num_layers as u64, quiet);
-    let report =
-        q::run(source, recipe, &texts, output, overwrite, &mut |Event::Block { index, layers, .. }| {
-            let worst = layers.iter().max_by(|a, b| a.relative_error.total_cmp(&b.relative_error));
-            let mean = layers.iter().map(|l| l.relative_error).sum::<f64>() / layers.len().max(1) as f64;
-            let news = worst.map_or(String::new(), |w| {
-                let short = w.name.rsplit('.').next().unwrap_or(&w.name);
-                format!(
-                    "{:.3} bits, error mean {mean:.4}, largest {:.4} ({short})",
-                    w.bits_per_weight, w.relative_error
-                )
-            });
-            progress.step(index as u64 + 1, &news);
-        })?;
+    let report = q::run(source, recipe, &texts, output, overwrite, &mut |event| {
+        let (index, layers) = match event {
+            Event::Block { index, layers, .. } => (index, layers),
+            Event::Learning { step, of, loss } => {
+                if !quiet {
+                    note!("learning step {}/{of}: loss {loss:.4}", step + 1);
+                }
+                return;
+            }
+        };
+        let worst = layers.iter().max_by(|a, b| a.relative_error.total_cmp(&b.relative_error));
+        let mean = layers.iter().map(|l| l.relative_error).sum::<f64>() / layers.len().max(1) as f64;
+        let news = worst.map_or(String::new(), |w| {
+            let short = w.name.rsplit('.').next().unwrap_or(&w.name);
+            format!(
+                "{:.3} bits, error mean {mean:.4}, largest {:.4} ({short})",
+                w.bits_per_weight, w.relative_error
+            )
+        });
+        progress.step(index as u64 + 1, &news);
+    })?;
     Ok(report)
 }
 

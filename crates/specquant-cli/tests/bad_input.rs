@@ -275,7 +275,10 @@ fn nonsense_flags() {
         (["--embeddings", "int3"], &["--embeddings", "int3", "int8"]),
         (
             ["--recipe", "nosuch"],
-            &["\"nosuch\"", "specquant, svdquant, quarot, awq, gptq, smooth-gptq, smoothquant, rtn"],
+            &[
+                "\"nosuch\"",
+                "specquant, svdquant, quarot, spinquant, omniquant, awq, gptq, smooth-gptq, smoothquant, rtn",
+            ],
         ),
         (["--bits", "4"], &["--bits"]),
     ] {

@@ -1,5 +1,6 @@
 //! One decoder block: smoothing search and folds, then its seven layers.
 
+use std::collections::HashMap;
 use std::sync::Arc;
 
 use serde::Serialize;
@@ -157,6 +158,7 @@ fn search_strength(
                 inp: *inp,
                 values,
                 bias: bias.as_deref(),
+                clip: None,
             })
             .collect();
         let input = Input { mean_abs: &mean_abs, hessian: hessian.as_ref(), sample: &x, rows };
@@ -216,7 +218,24 @@ pub struct QuantizedBlock {
     pub bases: [Option<Arc<Basis>>; 4],
 }
 
-/// Quantizes the block in place. `block` holds owned dense weights; `stats` is in the order of [`Site::ALL`].
+/// Multiplies what reads a site by λ `[in]`, and divides what produces it. At [`Site::O`], heads that read one KV head must have equal
+/// factors.
+#[cfg(feature = "learn")]
+pub(crate) fn apply_scales(block: &mut Block, site: Site, lambda: &[f32], config: &ModelConfig) {
+    for (_, linear) in site_layers(block, site) {
+        if let Some((w, _)) = dense(linear) {
+            smooth::scale_columns(w, lambda);
+        }
+    }
+    let shared = match site {
+        Site::O => smooth::share_in_groups(&mut lambda.to_vec(), config.num_heads, config.num_kv_heads),
+        _ => Vec::new(),
+    };
+    fold(block, site, lambda, &shared);
+}
+
+/// Quantizes the block in place. `block` holds owned dense weights; `stats` is in the order of [`Site::ALL`]; clips: learned clip ratios, by the
+/// layer's full name.
 ///
 /// # Errors
 /// When something is not finite or cannot be packed.
@@ -224,6 +243,7 @@ pub fn quantize_block(
     block: &mut Block,
     prefix: &str,
     stats: &mut [SiteStats; 4],
+    clips: &HashMap<String, Vec<f32>>,
     recipe: &Recipe,
     config: &ModelConfig,
 ) -> Result<QuantizedBlock> {
@@ -249,7 +269,8 @@ pub fn quantize_block(
             .filter_map(|(linear, name)| {
                 let (out, inp) = (linear.out_features(), linear.in_features());
                 let (w, bias) = dense(linear)?;
-                Some(Weight { name, out, inp, values: w, bias: bias.as_deref() })
+                let clip = clips.get(name.as_str()).map(Vec::as_slice);
+                Some(Weight { name, out, inp, values: w, bias: bias.as_deref(), clip })
             })
             .collect();
         let (basis, finished) = layer::finish(&weights, recipe, &input, factor.as_ref(), &wants)?;

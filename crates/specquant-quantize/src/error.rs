@@ -48,6 +48,10 @@ pub enum Error {
         /// What is wrong.
         cause: crate::branch::BranchError,
     },
+    /// Learning failed.
+    #[cfg(feature = "learn")]
+    #[error(transparent)]
+    Learn(#[from] specquant_learn::Error),
     /// The model could not be read or run.
     #[error(transparent)]
     Model(#[from] specquant_model::Error),

@@ -23,6 +23,8 @@ pub struct Weight<'a> {
     pub values: &'a [f32],
     /// `[out]`.
     pub bias: Option<&'a [f32]>,
+    /// Clip ratios that were learned, `[out]`; they take the place of the recipe's search.
+    pub clip: Option<&'a [f32]>,
 }
 
 /// What is known about the input of some layers, transforms applied.
@@ -99,8 +101,18 @@ pub fn quantize(
         let part: Vec<f32> =
             rows.iter().flat_map(|row| &residual[row * w.inp..(row + 1) * w.inp]).copied().collect();
         let grid = Grid { bits, group_size };
-        let found = match clip.objective {
-            ClipObjective::Output if clip.enabled => {
+        let found = match (w.clip, clip.objective) {
+            (Some(ratios), _) => {
+                let whole = ClipSearch { enabled: false, ..clip.clone() };
+                let mut scales = rounding::weight_scales(&part, rows.len(), w.inp, &grid, &whole);
+                let ratios = rows.iter().map(|&row| ratios[row]);
+                scales
+                    .chunks_exact_mut(groups)
+                    .zip(ratios)
+                    .for_each(|(s, p)| s.iter_mut().for_each(|s| *s *= p));
+                scales
+            }
+            (None, ClipObjective::Output) if clip.enabled => {
                 // Attention scores forgive no clipping (llm-awq, `auto_clip.py`, skips q and k).
                 let sharp = w.name.ends_with("q_proj") || w.name.ends_with("k_proj");
                 let clip =

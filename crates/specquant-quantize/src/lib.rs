@@ -9,6 +9,7 @@ pub mod calibration;
 mod card;
 mod error;
 pub mod layer;
+mod learn;
 mod output;
 mod pipeline;
 mod recipe;
@@ -18,6 +19,7 @@ pub mod transforms;
 
 pub use block::*;
 pub use error::*;
+pub use learn::{Learn, OmniQuantConfig, SpinQuantConfig};
 pub use output::check_output;
 pub use pipeline::*;
 pub use recipe::*;

@@ -3,6 +3,7 @@
 //! Block n is calibrated on the outputs of the quantized blocks before it. Only one block's weights are in memory at a time,
 //! widened to f32; a finished block is a finished shard.
 
+use std::collections::HashMap;
 use std::path::Path;
 
 use half::{bf16, f16};
@@ -19,8 +20,10 @@ use crate::block::{LayerReport, quantize_block};
 use crate::calibration::GENERATION_BATCH;
 use crate::output::Output;
 use crate::recipe::{Embeddings, Overhead, Recipe, Rounding};
-use crate::transforms::rotate::{self, RandomHadamard};
+use crate::transforms::rotate::{self, Orthogonal};
 use crate::{Error, Result, SiteStats, branch, card};
+#[cfg(feature = "learn")]
+use crate::{Learn, learn};
 
 /// Rows that run through a block together.
 const BATCH_ROWS: usize = 2048;
@@ -49,6 +52,15 @@ pub struct Plan {
 
 /// Progress of a run.
 pub enum Event<'a> {
+    /// A step of learning over the whole model is done.
+    Learning {
+        /// Its number, from 0.
+        step: usize,
+        /// Number of steps.
+        of: usize,
+        /// What is minimized.
+        loss: f64,
+    },
     /// A block is done.
     Block {
         /// Its number, from 0.
@@ -225,10 +237,7 @@ pub fn run(
         _ => HalfType::F16,
     };
 
-    let rotation = recipe.rotate.map(|rotate| Rotation {
-        residual: RandomHadamard::new(config.hidden_size, recipe.seed),
-        online: rotate::online(&rotate, config),
-    });
+    let rotation = Rotation::new(source, recipe, texts, progress)?;
     let mut norm = source.tensor("model.norm.weight")?.to_f32()?;
     let vocabulary = |from: &str, name: &str, change: &dyn Fn(&mut [f32])| {
         vocabulary_tensors(source, from, name, recipe.embeddings, half_dtype, change)
@@ -265,10 +274,22 @@ pub fn run(
             Ok(x)
         })
         .collect::<Result<Vec<_>>>()?;
+    // What full precision makes of the same texts, for methods that compare with it.
+    #[cfg(feature = "learn")]
+    let mut full = matches!(recipe.learn, Some(Learn::OmniQuant(_))).then(|| states.clone());
+    #[cfg(not(feature = "learn"))]
+    let mut full: Option<Vec<Vec<f32>>> = None;
     let mut layers = Vec::new();
     for index in 0..config.num_layers {
-        let (tensors, reports) =
-            one_block(source, index, recipe, rotation.as_ref(), &mut states, half_dtype)?;
+        let (tensors, reports) = one_block(
+            source,
+            index,
+            recipe,
+            rotation.as_ref(),
+            &mut states,
+            full.as_deref_mut(),
+            half_dtype,
+        )?;
         output.write_shard(&tensors)?;
         progress(Event::Block { index, of: config.num_layers, layers: &reports });
         layers.extend(reports);
@@ -309,8 +330,42 @@ pub fn run(
 
 /// What a recipe's rotation comes to in a model.
 struct Rotation {
-    residual: RandomHadamard,
+    residual: Orthogonal,
+    /// Of the heads of v: one for all layers, or one for each.
+    heads: Vec<Orthogonal>,
     online: OnlineRotations,
+}
+
+impl Rotation {
+    fn new(
+        source: &Source,
+        recipe: &Recipe,
+        texts: &[Vec<u32>],
+        progress: &mut dyn FnMut(Event),
+    ) -> Result<Option<Self>> {
+        let Some(rotate) = &recipe.rotate else { return Ok(None) };
+        let config = source.config();
+        let online = rotate::online(rotate, config);
+        #[cfg(feature = "learn")]
+        if let Some(Learn::SpinQuant(settings)) = &recipe.learn {
+            // R2 alone rotates the heads: nothing across them (SpinQuant, section 3).
+            let online = OnlineRotations { heads: None, ..online };
+            let of = settings.steps;
+            let mut tell = |step, loss| progress(Event::Learning { step, of, loss });
+            let (residual, heads) = learn::rotations(source, recipe, settings, &online, texts, &mut tell)?;
+            return Ok(Some(Rotation { residual, heads, online }));
+        }
+        let _ = (texts, progress);
+        Ok(Some(Rotation {
+            residual: Orthogonal::random_hadamard(config.hidden_size, recipe.seed),
+            heads: vec![Orthogonal::hadamard(config.head_dim)],
+            online,
+        }))
+    }
+
+    fn head(&self, layer: usize) -> &Orthogonal {
+        &self.heads[layer.min(self.heads.len() - 1)]
+    }
 }
 
 /// Calibrates and quantizes one block, and moves the hidden states through the result.
@@ -320,20 +375,22 @@ fn one_block(
     recipe: &Recipe,
     rotation: Option<&Rotation>,
     states: &mut [Vec<f32>],
+    full: Option<&mut [Vec<f32>]>,
     half: HalfType,
 ) -> Result<(Vec<StoredTensor>, Vec<LayerReport>)> {
     let config = source.config();
     let prefix = format!("model.layers.{index}");
     let mut block = Block::read(source, index, None)?;
     block.linears_mut().into_iter().try_for_each(Linear::widen)?;
-    if let Some(Rotation { residual, online }) = rotation {
-        rotate::rotate_block(&mut block, config, residual, online);
+    if let Some(r) = rotation {
+        rotate::rotate_block(&mut block, config, &r.residual, r.head(index), &r.online);
     }
     let mut reports = Vec::new();
     let mut tensors = Vec::new();
     if recipe.scheme.weight_bits < 16 {
         let rows = states.iter().map(|s| s.len() / config.hidden_size).sum();
         let with_hessian = recipe.needs_hessian();
+        let clips = learn_block(&mut block, index, recipe, config, states, full)?;
         let mut stats = Site::ALL.map(|site| {
             SiteStats::new(config.site_width(site), rows, recipe.calibration.search_tokens, with_hessian)
         });
@@ -345,7 +402,7 @@ fn one_block(
             }
         })?;
         observed?;
-        let done = quantize_block(&mut block, &prefix, &mut stats, recipe, config)?;
+        let done = quantize_block(&mut block, &prefix, &mut stats, &clips, recipe, config)?;
         for (report, stored) in done.layers {
             tensors.extend(stored.tensors(&report.name));
             reports.push(report);
@@ -378,6 +435,43 @@ fn one_block(
         }
     }
     Ok((tensors, reports))
+}
+
+/// OmniQuant's part of a block: scales are folded in, clip ratios returned by the layers' names. `full` moves through the block.
+#[cfg(feature = "learn")]
+fn learn_block(
+    block: &mut Block,
+    index: usize,
+    recipe: &Recipe,
+    config: &ModelConfig,
+    states: &[Vec<f32>],
+    full: Option<&mut [Vec<f32>]>,
+) -> Result<HashMap<String, Vec<f32>>> {
+    let (Some(Learn::OmniQuant(settings)), Some(full)) = (&recipe.learn, full) else {
+        return Ok(HashMap::new());
+    };
+    let before = full.to_vec();
+    let mut stats = Site::ALL.map(|site| SiteStats::new(config.site_width(site), 1, 1, false));
+    let mut observed = Ok(());
+    run_block(block, config, KvFormat::F32, full, &mut |site, x| {
+        if observed.is_ok() {
+            observed = stats[site as usize].add(x, &format!("model.layers.{index} {site:?}"));
+        }
+    })?;
+    observed?;
+    learn::scales_and_clips(block, config, index, recipe, settings, (&before, states), &stats)
+}
+
+#[cfg(not(feature = "learn"))]
+fn learn_block(
+    _: &mut Block,
+    _: usize,
+    _: &Recipe,
+    _: &ModelConfig,
+    _: &[Vec<f32>],
+    _: Option<&mut [Vec<f32>]>,
+) -> Result<HashMap<String, Vec<f32>>> {
+    Ok(HashMap::new())
 }
 
 /// Runs whole sequences through one block, a few at a time, each with a fresh cache. states: `[tokens, hidden]` each.

@@ -10,14 +10,17 @@ use serde::{Deserialize, Serialize};
 use specquant_model::{BranchBasis, RotationKind, Scheme};
 
 use crate::branch::Score;
+use crate::learn::Learn;
 use crate::rounding::{ClipSearch, GptqConfig};
 use crate::{Error, Result};
 
 /// The built-in recipes: name and text.
-pub const BUILT_IN: [(&str, &str); 8] = [
+pub const BUILT_IN: [(&str, &str); 10] = [
     ("specquant", include_str!("../recipes/specquant.toml")),
     ("svdquant", include_str!("../recipes/svdquant.toml")),
     ("quarot", include_str!("../recipes/quarot.toml")),
+    ("spinquant", include_str!("../recipes/spinquant.toml")),
+    ("omniquant", include_str!("../recipes/omniquant.toml")),
     ("awq", include_str!("../recipes/awq.toml")),
     ("gptq", include_str!("../recipes/gptq.toml")),
     ("smooth-gptq", include_str!("../recipes/smooth-gptq.toml")),
@@ -43,6 +46,9 @@ pub struct Recipe {
     /// The 16-bit branch; none if absent.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub branch: Option<Branch>,
+    /// What is learned by gradients; nothing if absent.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub learn: Option<Learn>,
     /// How the residual becomes integers.
     pub rounding: Rounding,
     /// Search for the clip ratio of weight scales.
@@ -321,6 +327,9 @@ impl Recipe {
         }
         if let Some(branch) = &self.branch {
             branch.validate(self.scheme.weight_bits)?;
+        }
+        if let Some(learn) = &self.learn {
+            learn.validate(self)?;
         }
         if let Rounding::Gptq(g) = &self.rounding
             && (!(g.dampening_frac > 0.0 && g.dampening_frac <= 1.0) || g.block_size == 0)

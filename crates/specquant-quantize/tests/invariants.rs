@@ -156,7 +156,7 @@ fn gptq_with_the_identity_rounds_a_residual_to_nearest() {
     let scheme = recipe("gptq", "W4A4").scheme;
     for (name, [out, inp]) in source.config().linear_shapes(0) {
         let values = source.tensor(&format!("{name}.weight")).unwrap().to_f32().unwrap();
-        let weight = Weight { name: &name, out, inp, values: &values, bias: None };
+        let weight = Weight { name: &name, out, inp, values: &values, bias: None, clip: None };
         let factor = factorize(&Hessian::identity(inp), &GptqConfig::default());
         let stored = branch::truncate(&values, out, inp, &vec![5; out]).unwrap();
         let low = LayerBranch { weight: branch::reconstruct(&stored, out, inp), stored };
@@ -209,7 +209,8 @@ fn the_checkpoint_read_back_gives_the_logits_of_the_blocks_in_memory() {
                 stats[site as usize].add(x, "site").unwrap();
             });
             let prefix = format!("model.layers.{index}");
-            let layers = quantize_block(&mut b, &prefix, &mut stats, &recipe, config).unwrap();
+            let layers =
+                quantize_block(&mut b, &prefix, &mut stats, &Default::default(), &recipe, config).unwrap();
             reports.extend(layers.layers.into_iter().map(|(report, _)| report));
             forward(&b, recipe.scheme.kv_format(), &mut x, &mut |_, _| ());
         }

@@ -191,6 +191,7 @@ mod tests {
             inp: INP,
             values,
             bias: None,
+            clip: None,
         });
         let input = Input { mean_abs: &mean_abs, hessian: Some(&hessian), sample: &x, rows: 300 };
         for basis in BranchBasis::ALL {

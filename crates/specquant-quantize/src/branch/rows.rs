@@ -25,7 +25,7 @@ mod tests {
     #[test]
     fn the_channels_of_most_output_energy_are_chosen() {
         let values = [1.0, 3.0, 2.0, 0.0, 1.0, 0.0, 2.0, 9.0];
-        let weight = Weight { name: "w", out: 2, inp: 4, values: &values, bias: None };
+        let weight = Weight { name: "w", out: 2, inp: 4, values: &values, bias: None, clip: None };
         // Column energies 2, 9, 8, 81 times those of the input.
         assert_eq!(select(&[weight], &[1.0, 1.0, 2.0, 0.0], 3), [2, 1, 0]);
     }

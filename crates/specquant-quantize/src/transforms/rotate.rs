@@ -17,36 +17,82 @@ use specquant_model::{Block, DenseLinear, DenseWeight, Linear, ModelConfig, Onli
 
 use crate::recipe::Rotate;
 
-/// An orthonormal Q [n, n]: x becomes x diag(signs) H.
-pub struct RandomHadamard {
-    signs: Vec<f32>,
-    hadamard: Hadamard,
+/// An orthonormal Q [n, n].
+pub enum Orthogonal {
+    /// x becomes x diag(signs) H.
+    Hadamard {
+        /// ±1, `[n]`.
+        signs: Vec<f32>,
+        /// H.
+        plan: Hadamard,
+    },
+    /// x becomes x Q.
+    Dense {
+        /// Width n.
+        n: usize,
+        /// Q, `[n, n]`.
+        matrix: Vec<f32>,
+    },
 }
 
-impl RandomHadamard {
-    /// Of width `n`, with random signs.
-    pub fn new(n: usize, seed: u64) -> Self {
+impl Orthogonal {
+    /// The Hadamard transform of width `n`.
+    pub fn hadamard(n: usize) -> Self {
+        Orthogonal::Hadamard { signs: vec![1.0; n], plan: Hadamard::new(n) }
+    }
+
+    /// The same with random signs.
+    pub fn random_hadamard(n: usize, seed: u64) -> Self {
         let mut rng = ChaCha8Rng::seed_from_u64(seed);
         let signs = (0..n).map(|_| if rng.random::<bool>() { 1.0 } else { -1.0 }).collect();
-        RandomHadamard { signs, hadamard: Hadamard::new(n) }
+        Orthogonal::Hadamard { signs, plan: Hadamard::new(n) }
+    }
+
+    /// Width n.
+    pub fn width(&self) -> usize {
+        match self {
+            Orthogonal::Hadamard { signs, .. } => signs.len(),
+            Orthogonal::Dense { n, .. } => *n,
+        }
+    }
+
+    /// Q, `[n, n]`.
+    pub fn matrix(&self) -> Vec<f32> {
+        let n = self.width();
+        let mut matrix = vec![0.0; n * n];
+        matrix.iter_mut().step_by(n + 1).for_each(|v| *v = 1.0);
+        self.rotate_rows(&mut matrix);
+        matrix
     }
 
     /// X Q for X `[rows, n]`, in place: what reads or is the residual stream.
     pub fn rotate_rows(&self, x: &mut [f32]) {
-        let n = self.signs.len();
-        x.par_chunks_exact_mut(n).for_each(|row| row.iter_mut().zip(&self.signs).for_each(|(v, s)| *v *= s));
-        self.hadamard.apply(x, x.len() / n);
+        match self {
+            Orthogonal::Hadamard { signs, plan } => {
+                let n = signs.len();
+                x.par_chunks_exact_mut(n)
+                    .for_each(|row| row.iter_mut().zip(signs).for_each(|(v, s)| *v *= s));
+                plan.apply(x, x.len() / n);
+            }
+            Orthogonal::Dense { n, matrix } => x.chunks_mut(DENSE_ROWS * n).for_each(|x| {
+                let before = x.to_vec();
+                specquant_kernels::matmul_nn(&before, matrix, x, before.len() / n, *n, *n, false);
+            }),
+        }
     }
 
     /// Qᵀ W for W `[n, in]`, in place: what writes the residual stream.
     fn rotate_columns(&self, w: &mut Vec<f32>) {
-        let n = self.signs.len();
+        let n = self.width();
         let inp = w.len() / n;
         let mut columns = transposed(w, n, inp);
         self.rotate_rows(&mut columns);
         *w = transposed(&columns, inp, n);
     }
 }
+
+/// Rows that go through a dense product together.
+const DENSE_ROWS: usize = 4096;
 
 /// w `[rows, cols]` as `[cols, rows]`.
 fn transposed(w: &[f32], rows: usize, cols: usize) -> Vec<f32> {
@@ -80,11 +126,13 @@ pub fn fold_norm(w: &mut [f32], norm: &[f32]) {
     w.par_chunks_exact_mut(norm.len()).for_each(|row| row.iter_mut().zip(norm).for_each(|(w, n)| *w *= n));
 }
 
-/// Rotates a block whose weights are dense and owned, so that it maps the rotated residual stream as it mapped the plain one.
+/// Rotates a block whose weights are dense and owned, so that it maps the rotated residual stream as it mapped the plain one. head: of
+/// every head of v.
 pub fn rotate_block(
     block: &mut Block,
     config: &ModelConfig,
-    residual: &RandomHadamard,
+    residual: &Orthogonal,
+    head: &Orthogonal,
     online: &OnlineRotations,
 ) {
     let rotations = Rotations::new(online, config);
@@ -104,20 +152,19 @@ pub fn rotate_block(
             residual.rotate_rows(bias);
         }
     }
-    let head = Hadamard::new(config.head_dim);
     if let Some((w, bias)) = owned(&mut block.v) {
         let out = config.num_kv_heads * config.head_dim;
         let inp = w.len() / out;
         let mut columns = transposed(w, out, inp);
-        head.apply(&mut columns, inp * config.num_kv_heads);
+        head.rotate_rows(&mut columns);
         *w = transposed(&columns, inp, out);
         if let Some(bias) = bias {
-            head.apply(bias, config.num_kv_heads);
+            head.rotate_rows(bias);
         }
     }
     if let Some((w, _)) = owned(&mut block.o) {
         let rows = w.len() / (config.num_heads * config.head_dim);
-        head.apply(w, rows * config.num_heads);
+        head.rotate_rows(w);
         if let Some(heads) = &rotations.heads {
             heads.apply_across(w, rows, config.head_dim);
         }
@@ -156,7 +203,14 @@ mod tests {
             let source = Source::open(&tiny.join(name)).unwrap();
             let config = source.config();
             let rotate = Rotate { kind: RotationKind::Hadamard, qk: true };
-            let (residual, online) = (RandomHadamard::new(config.hidden_size, 3), online(&rotate, config));
+            let hadamard = Orthogonal::random_hadamard(config.hidden_size, 3);
+            // As learned rotations come: dense, in every other model.
+            let residual = match name.len() % 2 {
+                0 => Orthogonal::Dense { n: config.hidden_size, matrix: hadamard.matrix() },
+                _ => hadamard,
+            };
+            let head = Orthogonal::hadamard(config.head_dim);
+            let online = online(&rotate, config);
             let mut rng = ChaCha8Rng::seed_from_u64(4);
             let ids: Vec<u32> = (0..40).map(|_| rng.random_range(0..config.vocab_size as u32)).collect();
             let mut plain = Embedding::read(&source).unwrap().lookup(&ids, config.hidden_size).unwrap();
@@ -166,7 +220,7 @@ mod tests {
                 let mut block = Block::read(&source, index, None).unwrap();
                 block.linears_mut().into_iter().try_for_each(Linear::widen).unwrap();
                 forward(&block, config, &mut plain);
-                rotate_block(&mut block, config, &residual, &online);
+                rotate_block(&mut block, config, &residual, &head, &online);
                 assert!(block.rotations.down.is_some() && block.rotations.qk.is_some());
                 forward(&block, config, &mut rotated);
                 let mut expected = plain.clone();

@@ -1,0 +1,163 @@
+//! Parts of a recipe that are learned by gradients, in specquant-learn: the bridge between its plain vectors and the pipeline. Without the
+//! feature `learn` such recipes parse, so that they can be named, and are refused.
+
+use serde::{Deserialize, Serialize};
+
+use crate::recipe::Recipe;
+use crate::{Error, Result};
+
+#[cfg(feature = "learn")]
+pub use specquant_learn::{OmniQuantConfig, SpinQuantConfig};
+
+/// Settings, without the code that could use them.
+#[cfg(not(feature = "learn"))]
+pub type OmniQuantConfig = serde_json::Map<String, serde_json::Value>;
+/// Settings, without the code that could use them.
+#[cfg(not(feature = "learn"))]
+pub type SpinQuantConfig = serde_json::Map<String, serde_json::Value>;
+
+/// What is learned, and how. Bits and clip ratios in the settings are replaced by those of the scheme.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+#[serde(tag = "method", rename_all = "lowercase")]
+pub enum Learn {
+    /// Scales and clip ratios, block by block.
+    OmniQuant(OmniQuantConfig),
+    /// Rotations of the residual stream and of the heads of v, on the whole model.
+    SpinQuant(SpinQuantConfig),
+}
+
+impl Learn {
+    /// Whether the rest of the recipe leaves a place for what is learned.
+    pub(crate) fn validate(&self, recipe: &Recipe) -> Result<()> {
+        let refuse = |why: &str| Err(Error::Recipe(format!("learn: {why}")));
+        if cfg!(not(feature = "learn")) {
+            return refuse(
+                "this build cannot learn; build it with the feature learn (cargo build --release --features learn)",
+            );
+        }
+        match self {
+            Learn::SpinQuant(_) if recipe.rotate.is_none() => {
+                refuse("spinquant learns rotations: add [rotate] kind = \"hadamard\"")
+            }
+            Learn::OmniQuant(_)
+                if recipe.rotate.is_some() || recipe.smooth.is_some() || recipe.branch.is_some() =>
+            {
+                refuse(
+                    "omniquant learns the scales and clips of the weight as a whole: it goes with neither rotate nor smooth nor branch",
+                )
+            }
+            Learn::OmniQuant(_) if recipe.scheme.group_size != 0 => refuse(
+                "omniquant learns one clip ratio per output channel: set scheme.group_size = 0 (--group-size 0)",
+            ),
+            _ if recipe.scheme.weight_bits == 16 => {
+                refuse("there is nothing to learn for weights of 16 bits")
+            }
+            _ => Ok(()),
+        }
+    }
+}
+
+#[cfg(feature = "learn")]
+mod run {
+    use std::collections::HashMap;
+
+    use specquant_kernels::Hadamard;
+    use specquant_learn::{BlockWeights, Start, omniquant, spinquant};
+    use specquant_model::{
+        Block, DenseLinear, DenseWeight, Linear, ModelConfig, OnlineRotations, Site, Source,
+    };
+
+    use super::{OmniQuantConfig, SpinQuantConfig};
+    use crate::block::apply_scales;
+    use crate::recipe::{Recipe, Rounding};
+    use crate::transforms::rotate::Orthogonal;
+    use crate::{Result, SiteStats};
+
+    /// The learned rotations: of the residual stream, and of the heads of v of every layer.
+    pub fn rotations(
+        source: &Source,
+        recipe: &Recipe,
+        config: &SpinQuantConfig,
+        online: &OnlineRotations,
+        texts: &[Vec<u32>],
+        progress: &mut dyn FnMut(usize, f64),
+    ) -> Result<(Orthogonal, Vec<Orthogonal>)> {
+        let model = source.config();
+        let (hidden, head_dim) = (model.hidden_size, model.head_dim);
+        let scheme = &recipe.scheme;
+        let config = SpinQuantConfig {
+            seed: recipe.seed,
+            // GPTQ is to follow: then weights are left alone (SpinQuant's README, "Note").
+            weight_bits: if matches!(recipe.rounding, Rounding::Gptq(_)) { 16 } else { scheme.weight_bits },
+            act_bits: scheme.act_bits,
+            kv_bits: scheme.kv_bits,
+            act_clip: scheme.act_clip,
+            kv_clip: scheme.kv_clip(),
+            ..config.clone()
+        };
+        let random = |n, stream: usize| {
+            Orthogonal::random_hadamard(n, recipe.seed.wrapping_add(stream as u64)).matrix()
+        };
+        let start = Start {
+            r1: random(hidden, 0),
+            r2: (0..model.num_layers).map(|layer| random(head_dim, 1 + layer)).collect(),
+            r3: online.qk.map(|_| Hadamard::new(head_dim).matrix()),
+            r4: online.down.map(|_| Hadamard::new(Hadamard::new(model.intermediate_size).block()).matrix()),
+        };
+        let learned = spinquant(source, texts, &config, start, progress)?;
+        let dense = |n, matrix| Orthogonal::Dense { n, matrix };
+        Ok((dense(hidden, learned.r1), learned.r2.into_iter().map(|r2| dense(head_dim, r2)).collect()))
+    }
+
+    /// Learns the scales of a block with owned dense weights, applies them, and returns the clip ratios by the layers' full names.
+    ///
+    /// full, states: the residual stream before the block, in full precision and as the quantized blocks bring it; full_stats: of the
+    /// block's inputs in full precision.
+    pub fn scales_and_clips(
+        block: &mut Block,
+        model: &ModelConfig,
+        index: usize,
+        recipe: &Recipe,
+        config: &OmniQuantConfig,
+        (full, states): (&[Vec<f32>], &[Vec<f32>]),
+        full_stats: &[SiteStats; 4],
+    ) -> Result<HashMap<String, Vec<f32>>> {
+        let scheme = &recipe.scheme;
+        let config = OmniQuantConfig {
+            weight_bits: scheme.weight_bits,
+            act_bits: scheme.act_bits,
+            kv_bits: scheme.kv_bits,
+            act_clip: scheme.act_clip,
+            kv_clip: scheme.kv_clip(),
+            ..config.clone()
+        };
+        let learned = {
+            let linears = block.linears().map(|(_, linear)| match linear {
+                Linear::Dense(DenseLinear { weight: DenseWeight::Owned(w), bias, .. }) => {
+                    (w.as_slice(), bias.as_deref())
+                }
+                _ => (&[][..], None),
+            });
+            let weights = BlockWeights {
+                input_norm: &block.input_norm,
+                post_norm: &block.post_norm,
+                q_norm: block.q_norm.as_deref(),
+                k_norm: block.k_norm.as_deref(),
+                linears,
+            };
+            let maxima =
+                [Site::Qkv, Site::O, Site::GateUp].map(|site| full_stats[site as usize].max.as_slice());
+            omniquant(&weights, model, index, full, states, maxima, &config, &mut |_, _| ())?
+        };
+        for (site, scales) in Site::ALL.into_iter().zip(&learned.scales) {
+            if let Some(scales) = scales {
+                apply_scales(block, site, scales, model);
+            }
+        }
+        let names = block.linears().map(|(name, _)| format!("model.layers.{index}.{name}"));
+        Ok(names.into_iter().zip(learned.clip).collect())
+    }
+}
+
+#[cfg(feature = "learn")]
+pub(crate) use run::{rotations, scales_and_clips};
