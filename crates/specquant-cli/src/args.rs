@@ -53,7 +53,7 @@ pub struct ModelArgs {
     /// Use at most N items (Fourier bins, directions) of every channel's 16-bit branch
     #[arg(long, value_name = "N", conflicts_with = "truncate")]
     pub k_run: Option<usize>,
-    /// Use as few of them as hold this share of each channel's energy, in [0, 1]
+    /// Use the shortest prefix of them that holds this share of each channel's energy, in [0, 1]
     #[arg(long, value_name = "SHARE")]
     pub truncate: Option<f32>,
 }

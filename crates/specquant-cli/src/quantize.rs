@@ -116,6 +116,11 @@ fn branch(r: &mut Recipe, flags: &Overrides) -> anyhow::Result<()> {
         branch.max_k = branch.mean_k.saturating_mul(2);
     }
     branch.temperature = flags.temperature.unwrap_or(branch.temperature);
+    // A score decides nothing at temperature 0, which a branch made by flags would have.
+    let scored = flags.score.is_some_and(|s| s != ScoreArg::Uniform) && flags.temperature.is_none();
+    if scored && branch.temperature == q::Searched::Fixed(0.0) {
+        branch.temperature = q::SEARCH;
+    }
     if let Some(score) = flags.score {
         branch.score = match score {
             ScoreArg::Act => q::branch::Score::ActivationAware,

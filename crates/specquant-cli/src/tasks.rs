@@ -223,7 +223,12 @@ pub fn run_info(
     Ok(RunInfo {
         model: model_name(path),
         model_sha256,
-        bits_per_weight: scheme.as_ref().and(report).and_then(|r| r["bits_per_weight"].as_f64()),
+        // A part of the branches has other bits than the whole.
+        bits_per_weight: scheme
+            .as_ref()
+            .and(report)
+            .filter(|_| source.truncation() == Truncation::None)
+            .and_then(|r| r["bits_per_weight"].as_f64()),
         scheme,
         tensor_bytes: source.tensor_bytes(),
         bos: bos(args.bos),

@@ -11,8 +11,8 @@ use specquant_kernels::log_sum_exp;
 use crate::requests::Query;
 use crate::{Error, Result};
 
-/// Tokens of a batch, over all steps of the walk. Batches follow from the documents alone, so that an interrupted run that is continued
-/// computes the same numbers.
+/// Tokens of a batch, over all steps of the walk. Batches follow from the documents and this number alone, so that an interrupted run that is
+/// continued computes the same numbers.
 const BATCH_TOKENS: usize = 2048;
 
 /// What a continuation scored.

@@ -103,7 +103,7 @@ impl Basis {
         match self {
             _ if r == 0 => {}
             Basis::Dense { rows: basis, .. } => matmul_nt(x, &basis[..r * n], &mut p, rows, n, r, false),
-            _ => matmul_nt(x, &self.computed(r), &mut p, rows, n, r, false),
+            _ => matmul_nt(x, &self.computed(r)[..r * n], &mut p, rows, n, r, false),
         }
         p
     }
@@ -122,37 +122,44 @@ impl Basis {
                 rows.chunks_exact_mut((*n).max(1)).zip(indices).for_each(|(row, &i)| row[i as usize] = 1.0);
                 Cow::Owned(rows)
             }
-            Basis::Fourier(_) | Basis::Dct(_) => Cow::Owned(self.computed(r).to_vec()),
+            Basis::Fourier(n) | Basis::Dct(n) => Cow::Owned(self.computed(r)[..r * n].to_vec()),
         }
     }
 
+    /// At least the first `r` rows of a computed basis.
     fn computed(&self, r: usize) -> Arc<Vec<f32>> {
-        type Cache = Mutex<HashMap<(bool, usize, usize), Arc<Vec<f32>>>>;
+        type Cache = Mutex<HashMap<(bool, usize), Arc<Vec<f32>>>>;
         static CACHE: OnceLock<Cache> = OnceLock::new();
         let (fourier, n) = (matches!(self, Basis::Fourier(_)), self.in_features());
         // A panic elsewhere cannot leave the map half-written, so a poisoned lock is as good as new.
-        let mut cache = CACHE.get_or_init(Cache::default).lock().unwrap_or_else(PoisonError::into_inner);
-        let make = || {
-            let mut basis = vec![0.0f32; r * n];
-            for (row, out) in basis.chunks_exact_mut(n.max(1)).enumerate() {
-                let (m, sine) =
-                    if fourier { (row.div_ceil(2), row > 0 && row % 2 == 0) } else { (row, false) };
-                let constant = m == 0 || fourier && 2 * m == n;
-                let norm = (if constant { 1.0 } else { 2.0 } / n as f64).sqrt();
-                for (i, v) in out.iter_mut().enumerate() {
-                    // The exact remainder keeps the angle small, hence accurate.
-                    let turns = if fourier {
-                        (m * i % n) as f64 / n as f64
-                    } else {
-                        (m * (2 * i + 1) % (4 * n)) as f64 / (4 * n) as f64
-                    };
-                    let angle = turns * std::f64::consts::TAU;
-                    *v = (norm * if sine { angle.sin() } else { angle.cos() }) as f32;
-                }
+        let cache = || CACHE.get_or_init(Cache::default).lock().unwrap_or_else(PoisonError::into_inner);
+        if let Some(known) = cache().get(&(fourier, n)).filter(|rows| rows.len() >= r * n) {
+            return Arc::clone(known);
+        }
+        // Not under the lock: the rows are computed in parallel, and a worker may take up other work that wants it.
+        let mut basis = vec![0.0f32; r * n];
+        basis.par_chunks_exact_mut(n.max(1)).enumerate().for_each(|(row, out)| {
+            let (m, sine) = if fourier { (row.div_ceil(2), row > 0 && row % 2 == 0) } else { (row, false) };
+            let constant = m == 0 || fourier && 2 * m == n;
+            let norm = (if constant { 1.0 } else { 2.0 } / n as f64).sqrt();
+            for (i, v) in out.iter_mut().enumerate() {
+                // The exact remainder keeps the angle small, hence accurate.
+                let turns = if fourier {
+                    (m * i % n) as f64 / n as f64
+                } else {
+                    (m * (2 * i + 1) % (4 * n)) as f64 / (4 * n) as f64
+                };
+                let angle = turns * std::f64::consts::TAU;
+                *v = (norm * if sine { angle.sin() } else { angle.cos() }) as f32;
             }
-            Arc::new(basis)
-        };
-        Arc::clone(cache.entry((fourier, n, r)).or_insert_with(make))
+        });
+        let basis = Arc::new(basis);
+        let mut cache = cache();
+        let kept = cache.entry((fourier, n)).or_insert_with(|| Arc::clone(&basis));
+        if kept.len() < basis.len() {
+            *kept = Arc::clone(&basis);
+        }
+        basis
     }
 }
 

@@ -66,17 +66,6 @@ pub enum Linear {
     Quantized(QuantLinear),
 }
 
-impl DenseWeight {
-    /// Bytes that this weight holds in memory of its own (a map's pages belong to the file).
-    fn resident_bytes(&self) -> usize {
-        match self {
-            DenseWeight::Owned(w) => size_of_val(w.as_slice()),
-            DenseWeight::Packed(w) => w.bytes(),
-            DenseWeight::Mapped(_) => 0,
-        }
-    }
-}
-
 /// Some rows of a mapped weight as f32.
 fn widened(view: &TensorView, rows: Range<usize>, inp: usize) -> Result<Vec<f32>> {
     let mut out = vec![0.0; rows.len() * inp];
@@ -129,13 +118,6 @@ fn scatter(part: &[f32], rows: usize, start: usize, out: usize, y: &mut [f32]) {
     }
 }
 
-impl QuantLinear {
-    /// Bytes of codes, scales and coefficients in memory.
-    fn resident_bytes(&self) -> usize {
-        self.weights.bytes() + self.branch.as_ref().map_or(0, |b| b.coeffs.bytes() + b.basis.bytes())
-    }
-}
-
 impl Linear {
     /// Output features.
     pub fn out_features(&self) -> usize {
@@ -178,14 +160,6 @@ impl Linear {
             *weight = DenseWeight::Packed(PackedDense::pack(w, *out, *inp));
         }
         Ok(())
-    }
-
-    /// Bytes of memory that the layer owns.
-    pub fn resident_bytes(&self) -> usize {
-        match self {
-            Linear::Dense(l) => l.weight.resident_bytes(),
-            Linear::Quantized(l) => l.resident_bytes(),
-        }
     }
 
     /// One layer on an input of its own. x: `[rows, in]`; returns `[rows, out]`.

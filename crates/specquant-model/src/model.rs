@@ -314,7 +314,7 @@ impl Model {
                 .collect();
             let observe = &mut |_: Site, _: &[f32]| ();
             let mut attended = block.attention(&self.config, &rope, &x, &mut spans, observe)?;
-            if layer + 1 == self.blocks.len() && rows.len() < ids.len() {
+            if layer + 1 == self.blocks.len() && !rows.iter().copied().eq(0..ids.len()) {
                 if rows.is_empty() {
                     return Ok(Vec::new());
                 }
@@ -380,12 +380,6 @@ impl Model {
     /// Decoder blocks.
     pub fn blocks(&self) -> &[Block] {
         &self.blocks
-    }
-
-    /// Bytes of weights in memory that belong to this model alone (what lies on the memory map is not counted).
-    pub fn resident_bytes(&self) -> usize {
-        let linears = self.blocks.iter().flat_map(|b| b.linears().map(|(_, l)| l.resident_bytes()));
-        linears.sum::<usize>() + self.head.linear.resident_bytes()
     }
 }
 

@@ -3,7 +3,7 @@
 use std::sync::Arc;
 
 use half::f16;
-use specquant_kernels::{Basis, BranchCoeffs, PackedWeights, fourier_rows};
+use specquant_kernels::{Basis, BranchCoeffs, PackedWeights};
 
 use crate::checkpoint::{StoredTensor, le_bytes, scales_fit_f16};
 use crate::linear::{Branch, DenseLinear, DenseWeight, Linear, QuantLinear};
@@ -54,7 +54,7 @@ pub enum Truncation {
     None,
     /// At most that many items.
     Items(usize),
-    /// The fewest items that hold this share of the channel's stored energy.
+    /// The shortest prefix of the items that holds this share of the channel's stored energy.
     Energy(f32),
 }
 
@@ -66,6 +66,15 @@ impl StoredBranch {
         truncation: Truncation,
     ) -> Result<BranchCoeffs, specquant_kernels::KernelError> {
         let (n, width) = (basis.in_features(), self.basis.coeffs_per_item());
+        let items: usize = self.counts.iter().map(|&k| usize::from(k)).sum();
+        for (what, got, want) in [
+            ("branch coefficients", self.coeffs.len(), items * width),
+            ("branch indices", self.indices.len(), if self.indices.is_empty() { 0 } else { items }),
+        ] {
+            if got != want {
+                return Err(specquant_kernels::KernelError::Length { what, got, want });
+            }
+        }
         let (mut counts, mut rows, mut coeffs) =
             (Vec::with_capacity(self.counts.len()), Vec::new(), Vec::new());
         let mut at = 0;
@@ -93,12 +102,6 @@ impl StoredBranch {
             counts.push(rows.len() - before);
         }
         BranchCoeffs::pack(basis.len(), &counts, &rows, &coeffs)
-    }
-
-    /// Basis rows that the lowest `items` items span, of `n` inputs.
-    pub fn rank(&self, n: usize) -> usize {
-        let items = self.counts.iter().copied().max().map_or(0, usize::from);
-        if self.basis.is_fourier() { fourier_rows(n, items) } else { items }
     }
 }
 
@@ -234,7 +237,7 @@ impl StoredLinear {
         let reader = Reader { source, prefix };
         let packed = reader.tensor("weight_packed")?;
         let mut channel_bits = Vec::new();
-        let mut codes = Vec::with_capacity(out * inp);
+        let mut codes = Vec::new(); // as long as the tensor turns out to be
         if bits > 4 {
             reader.expect(&packed, "weight_packed", Dtype::I8, &[out, inp])?;
             codes.extend(packed.bytes().iter().map(|&b| b as i8));
@@ -382,7 +385,13 @@ impl Reader<'_> {
             BranchBasis::FourierTop => self.u16s("branch_indices", total)?,
             _ => Vec::new(),
         };
-        let coeffs = view.bytes().chunks_exact(2).map(|b| f16::from_le_bytes([b[0], b[1]])).collect();
+        let coeffs: Vec<f16> =
+            view.bytes().chunks_exact(2).map(|b| f16::from_le_bytes([b[0], b[1]])).collect();
+        // Here, because a truncation might hide it.
+        if let Some(i) = coeffs.iter().position(|c| !c.is_finite()) {
+            let why = format!("holds {} in row {}, which is not finite", coeffs[i], i / width);
+            return Err(self.fail("branch_coeffs", why));
+        }
         Ok(Some(StoredBranch { basis, counts, indices, coeffs }))
     }
 }

@@ -1,5 +1,6 @@
 //! The layers that share an input: branch, residual, rounding.
 
+use std::borrow::Cow;
 use std::sync::Arc;
 
 use serde::Serialize;
@@ -62,9 +63,14 @@ pub struct RoundingReport {
     pub fallback: Option<String>,
 }
 
-/// Coarse clip grid for searches: 10 ratios down to 0.55, by squared error. The final rounding uses the recipe's own.
-const SEARCH_CLIP: ClipSearch =
-    ClipSearch { enabled: true, grid: 20, max_shrink: 0.5, norm: 2.0, objective: ClipObjective::Weight };
+/// Clip grid for searches: coarse, 10 ratios down to 0.55 by squared error, where the recipe's own goes by the weights too; none where the
+/// recipe clips not at all, or by the outputs, after everything else is chosen (llm-awq).
+fn search_clip(recipe: &Recipe) -> ClipSearch {
+    let clip = &recipe.weight_clip;
+    let enabled = clip.enabled && clip.objective == ClipObjective::Weight;
+    ClipSearch { enabled, grid: 20, max_shrink: 0.5, norm: 2.0, objective: ClipObjective::Weight }
+}
+
 /// Temperatures of the allocation search, uniform first.
 const TEMPERATURES: [f32; 4] = [0.0, 0.25, 0.5, 1.0];
 
@@ -98,8 +104,10 @@ pub fn quantize(
         if rows.is_empty() {
             continue;
         }
-        let part: Vec<f32> =
-            rows.iter().flat_map(|row| &residual[row * w.inp..(row + 1) * w.inp]).copied().collect();
+        let part: Cow<[f32]> = match rows.len() == w.out {
+            true => Cow::Borrowed(&residual),
+            false => rows.iter().flat_map(|row| &residual[row * w.inp..(row + 1) * w.inp]).copied().collect(),
+        };
         let grid = Grid { bits, group_size };
         let found = match (w.clip, clip.objective) {
             (Some(ratios), _) => {
@@ -195,7 +203,8 @@ pub fn trial_error(
     let mut error = 0.0;
     for (i, w) in weights.iter().enumerate() {
         let (branch, basis) = site.as_ref().map_or((None, None), |s| (Some(&s.layers[i]), Some(&s.basis)));
-        let (stored, _) = quantize(w, &recipe.scheme, branch, &[], &SEARCH_CLIP, Round::Nearest, input)?;
+        let (stored, _) =
+            quantize(w, &recipe.scheme, branch, &[], &search_clip(recipe), Round::Nearest, input)?;
         let linear = stored.to_linear(w.name, &recipe.scheme, basis, Truncation::None)?;
         error += output_error(&linear, input.sample, wants[i], input.rows)?;
     }
@@ -280,21 +289,20 @@ fn temperature(w: &Weight, recipe: &Recipe, input: &Input, want: &[f32]) -> Resu
 /// SVDQuant's iteration: the branch takes what the rounding of the residual left, as long as that lowers the error of the outputs
 /// (deepcompressor, `calib/lowrank.py`: `num_iters`, `early_stop`).
 fn refine(
-    mut site: SiteBranch,
+    first: SiteBranch,
     weights: &[Weight],
     recipe: &Recipe,
     input: &Input,
     wants: &[&[f32]],
 ) -> Result<SiteBranch> {
-    let Some(config) = &recipe.branch else { return Ok(site) };
-    let mut least = f64::INFINITY;
-    let mut candidate = branch::build(weights, config, input, &vec![0.0; weights.len()])?;
-    for _ in 0..config.iterations {
+    let Some(config) = &recipe.branch else { return Ok(first) };
+    let clip = search_clip(recipe);
+    let (mut best, mut least, mut candidate) = (None, f64::INFINITY, first);
+    for left in (0..config.iterations).rev() {
         let (mut error, mut rest) = (0.0, Vec::new());
         for (i, w) in weights.iter().enumerate() {
             let branch = &candidate.layers[i];
-            let (stored, _) =
-                quantize(w, &recipe.scheme, Some(branch), &[], &SEARCH_CLIP, Round::Nearest, input)?;
+            let (stored, _) = quantize(w, &recipe.scheme, Some(branch), &[], &clip, Round::Nearest, input)?;
             let linear =
                 stored.to_linear(w.name, &recipe.scheme, Some(&candidate.basis), Truncation::None)?;
             error += output_error(&linear, input.sample, wants[i], input.rows)?;
@@ -306,12 +314,15 @@ fn refine(
             break;
         }
         least = error;
+        if left == 0 {
+            return Ok(candidate);
+        }
         let rest: Vec<Weight> =
             weights.iter().zip(&rest).map(|(w, values)| Weight { values, ..*w }).collect();
-        site =
-            std::mem::replace(&mut candidate, branch::build(&rest, config, input, &vec![0.0; rest.len()])?);
+        let next = branch::build(&rest, config, input, &vec![0.0; rest.len()])?;
+        best = Some(std::mem::replace(&mut candidate, next));
     }
-    Ok(site)
+    Ok(best.unwrap_or(candidate))
 }
 
 /// Bits of a basis that is stored.
@@ -323,6 +334,12 @@ pub fn shared_bits(basis: &Basis) -> usize {
     }
 }
 
+/// Bits that a channel of `inp` inputs gives up with one bit a weight: rows are whole bytes.
+pub fn narrowing_saves(inp: usize, bits: u8) -> usize {
+    let row = |bits: u8| (inp * usize::from(bits)).next_multiple_of(8);
+    row(bits) - row(bits - 1)
+}
+
 /// The channels that get one bit less, so that the layer takes no more bits than without its branch: those whose output suffers least,
 /// by the rounding error that they add under nearest rounding, weighed by the energy of the inputs. shared: the layer's share of the basis.
 fn narrow_channels(
@@ -332,6 +349,9 @@ fn narrow_channels(
     input: &Input,
     shared: usize,
 ) -> Vec<bool> {
+    if branch.stored.coeffs.is_empty() {
+        return Vec::new();
+    }
     let scheme = &recipe.scheme;
     let residual: Vec<f32> = w.values.iter().zip(&branch.weight).map(|(w, b)| w - b).collect();
     let energy: Vec<f64> = match input.hessian {
@@ -340,7 +360,7 @@ fn narrow_channels(
     };
     let errors = |bits: u8| -> Vec<f64> {
         let grid = Grid { bits, group_size: scheme.group(w.inp) };
-        let scales = rounding::weight_scales(&residual, w.out, w.inp, &grid, &SEARCH_CLIP);
+        let scales = rounding::weight_scales(&residual, w.out, w.inp, &grid, &search_clip(recipe));
         let codes = rounding::round_to_nearest(&residual, w.out, w.inp, &scales, &grid);
         let rounded = rounding::dequantize(&codes, w.out, w.inp, &scales, &grid);
         let rows = residual.chunks_exact(w.inp).zip(rounded.chunks_exact(w.inp));
@@ -359,6 +379,9 @@ fn narrow_channels(
         + 8 * w.out
         + shared;
     let mut narrow = vec![false; w.out];
-    order.iter().take(extra.div_ceil(w.inp)).for_each(|&row| narrow[row] = true);
+    order
+        .iter()
+        .take(extra.div_ceil(narrowing_saves(w.inp, scheme.weight_bits).max(1)))
+        .for_each(|&row| narrow[row] = true);
     narrow
 }

@@ -21,7 +21,7 @@ use crate::calibration::GENERATION_BATCH;
 use crate::output::Output;
 use crate::recipe::{Embeddings, Overhead, Recipe, Rounding};
 use crate::transforms::rotate::{self, Orthogonal};
-use crate::{Error, Result, SiteStats, branch, card};
+use crate::{Error, Result, SiteStats, branch, card, layer};
 #[cfg(feature = "learn")]
 use crate::{Learn, learn};
 
@@ -133,11 +133,28 @@ pub fn plan(source: &Source, recipe: &Recipe) -> Result<Plan> {
     {
         problems.push(format!("  {scheme} leaves the weights alone, so rotation, smoothing, branch and GPTQ have nothing to do: use --recipe rtn"));
     }
-    for site in Site::ALL {
+    for (site, b) in Site::ALL.into_iter().flat_map(|site| recipe.branch.iter().map(move |b| (site, b))) {
         let (outs, inp) = (site_outputs(&shapes, site), config.site_width(site));
-        let Some(b) = recipe.branch.as_ref().filter(|b| b.overhead == Overhead::Matched) else { continue };
-        // One bit less for a channel saves as many bits as it has inputs; the table of bits costs 8.
-        let (most, need) = (outs * inp.saturating_sub(8), branch::bits(b, outs, inp));
+        if b.mean_k > 0 && branch::items(b, outs, inp) == 0 {
+            problems.push(format!(
+                "  {}: {} Fourier bins per channel are too few bits for a branch of the basis {}; raise --mean-k",
+                site.name(),
+                b.mean_k,
+                b.basis.name()
+            ));
+        }
+        if b.basis.is_fourier() && inp / 2 >= usize::from(u16::MAX) {
+            problems.push(format!(
+                "  {}: {inp} inputs have more frequency bins than can be numbered",
+                site.name()
+            ));
+        }
+        if b.overhead != Overhead::Matched {
+            continue;
+        }
+        // The table of bits costs 8 a channel.
+        let saved = layer::narrowing_saves(inp, scheme.weight_bits).saturating_sub(8);
+        let (most, need) = (outs * saved, branch::bits(b, outs, inp));
         if need > most {
             problems.push(format!(
                 "  {}: the branch takes {need} bits, but one bit less for every channel saves only {most}; lower its size (--mean-k, --rank), or \
@@ -177,7 +194,10 @@ pub fn plan(source: &Source, recipe: &Recipe) -> Result<Plan> {
             let cached =
                 GENERATION_BATCH.min(recipe.calibration.samples) * recipe.calibration.sequence_length;
             let kv = 2 * config.num_layers * config.num_kv_heads * config.head_dim * cached;
-            4 * (config.num_layers * block_weights + vocab_weights + kv)
+            // The model that writes is the source, tied as it is.
+            let copies = if config.tie_word_embeddings { 1 } else { 2 };
+            let vocabulary = copies * config.vocab_size * config.hidden_size;
+            4 * (config.num_layers * block_weights + vocabulary + kv)
         }
     };
     let vocabulary = config.vocab_size * config.hidden_size * 6 + if tied { 0 } else { vocab_bytes / 2 };

@@ -167,7 +167,7 @@ pub struct Branch {
     /// Shares are softmax(T · z-score); 0 is uniform. The search tries 0, 0.25, 0.5 and 1.
     #[serde(default = "zero")]
     pub temperature: Searched,
-    /// For `svd` and `wsvd`: how often the branch is fitted again to what rounding the residual left, at most.
+    /// For `svd` and `wsvd`: how many fits are tried at most, each to what rounding the residual of the one before left.
     #[serde(default)]
     pub iterations: usize,
     /// Whether the branch's bits are taken from the residual.
@@ -374,7 +374,7 @@ impl Branch {
         {
             return refuse(format!("branch.temperature = {t}: choose 0 (uniform) to 100, or \"search\""));
         }
-        if max_k > 0 && max_k < mean_k {
+        if max_k > 0 && max_k < mean_k && !shared {
             return refuse(format!(
                 "branch.max_k = {max_k} is less than branch.mean_k = {mean_k}: raise it (--max-k), or 0 for no bound"
             ));

@@ -3,7 +3,7 @@
 use crate::rounding::Hessian;
 use crate::{Error, Result};
 
-/// What calibration learns about the input of a [`Site`].
+/// What calibration learns about the input of a [`Site`](specquant_model::Site).
 pub struct SiteStats {
     /// Largest magnitude per channel, `[in]`.
     pub max: Vec<f32>,

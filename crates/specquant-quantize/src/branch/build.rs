@@ -73,7 +73,7 @@ fn counts(w: &Weight, branch: &Branch, input: &Input, t: f32) -> Vec<u16> {
     let most = match branch.max_k {
         0 => all,
         // In items of this basis, as the mean is.
-        k => (k * per_bin / branch.mean_k.max(1)).max(per_bin).min(all),
+        k => (k.saturating_mul(per_bin) / branch.mean_k.max(1)).max(per_bin).min(all),
     };
     allocate(&scores, t, per_bin, most)
 }

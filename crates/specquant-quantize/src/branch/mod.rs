@@ -2,7 +2,7 @@
 //!
 //! SpecQuant (arXiv 2511.11663, section 3) keeps the lowest `k_j` frequencies of every output channel j, seen as a signal over the input
 //! channels; the residual is what gets rounded. [`allocate`] chooses the `k_j` from the importance of the channels, [`truncate`] takes the
-//! coefficients, [`reconstruct`] gives the weight they stand for. The other bases spend the same bits differently; [`build`] knows them all.
+//! coefficients, [`reconstruct`] gives the weight they stand for. The other bases spend the same bits differently; [`build()`] knows them all.
 
 mod build;
 mod dct;

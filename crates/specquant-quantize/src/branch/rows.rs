@@ -1,6 +1,9 @@
 //! Outlier channels in 16 bits: the branch is a few input channels of the weight as they are (LLM.int8(), arXiv 2208.07339; Atom, arXiv
 //! 2310.19102). Smoothing moves activation outliers exactly there.
 //!
+//! Only the weight side is kept: as in the paper's two-branch form, the quantized activation holds these inputs too, and their range.
+//! LLM.int8() and Atom take them out of it.
+//!
 //! The channels are those that matter most to the output, by `E[x_i²] · Σ_j w_ji²` over all layers that share the input.
 
 use crate::layer::Weight;

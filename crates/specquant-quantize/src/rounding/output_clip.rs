@@ -32,6 +32,9 @@ pub fn output_scales(
         let mut least = vec![f64::INFINITY; out];
         for i in 0..((clip.max_shrink * clip.grid as f32) as usize).max(1) {
             let p = 1.0 - i as f32 / clip.grid.max(1) as f32;
+            if p <= 0.0 {
+                break;
+            }
             let scales: Vec<f32> = largest.iter().map(|s| s * p).collect();
             let codes = round_to_nearest(&w, out, len, &scales, &whole);
             let mut error = dequantize(&codes, out, len, &scales, &whole);

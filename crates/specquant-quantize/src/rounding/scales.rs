@@ -81,7 +81,7 @@ pub enum ClipObjective {
     /// Of the weights: [`weight_scales`].
     #[default]
     Weight,
-    /// Of the outputs on calibration tokens: [`output_scales`].
+    /// Of the outputs on calibration tokens: [`output_scales`](super::output_scales).
     Output,
 }
 

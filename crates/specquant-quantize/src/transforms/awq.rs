@@ -3,9 +3,9 @@
 //! `λ_i = s_i / √(max s · min s)` with `s_i = max((mean|x_i|)^α, 1e-4)`; α is searched over 0, 0.05 … 0.95 (llm-awq, `auto_scale.py`, n_grid = 20).
 //! The published code has dropped the paper's weight term. Folding is that of [`smooth`](super::smooth); like llm-awq for `o_proj`, but also
 //! with grouped queries. Two deviations: the best α is that of the layers' own outputs, where llm-awq runs the whole attention or MLP, and no scaling at
-//! all is tried too.
+//! all is tried too. As there, the search for α does not clip.
 
-/// `λ`, `[in]`. mean_abs: `[in]`, mean magnitudes of the input. A channel that is never active keeps λ = 1 before the normalization's share.
+/// `λ`, `[in]`. mean_abs: `[in]`, mean magnitudes of the input. A channel that is never active has the floor 1e-4 for s, as there.
 pub fn factors(mean_abs: &[f32], alpha: f32) -> Vec<f32> {
     let s: Vec<f32> = mean_abs.iter().map(|x| x.powf(alpha).max(1e-4)).collect();
     let (least, most) = s.iter().fold((f32::INFINITY, 0.0f32), |(a, b), &v| (a.min(v), b.max(v)));
