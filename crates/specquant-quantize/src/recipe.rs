@@ -414,7 +414,8 @@ mod tests {
 
     #[test]
     fn built_in_recipes_parse_are_named_after_themselves_and_survive_a_round_trip() {
-        for (name, _) in BUILT_IN {
+        let learns = |name: &str| ["spinquant", "omniquant"].contains(&name);
+        for (name, _) in BUILT_IN.into_iter().filter(|(name, _)| cfg!(feature = "learn") || !learns(name)) {
             let recipe = Recipe::load(name).unwrap();
             assert_eq!(recipe.name, name);
             let json = serde_json::to_value(&recipe).unwrap();
