@@ -7,7 +7,7 @@ use std::time::Instant;
 use serde_json::json;
 use specquant_model::{BranchBasis, Source, Tokenizer};
 use specquant_quantize as q;
-use specquant_quantize::{Branch, Embeddings, Event, Overhead, Plan, Recipe, Report, Rounding, Smooth};
+use specquant_quantize::{Embeddings, Event, Overhead, Plan, Recipe, Report, Rounding, Smooth};
 
 use crate::args::{EmbeddingsArg, OverheadArg, Overrides, QuantizeArgs, ScoreArg, Strength};
 use crate::system::{self, human};
@@ -62,77 +62,60 @@ pub fn recipe(name: &str, flags: &Overrides) -> anyhow::Result<Recipe> {
 
 /// The branch with the flags' values in place of its own.
 fn branch(r: &mut Recipe, flags: &Overrides) -> anyhow::Result<()> {
-    if flags.mean_k == Some(0) && flags.rank.is_none_or(|rank| rank == 0) {
+    let Overrides { basis, mean_k, rank, max_k, score, temperature, overhead, .. } = flags;
+    let sized = mean_k.is_some() || rank.is_some();
+    if sized && mean_k.unwrap_or(0) == 0 && rank.unwrap_or(0) == 0 {
         r.branch = None;
-    }
-    let named =
-        flags.basis.is_some() || flags.mean_k.is_some_and(|k| k > 0) || flags.rank.is_some_and(|k| k > 0);
-    if !named
-        && flags.max_k.is_none()
-        && flags.score.is_none()
-        && flags.temperature.is_none()
-        && flags.overhead.is_none()
-    {
         return Ok(());
     }
-    if flags.mean_k == Some(0) && !named {
+    let shaped = basis.is_some() || score.is_some() || temperature.is_some() || overhead.is_some();
+    if !sized && !shaped && max_k.is_none() {
         return Ok(());
     }
-    let mut branch = match r.branch {
-        Some(branch) => branch,
-        None => Branch {
-            basis: BranchBasis::Fourier,
-            mean_k: 0,
-            rank: 0,
-            max_k: q::DEFAULT_MAX_K,
-            score: q::branch::Score::Uniform,
-            temperature: q::Searched::Fixed(0.0),
-            iterations: 0,
-            overhead: Overhead::Plain,
-        },
-    };
-    if let Some(basis) = flags.basis {
+    let mut branch = r.branch.unwrap_or_default();
+    if let Some(basis) = *basis {
         branch.basis = basis;
         // What only the former basis has does not come along.
-        if !matches!(basis, BranchBasis::Svd | BranchBasis::Wsvd) {
+        if !basis.is_low_rank() {
             branch.iterations = 0;
         }
-        if matches!(basis, BranchBasis::Rows | BranchBasis::Svd | BranchBasis::Wsvd) {
+        if basis.is_shared() {
             (branch.score, branch.temperature) = (q::branch::Score::Uniform, q::Searched::Fixed(0.0));
         } else {
             branch.rank = 0;
         }
     }
-    branch.mean_k = flags.mean_k.unwrap_or(branch.mean_k);
-    branch.rank = flags.rank.unwrap_or(if flags.mean_k.is_some() { 0 } else { branch.rank });
+    if sized {
+        branch.rank = rank.unwrap_or(0);
+        branch.mean_k = mean_k.unwrap_or(branch.mean_k);
+    }
     anyhow::ensure!(
         branch.mean_k > 0 || branch.rank > 0,
         "this recipe has no branch: give it a size with --mean-k K, or --rank R for the bases svd, wsvd and rows"
     );
-    if let Some(max_k) = flags.max_k {
+    if let Some(max_k) = *max_k {
         branch.max_k = max_k;
     } else if branch.max_k > 0 && branch.max_k < branch.mean_k {
         // A bound that came along with the recipe gives way to a larger mean.
         branch.max_k = branch.mean_k.saturating_mul(2);
     }
-    branch.temperature = flags.temperature.unwrap_or(branch.temperature);
-    // A score decides nothing at temperature 0, which a branch made by flags would have.
-    let scored = flags.score.is_some_and(|s| s != ScoreArg::Uniform) && flags.temperature.is_none();
-    if scored && branch.temperature == q::Searched::Fixed(0.0) {
-        branch.temperature = q::SEARCH;
-    }
-    if let Some(score) = flags.score {
+    if let Some(score) = score {
         branch.score = match score {
             ScoreArg::Act => q::branch::Score::ActivationAware,
             ScoreArg::Entropy => q::branch::Score::Entropy,
             ScoreArg::Uniform => q::branch::Score::Uniform,
         };
+        // A score decides nothing at temperature 0, which a branch made by flags has.
+        if *score != ScoreArg::Uniform && branch.temperature == q::Searched::Fixed(0.0) {
+            branch.temperature = q::SEARCH;
+        }
     }
-    match flags.overhead {
-        Some(OverheadArg::Plain) => branch.overhead = Overhead::Plain,
-        Some(OverheadArg::Matched) => branch.overhead = Overhead::Matched,
-        None => {}
-    }
+    branch.temperature = temperature.unwrap_or(branch.temperature);
+    branch.overhead = match overhead {
+        Some(OverheadArg::Plain) => Overhead::Plain,
+        Some(OverheadArg::Matched) => Overhead::Matched,
+        None => branch.overhead,
+    };
     r.branch = Some(branch);
     Ok(())
 }

@@ -118,6 +118,26 @@ impl Block {
         [&mut self.q, &mut self.k, &mut self.v, &mut self.o, &mut self.gate, &mut self.up, &mut self.down]
     }
 
+    /// The layers that read a site, in the order of [`Site::layers`].
+    pub fn site(&self, site: Site) -> Vec<&Linear> {
+        match site {
+            Site::Qkv => vec![&self.q, &self.k, &self.v],
+            Site::O => vec![&self.o],
+            Site::GateUp => vec![&self.gate, &self.up],
+            Site::Down => vec![&self.down],
+        }
+    }
+
+    /// The layers of [`Block::site`], to be changed.
+    pub fn site_mut(&mut self, site: Site) -> Vec<&mut Linear> {
+        match site {
+            Site::Qkv => vec![&mut self.q, &mut self.k, &mut self.v],
+            Site::O => vec![&mut self.o],
+            Site::GateUp => vec![&mut self.gate, &mut self.up],
+            Site::Down => vec![&mut self.down],
+        }
+    }
+
     /// Adds the block's output to the residual stream.
     ///
     /// x: `[rows, hidden]`, the spans' tokens one after another; rope: one row a token; `observe` sees the input of every

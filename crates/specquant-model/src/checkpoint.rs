@@ -76,6 +76,16 @@ impl BranchBasis {
         matches!(self, BranchBasis::Fourier | BranchBasis::FourierTop)
     }
 
+    /// Whether all channels keep the same directions, so that a branch has a rank; otherwise every channel has items of its own.
+    pub fn is_shared(self) -> bool {
+        matches!(self, BranchBasis::Rows | BranchBasis::Svd | BranchBasis::Wsvd)
+    }
+
+    /// Whether the directions come from the singular values of the weight, so that they can be fitted again.
+    pub fn is_low_rank(self) -> bool {
+        matches!(self, BranchBasis::Svd | BranchBasis::Wsvd)
+    }
+
     /// Coefficients of an item.
     pub fn coeffs_per_item(self) -> usize {
         if self.is_fourier() { 2 } else { 1 }

@@ -135,6 +135,26 @@ impl Linear {
         }
     }
 
+    /// Weight `[out, in]` and bias `[out]` of a dense layer that was widened and not packed; nothing of any other.
+    pub fn dense(&self) -> Option<(&[f32], Option<&[f32]>)> {
+        match self {
+            Linear::Dense(DenseLinear { weight: DenseWeight::Owned(w), bias, .. }) => {
+                Some((w, bias.as_deref()))
+            }
+            _ => None,
+        }
+    }
+
+    /// [`Linear::dense`], to be changed.
+    pub fn dense_mut(&mut self) -> Option<(&mut Vec<f32>, Option<&mut Vec<f32>>)> {
+        match self {
+            Linear::Dense(DenseLinear { weight: DenseWeight::Owned(w), bias, .. }) => {
+                Some((w, bias.as_mut()))
+            }
+            _ => None,
+        }
+    }
+
     /// Widens a dense weight on the memory map to f32 in memory; anything else stays as it is.
     ///
     /// # Errors

@@ -74,6 +74,35 @@ fn search_clip(recipe: &Recipe) -> ClipSearch {
 /// Temperatures of the allocation search, uniform first.
 const TEMPERATURES: [f32; 4] = [0.0, 0.25, 0.5, 1.0];
 
+/// Scales of some output channels, `[rows, groups]`: by ratios that were learned, or by the recipe's search. part: `[rows, in]`, what is to be
+/// rounded of them.
+fn channel_scales(
+    w: &Weight,
+    part: &[f32],
+    rows: &[usize],
+    grid: &Grid,
+    clip: &ClipSearch,
+    input: &Input,
+) -> Vec<f32> {
+    let (out, inp) = (rows.len(), w.inp);
+    match (w.clip, clip.objective) {
+        (Some(ratios), _) => {
+            let whole = ClipSearch { enabled: false, ..clip.clone() };
+            let mut scales = rounding::weight_scales(part, out, inp, grid, &whole);
+            let of_rows = scales.chunks_exact_mut(grid.groups(inp)).zip(rows);
+            of_rows.for_each(|(scales, &row)| scales.iter_mut().for_each(|s| *s *= ratios[row]));
+            scales
+        }
+        (None, ClipObjective::Output) if clip.enabled => {
+            // Attention scores forgive no clipping (llm-awq, `auto_clip.py`, skips q and k).
+            let sharp = w.name.ends_with("q_proj") || w.name.ends_with("k_proj");
+            let clip = ClipSearch { max_shrink: if sharp { 0.0 } else { clip.max_shrink }, ..clip.clone() };
+            rounding::output_scales(part, out, inp, grid, &clip, input.sample, input.rows)
+        }
+        _ => rounding::weight_scales(part, out, inp, grid, clip),
+    }
+}
+
 /// Rounds what the branch leaves of a layer, and returns the layer as it will lie on disk.
 ///
 /// narrow: channels that get one bit less, `[out]`; empty for none.
@@ -109,26 +138,7 @@ pub fn quantize(
             false => rows.iter().flat_map(|row| &residual[row * w.inp..(row + 1) * w.inp]).copied().collect(),
         };
         let grid = Grid { bits, group_size };
-        let found = match (w.clip, clip.objective) {
-            (Some(ratios), _) => {
-                let whole = ClipSearch { enabled: false, ..clip.clone() };
-                let mut scales = rounding::weight_scales(&part, rows.len(), w.inp, &grid, &whole);
-                let ratios = rows.iter().map(|&row| ratios[row]);
-                scales
-                    .chunks_exact_mut(groups)
-                    .zip(ratios)
-                    .for_each(|(s, p)| s.iter_mut().for_each(|s| *s *= p));
-                scales
-            }
-            (None, ClipObjective::Output) if clip.enabled => {
-                // Attention scores forgive no clipping (llm-awq, `auto_clip.py`, skips q and k).
-                let sharp = w.name.ends_with("q_proj") || w.name.ends_with("k_proj");
-                let clip =
-                    ClipSearch { max_shrink: if sharp { 0.0 } else { clip.max_shrink }, ..clip.clone() };
-                rounding::output_scales(&part, rows.len(), w.inp, &grid, &clip, input.sample, input.rows)
-            }
-            _ => rounding::weight_scales(&part, rows.len(), w.inp, &grid, clip),
-        };
+        let found = channel_scales(w, &part, &rows, &grid, clip, input);
         let part_scales = storable_scales(found);
         if let Some(i) = part_scales.iter().position(|s| !s.is_finite()) {
             let channel = Some(rows[i / groups]);
@@ -221,7 +231,7 @@ pub struct Done {
     pub temperature: f32,
 }
 
-/// The layers that share an input as the recipe wants them, with the basis of their branches.
+/// The layers that share an input as the recipe wants them, with the basis of their branches if they have any.
 ///
 /// factor: of the input's Hessian, for GPTQ; wants: as in [`trial_error`].
 ///
@@ -264,7 +274,8 @@ pub fn finish(
             quantize(w, &recipe.scheme, branch, &narrow, &recipe.weight_clip, round, input)?;
         done.push(Done { stored, rounding, temperature: temperatures[i] });
     }
-    Ok((site.map(|s| s.basis), done))
+    let used = |s: &SiteBranch| s.layers.iter().any(|l| !l.stored.coeffs.is_empty());
+    Ok((site.filter(used).map(|s| s.basis), done))
 }
 
 /// The temperature of a layer's allocation, given or the best of a few.

@@ -26,14 +26,15 @@ pub enum Learn {
     SpinQuant(SpinQuantConfig),
 }
 
+const NOT_BUILT: &str =
+    "this build cannot learn; build it with the feature learn (cargo build --release --features learn)";
+
 impl Learn {
     /// Whether the rest of the recipe leaves a place for what is learned.
     pub(crate) fn validate(&self, recipe: &Recipe) -> Result<()> {
         let refuse = |why: &str| Err(Error::Recipe(format!("learn: {why}")));
         if cfg!(not(feature = "learn")) {
-            return refuse(
-                "this build cannot learn; build it with the feature learn (cargo build --release --features learn)",
-            );
+            return refuse(NOT_BUILT);
         }
         match self {
             Learn::SpinQuant(_) if recipe.rotate.is_none() => {
@@ -63,24 +64,24 @@ mod run {
 
     use specquant_kernels::Hadamard;
     use specquant_learn::{BlockWeights, Start, omniquant, spinquant};
-    use specquant_model::{
-        Block, DenseLinear, DenseWeight, Linear, ModelConfig, OnlineRotations, Site, Source,
-    };
+    use specquant_model::{Block, ModelConfig, OnlineRotations, Site, Source};
 
     use super::{OmniQuantConfig, SpinQuantConfig};
+    use crate::Result;
     use crate::block::apply_scales;
+    use crate::pipeline::observe;
     use crate::recipe::{Recipe, Rounding};
     use crate::transforms::rotate::Orthogonal;
-    use crate::{Result, SiteStats};
 
-    /// The learned rotations: of the residual stream, and of the heads of v of every layer.
+    /// The learned rotations: of the residual stream, and of the heads of v of every layer. `progress` is told step, number of steps and
+    /// loss.
     pub fn rotations(
         source: &Source,
         recipe: &Recipe,
         config: &SpinQuantConfig,
         online: &OnlineRotations,
         texts: &[Vec<u32>],
-        progress: &mut dyn FnMut(usize, f64),
+        progress: &mut dyn FnMut(usize, usize, f64),
     ) -> Result<(Orthogonal, Vec<Orthogonal>)> {
         let model = source.config();
         let (hidden, head_dim) = (model.hidden_size, model.head_dim);
@@ -104,24 +105,27 @@ mod run {
             r3: online.qk.map(|_| Hadamard::new(head_dim).matrix()),
             r4: online.down.map(|_| Hadamard::new(Hadamard::new(model.intermediate_size).block()).matrix()),
         };
-        let learned = spinquant(source, texts, &config, start, progress)?;
+        let mut tell = |step, loss| progress(step, config.steps, loss);
+        let learned = spinquant(source, texts, &config, start, &mut tell)?;
         let dense = |n, matrix| Orthogonal::Dense { n, matrix };
         Ok((dense(hidden, learned.r1), learned.r2.into_iter().map(|r2| dense(head_dim, r2)).collect()))
     }
 
     /// Learns the scales of a block with owned dense weights, applies them, and returns the clip ratios by the layers' full names.
     ///
-    /// full, states: the residual stream before the block, in full precision and as the quantized blocks bring it; full_stats: of the
-    /// block's inputs in full precision.
+    /// full, states: the residual stream before the block, in full precision and as the quantized blocks bring it; `full` moves through
+    /// the block.
     pub fn scales_and_clips(
         block: &mut Block,
         model: &ModelConfig,
         index: usize,
         recipe: &Recipe,
         config: &OmniQuantConfig,
-        (full, states): (&[Vec<f32>], &[Vec<f32>]),
-        full_stats: &[SiteStats; 4],
+        full: &mut [Vec<f32>],
+        states: &[Vec<f32>],
     ) -> Result<HashMap<String, Vec<f32>>> {
+        let before = full.to_vec();
+        let full_stats = observe(block, model, index, full, 1, false)?;
         let scheme = &recipe.scheme;
         let config = OmniQuantConfig {
             weight_bits: scheme.weight_bits,
@@ -132,12 +136,7 @@ mod run {
             ..config.clone()
         };
         let learned = {
-            let linears = block.linears().map(|(_, linear)| match linear {
-                Linear::Dense(DenseLinear { weight: DenseWeight::Owned(w), bias, .. }) => {
-                    (w.as_slice(), bias.as_deref())
-                }
-                _ => (&[][..], None),
-            });
+            let linears = block.linears().map(|(_, linear)| linear.dense().unwrap_or((&[], None)));
             let weights = BlockWeights {
                 input_norm: &block.input_norm,
                 post_norm: &block.post_norm,
@@ -147,7 +146,7 @@ mod run {
             };
             let maxima =
                 [Site::Qkv, Site::O, Site::GateUp].map(|site| full_stats[site as usize].max.as_slice());
-            omniquant(&weights, model, index, full, states, maxima, &config, &mut |_, _| ())?
+            omniquant(&weights, model, index, &before, states, maxima, &config, &mut |_, _| ())?
         };
         for (site, scales) in Site::ALL.into_iter().zip(&learned.scales) {
             if let Some(scales) = scales {
@@ -159,5 +158,40 @@ mod run {
     }
 }
 
-#[cfg(feature = "learn")]
+/// What [`Learn::validate`] has refused before.
+#[cfg(not(feature = "learn"))]
+mod run {
+    use std::collections::HashMap;
+
+    use specquant_model::{Block, ModelConfig, OnlineRotations, Source};
+
+    use super::{NOT_BUILT, OmniQuantConfig, SpinQuantConfig};
+    use crate::recipe::Recipe;
+    use crate::transforms::rotate::Orthogonal;
+    use crate::{Error, Result};
+
+    pub fn rotations(
+        _: &Source,
+        _: &Recipe,
+        _: &SpinQuantConfig,
+        _: &OnlineRotations,
+        _: &[Vec<u32>],
+        _: &mut dyn FnMut(usize, usize, f64),
+    ) -> Result<(Orthogonal, Vec<Orthogonal>)> {
+        Err(Error::Recipe(NOT_BUILT.to_owned()))
+    }
+
+    pub fn scales_and_clips(
+        _: &mut Block,
+        _: &ModelConfig,
+        _: usize,
+        _: &Recipe,
+        _: &OmniQuantConfig,
+        _: &mut [Vec<f32>],
+        _: &[Vec<f32>],
+    ) -> Result<HashMap<String, Vec<f32>>> {
+        Err(Error::Recipe(NOT_BUILT.to_owned()))
+    }
+}
+
 pub(crate) use run::{rotations, scales_and_clips};

@@ -12,15 +12,20 @@ pub mod layer;
 mod learn;
 mod output;
 mod pipeline;
+mod plan;
 mod recipe;
 pub mod rounding;
 mod stats;
+#[cfg(test)]
+mod testing;
 pub mod transforms;
+mod vocabulary;
 
 pub use block::*;
 pub use error::*;
 pub use learn::{Learn, OmniQuantConfig, SpinQuantConfig};
 pub use output::check_output;
 pub use pipeline::*;
+pub use plan::*;
 pub use recipe::*;
 pub use stats::*;

@@ -6,49 +6,24 @@
 use std::collections::HashMap;
 use std::path::Path;
 
-use half::{bf16, f16};
-use rayon::prelude::*;
 use serde::Serialize;
 use serde_json::json;
 use specquant_kernels::{KvCache, KvFormat};
 use specquant_model::{
-    Block, DenseLinear, DenseWeight, Dtype, FORMAT_VERSION, Linear, ModelConfig, OnlineRotations,
-    QuantizationConfig, RopeTable, Site, Source, Span, StoredTensor, basis_tensors, storable_scales,
+    Block, FORMAT_VERSION, Linear, ModelConfig, OnlineRotations, QuantizationConfig, RopeTable, Site, Source,
+    Span, StoredTensor, basis_tensors,
 };
 
 use crate::block::{LayerReport, quantize_block};
-use crate::calibration::GENERATION_BATCH;
+use crate::learn::{self, Learn};
 use crate::output::Output;
-use crate::recipe::{Embeddings, Overhead, Recipe, Rounding};
+use crate::recipe::Recipe;
 use crate::transforms::rotate::{self, Orthogonal};
-use crate::{Error, Result, SiteStats, branch, card, layer};
-#[cfg(feature = "learn")]
-use crate::{Learn, learn};
+use crate::vocabulary::{HalfType, round_row, vocabulary_tensors};
+use crate::{Error, Result, SiteStats, card, plan};
 
 /// Rows that run through a block together.
-const BATCH_ROWS: usize = 2048;
-
-/// Memory that does not depend on the model: code, tokenizer, allocator.
-const BASE_BYTES: usize = 100 << 20;
-
-/// What will happen, known before a weight is read.
-#[derive(Debug, Clone, PartialEq, Serialize)]
-pub struct Plan {
-    /// Decoder blocks.
-    pub blocks: usize,
-    /// Linear layers to quantize.
-    pub layers: usize,
-    /// Their weights.
-    pub weights: usize,
-    /// Calibration tokens asked for.
-    pub calibration_tokens: usize,
-    /// Peak memory in bytes, estimated, without the pages of the source file that the system keeps mapped.
-    pub peak_bytes: u64,
-    /// Bytes of the checkpoint's tensors, estimated.
-    pub output_bytes: u64,
-    /// Estimated bits per weight of the linear layers.
-    pub bits_per_weight: f64,
-}
+pub(crate) const BATCH_ROWS: usize = 2048;
 
 /// Progress of a run.
 pub enum Event<'a> {
@@ -89,147 +64,6 @@ pub struct Report {
     pub layers: Vec<LayerReport>,
 }
 
-/// Checks the recipe against the model and predicts the cost.
-///
-/// # Errors
-/// [`Error::Unfit`] lists every layer that the recipe does not fit; also for a model that is quantized already.
-pub fn plan(source: &Source, recipe: &Recipe) -> Result<Plan> {
-    recipe.validate()?;
-    let config = source.config();
-    let mut problems = Vec::new();
-    if source.config_json().get("quantization_config").is_some_and(|q| !q.is_null()) {
-        problems.push(format!(
-            "  {} is quantized already: give the full-precision model",
-            source.path().display()
-        ));
-    }
-    let scheme = &recipe.scheme;
-    let shapes = config.linear_shapes(0);
-    for (name, [_, inp]) in &shapes {
-        let (inp, name) = (*inp, name.trim_start_matches("model.layers.0."));
-        let group = scheme.group(inp);
-        if !inp.is_multiple_of(group) || (group < inp && !group.is_multiple_of(8)) {
-            let fits: Vec<String> =
-                (16..inp.min(257)).step_by(8).filter(|g| inp % g == 0).map(|g| g.to_string()).collect();
-            problems.push(format!("  {name}: group size {group} does not divide its {inp} inputs into groups of a multiple of 8; these would: {}, or 0", fits.join(", ")));
-        }
-        let bins = inp / 2 + 1;
-        if let Some(b) = recipe.branch.as_ref().filter(|b| b.basis.is_fourier() && b.mean_k > bins) {
-            problems.push(format!(
-                "  {name}: has {bins} frequency bins, fewer than branch.mean_k = {}; lower it (--mean-k)",
-                b.mean_k
-            ));
-        }
-    }
-    if scheme.weight_bits == 16
-        && *recipe
-            != (Recipe {
-                rotate: None,
-                smooth: None,
-                branch: None,
-                rounding: Rounding::Rtn {},
-                ..recipe.clone()
-            })
-    {
-        problems.push(format!("  {scheme} leaves the weights alone, so rotation, smoothing, branch and GPTQ have nothing to do: use --recipe rtn"));
-    }
-    for (site, b) in Site::ALL.into_iter().flat_map(|site| recipe.branch.iter().map(move |b| (site, b))) {
-        let (outs, inp) = (site_outputs(&shapes, site), config.site_width(site));
-        if b.mean_k > 0 && branch::items(b, outs, inp) == 0 {
-            problems.push(format!(
-                "  {}: {} Fourier bins per channel are too few bits for a branch of the basis {}; raise --mean-k",
-                site.name(),
-                b.mean_k,
-                b.basis.name()
-            ));
-        }
-        if b.basis.is_fourier() && inp / 2 >= usize::from(u16::MAX) {
-            problems.push(format!(
-                "  {}: {inp} inputs have more frequency bins than can be numbered",
-                site.name()
-            ));
-        }
-        if b.overhead != Overhead::Matched {
-            continue;
-        }
-        // The table of bits costs 8 a channel.
-        let saved = layer::narrowing_saves(inp, scheme.weight_bits).saturating_sub(8);
-        let (most, need) = (outs * saved, branch::bits(b, outs, inp));
-        if need > most {
-            problems.push(format!(
-                "  {}: the branch takes {need} bits, but one bit less for every channel saves only {most}; lower its size (--mean-k, --rank), or \
-                 let it come on top (--overhead plain)",
-                site.name()
-            ));
-        }
-    }
-    if !problems.is_empty() {
-        return Err(Error::Unfit(problems.join("\n")));
-    }
-
-    // Bits of a site's layers with the basis that they share.
-    let bits = |site: Site| {
-        let (outs, inp) = (site_outputs(&shapes, site), config.site_width(site));
-        let code_bits = match scheme.weight_bits {
-            bits @ ..=4 => (usize::from(bits) * inp).next_multiple_of(8),
-            16 => 16 * inp,
-            _ => 8 * inp,
-        };
-        let groups = if scheme.weight_bits == 16 { 0 } else { inp / scheme.group(inp) };
-        let plain = recipe.branch.as_ref().filter(|b| b.overhead == Overhead::Plain);
-        let branch = plain.map_or(0, |b| branch::bits(b, outs, inp));
-        (outs * (code_bits + 16 * groups) + branch) as f64
-    };
-    let block_weights: usize = shapes.iter().map(|(_, [out, inp])| out * inp).sum();
-    let block_bits: f64 = Site::ALL.into_iter().map(bits).sum();
-    let tied = config.tie_word_embeddings && recipe.rotate.is_none();
-    let vocab_weights = config.vocab_size * config.hidden_size * if tied { 1 } else { 2 };
-    let vocab_bytes = vocab_weights * if recipe.embeddings == Embeddings::Int8 { 1 } else { 2 };
-    let tokens = recipe.calibration.samples * recipe.calibration.sequence_length;
-
-    // The largest of three moments: the model writing text, the embeddings on their way to the disk, a block at work.
-    let generation = match recipe.calibration.file {
-        Some(_) => 0,
-        None => {
-            let cached =
-                GENERATION_BATCH.min(recipe.calibration.samples) * recipe.calibration.sequence_length;
-            let kv = 2 * config.num_layers * config.num_kv_heads * config.head_dim * cached;
-            // The model that writes is the source, tied as it is.
-            let copies = if config.tie_word_embeddings { 1 } else { 2 };
-            let vocabulary = copies * config.vocab_size * config.hidden_size;
-            4 * (config.num_layers * block_weights + vocabulary + kv)
-        }
-    };
-    let vocabulary = config.vocab_size * config.hidden_size * 6 + if tied { 0 } else { vocab_bytes / 2 };
-    let hessians: usize = match recipe.needs_hessian() {
-        false => 0,
-        true => {
-            let squares = Site::ALL.map(|s| config.site_width(s).pow(2));
-            8 * (squares.iter().sum::<usize>() + 2 * squares.iter().max().unwrap_or(&0))
-        }
-    };
-    let widest_site = shapes.iter().map(|(_, [out, inp])| out * inp).max().unwrap_or(0) * 2;
-    let wide = 4 * config.hidden_size + 3 * config.intermediate_size + 3 * config.num_heads * config.head_dim;
-    let work = 4
-        * (block_weights + 4 * widest_site + 2 * tokens * config.hidden_size + BATCH_ROWS.min(tokens) * wide);
-    let peak = BASE_BYTES + generation.max(vocabulary).max(hessians + work);
-    Ok(Plan {
-        blocks: config.num_layers,
-        layers: config.num_layers * shapes.len(),
-        weights: config.num_layers * block_weights,
-        calibration_tokens: tokens,
-        peak_bytes: peak as u64,
-        output_bytes: (config.num_layers as f64 * block_bits / 8.0) as u64 + vocab_bytes as u64,
-        bits_per_weight: block_bits / block_weights as f64,
-    })
-}
-
-/// Output channels of all layers that read a site. shapes: of one block's layers.
-fn site_outputs(shapes: &[(String, [usize; 2])], site: Site) -> usize {
-    let of_site = |name: &str| site.layers().iter().any(|layer| name.ends_with(layer));
-    shapes.iter().filter(|(name, _)| of_site(name)).map(|(_, [out, _])| out).sum()
-}
-
 /// Quantizes the model of `source` into the directory `destination`.
 ///
 /// texts: calibration sequences of token ids, see [`crate::calibration`].
@@ -252,10 +86,7 @@ pub fn run(
     }
     let config = source.config();
     let mut output = Output::create(destination, overwrite, config.num_layers + 1)?;
-    let half_dtype = match source.tensor("model.embed_tokens.weight")?.dtype {
-        Dtype::BF16 => HalfType::Bf16,
-        _ => HalfType::F16,
-    };
+    let half_dtype = HalfType::of(source.tensor("model.embed_tokens.weight")?.dtype);
 
     let rotation = Rotation::new(source, recipe, texts, progress)?;
     let mut norm = source.tensor("model.norm.weight")?.to_f32()?;
@@ -295,10 +126,7 @@ pub fn run(
         })
         .collect::<Result<Vec<_>>>()?;
     // What full precision makes of the same texts, for methods that compare with it.
-    #[cfg(feature = "learn")]
     let mut full = matches!(recipe.learn, Some(Learn::OmniQuant(_))).then(|| states.clone());
-    #[cfg(not(feature = "learn"))]
-    let mut full: Option<Vec<Vec<f32>>> = None;
     let mut layers = Vec::new();
     for index in 0..config.num_layers {
         let (tensors, reports) = one_block(
@@ -366,16 +194,13 @@ impl Rotation {
         let Some(rotate) = &recipe.rotate else { return Ok(None) };
         let config = source.config();
         let online = rotate::online(rotate, config);
-        #[cfg(feature = "learn")]
         if let Some(Learn::SpinQuant(settings)) = &recipe.learn {
             // R2 alone rotates the heads: nothing across them (SpinQuant, section 3).
             let online = OnlineRotations { heads: None, ..online };
-            let of = settings.steps;
-            let mut tell = |step, loss| progress(Event::Learning { step, of, loss });
+            let mut tell = |step, of, loss| progress(Event::Learning { step, of, loss });
             let (residual, heads) = learn::rotations(source, recipe, settings, &online, texts, &mut tell)?;
             return Ok(Some(Rotation { residual, heads, online }));
         }
-        let _ = (texts, progress);
         Ok(Some(Rotation {
             residual: Orthogonal::random_hadamard(config.hidden_size, recipe.seed),
             heads: vec![Orthogonal::hadamard(config.head_dim)],
@@ -408,20 +233,16 @@ fn one_block(
     let mut reports = Vec::new();
     let mut tensors = Vec::new();
     if recipe.scheme.weight_bits < 16 {
-        let rows = states.iter().map(|s| s.len() / config.hidden_size).sum();
-        let with_hessian = recipe.needs_hessian();
-        let clips = learn_block(&mut block, index, recipe, config, states, full)?;
-        let mut stats = Site::ALL.map(|site| {
-            SiteStats::new(config.site_width(site), rows, recipe.calibration.search_tokens, with_hessian)
-        });
-        // Statistics come from the full-precision block on the quantized blocks' outputs; the states themselves stay.
-        let mut observed = Ok(());
-        run_block(&block, config, KvFormat::F32, &mut states.to_vec(), &mut |site, x| {
-            if observed.is_ok() {
-                observed = stats[site as usize].add(x, &format!("{prefix} {site:?}"));
+        let clips = match (&recipe.learn, full) {
+            (Some(Learn::OmniQuant(settings)), Some(full)) => {
+                learn::scales_and_clips(&mut block, config, index, recipe, settings, full, states)?
             }
-        })?;
-        observed?;
+            _ => HashMap::new(),
+        };
+        // Statistics come from the full-precision block on the quantized blocks' outputs; the states themselves stay.
+        let sampled = recipe.calibration.search_tokens;
+        let mut stats =
+            observe(&block, config, index, &mut states.to_vec(), sampled, recipe.needs_hessian())?;
         let done = quantize_block(&mut block, &prefix, &mut stats, &clips, recipe, config)?;
         for (report, stored) in done.layers {
             tensors.extend(stored.tensors(&report.name));
@@ -433,11 +254,12 @@ fn one_block(
     } else {
         let names = block.linears().map(|(name, _)| name);
         for (name, linear) in names.into_iter().zip(block.linears_mut()) {
-            if let Linear::Dense(DenseLinear { weight: DenseWeight::Owned(w), bias, out, inp }) = linear {
-                tensors.push(half.tensor(format!("{prefix}.{name}.weight"), vec![*out, *inp], w)?);
+            let shape = vec![linear.out_features(), linear.in_features()];
+            if let Some((w, bias)) = linear.dense_mut() {
+                tensors.push(half.tensor(format!("{prefix}.{name}.weight"), shape, w)?);
                 w.iter_mut().for_each(|v| *v = half.round(*v));
                 if let Some(bias) = bias {
-                    tensors.push(StoredTensor::f32(format!("{prefix}.{name}.bias"), vec![*out], bias));
+                    tensors.push(StoredTensor::f32(format!("{prefix}.{name}.bias"), vec![bias.len()], bias));
                 }
             }
         }
@@ -457,41 +279,27 @@ fn one_block(
     Ok((tensors, reports))
 }
 
-/// OmniQuant's part of a block: scales are folded in, clip ratios returned by the layers' names. `full` moves through the block.
-#[cfg(feature = "learn")]
-fn learn_block(
-    block: &mut Block,
-    index: usize,
-    recipe: &Recipe,
+/// Moves whole sequences through block `index` in full precision, and returns what its inputs were like. states: `[tokens, hidden]` each;
+/// sampled: tokens to keep.
+pub(crate) fn observe(
+    block: &Block,
     config: &ModelConfig,
-    states: &[Vec<f32>],
-    full: Option<&mut [Vec<f32>]>,
-) -> Result<HashMap<String, Vec<f32>>> {
-    let (Some(Learn::OmniQuant(settings)), Some(full)) = (&recipe.learn, full) else {
-        return Ok(HashMap::new());
-    };
-    let before = full.to_vec();
-    let mut stats = Site::ALL.map(|site| SiteStats::new(config.site_width(site), 1, 1, false));
+    index: usize,
+    states: &mut [Vec<f32>],
+    sampled: usize,
+    with_hessian: bool,
+) -> Result<[SiteStats; 4]> {
+    let rows = states.iter().map(|s| s.len() / config.hidden_size).sum();
+    let mut stats =
+        Site::ALL.map(|site| SiteStats::new(config.site_width(site), rows, sampled, with_hessian));
     let mut observed = Ok(());
-    run_block(block, config, KvFormat::F32, full, &mut |site, x| {
+    run_block(block, config, KvFormat::F32, states, &mut |site, x| {
         if observed.is_ok() {
             observed = stats[site as usize].add(x, &format!("model.layers.{index} {site:?}"));
         }
     })?;
     observed?;
-    learn::scales_and_clips(block, config, index, recipe, settings, (&before, states), &stats)
-}
-
-#[cfg(not(feature = "learn"))]
-fn learn_block(
-    _: &mut Block,
-    _: usize,
-    _: &Recipe,
-    _: &ModelConfig,
-    _: &[Vec<f32>],
-    _: Option<&mut [Vec<f32>]>,
-) -> Result<HashMap<String, Vec<f32>>> {
-    Ok(HashMap::new())
+    Ok(stats)
 }
 
 /// Runs whole sequences through one block, a few at a time, each with a fresh cache. states: `[tokens, hidden]` each.
@@ -522,86 +330,4 @@ fn run_block(
         }
     }
     Ok(())
-}
-
-/// The 16-bit type that embeddings and unquantized weights are kept in.
-#[derive(Debug, Clone, Copy, PartialEq)]
-enum HalfType {
-    F16,
-    Bf16,
-}
-
-impl HalfType {
-    /// The value that the 16 bits hold.
-    fn round(self, value: f32) -> f32 {
-        match self {
-            HalfType::F16 => f16::from_f32(value).to_f32(),
-            HalfType::Bf16 => bf16::from_f32(value).to_f32(),
-        }
-    }
-
-    /// Fails when a value is beyond the type's range.
-    fn tensor(self, name: String, shape: Vec<usize>, values: &[f32]) -> Result<StoredTensor> {
-        let (dtype, to): (_, fn(f32) -> [u8; 2]) = match self {
-            HalfType::F16 => (safetensors::Dtype::F16, |v| f16::from_f32(v).to_le_bytes()),
-            HalfType::Bf16 => (safetensors::Dtype::BF16, |v| bf16::from_f32(v).to_le_bytes()),
-        };
-        if let Some(i) = values.par_iter().position_first(|&v| !self.round(v).is_finite()) {
-            let channel = Some(i / shape.last().copied().unwrap_or(1).max(1));
-            return Err(Error::NotFinite { module: name, what: "a weight in 16 bits", channel });
-        }
-        let mut bytes = vec![0; 2 * values.len()];
-        bytes.par_chunks_exact_mut(2).zip(values).for_each(|(b, &v)| b.copy_from_slice(&to(v)));
-        Ok(StoredTensor { name, dtype, shape, bytes })
-    }
-}
-
-/// Symmetric int8 codes of a row of embeddings and their scale, `max / 127`.
-fn int8_row(row: &[f32]) -> (f32, Vec<i8>) {
-    let max = row.iter().fold(0.0_f32, |m, v| m.max(v.abs()));
-    let scale = storable_scales(vec![(max / 127.0).max(f16::MIN_POSITIVE.to_f32())])[0];
-    (scale, row.iter().map(|v| (v / scale).round_ties_even().clamp(-127.0, 127.0) as i8).collect())
-}
-
-/// Rounds a row of embeddings to what the checkpoint will hold.
-fn round_row(row: &mut [f32], embeddings: Embeddings, half: HalfType) {
-    match embeddings {
-        Embeddings::Int8 => {
-            let (scale, codes) = int8_row(row);
-            row.iter_mut().zip(codes).for_each(|(v, c)| *v = f32::from(c) * scale);
-        }
-        Embeddings::Half => row.iter_mut().for_each(|v| *v = half.round(*v)),
-    }
-}
-
-/// The tensors of an embedding or head called `name`, `[vocab, hidden]`: those of `from` after a change.
-fn vocabulary_tensors(
-    source: &Source,
-    from: &str,
-    name: &str,
-    embeddings: Embeddings,
-    half: HalfType,
-    change: &dyn Fn(&mut [f32]),
-) -> Result<Vec<StoredTensor>> {
-    let view = source.tensor(&format!("{from}.weight"))?;
-    let mut values = view.to_f32()?;
-    change(&mut values);
-    if embeddings == Embeddings::Half {
-        return Ok(vec![half.tensor(format!("{name}.weight"), view.shape.clone(), &values)?]);
-    }
-    let (vocab, hidden) = (view.shape[0], view.shape[1]);
-    let rows: Vec<(f32, Vec<i8>)> = values.par_chunks_exact(hidden).map(int8_row).collect();
-    let (scales, codes): (Vec<f32>, Vec<Vec<i8>>) = rows.into_iter().unzip();
-    let stored = specquant_model::StoredLinear {
-        out: vocab,
-        inp: hidden,
-        bits: 8,
-        group_size: hidden,
-        codes: codes.concat(),
-        scales,
-        channel_bits: Vec::new(),
-        branch: None,
-        bias: None,
-    };
-    Ok(stored.tensors(name))
 }

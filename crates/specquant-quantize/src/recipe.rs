@@ -145,46 +145,42 @@ fn yes() -> bool {
 
 /// The 16-bit branch.
 #[derive(Debug, Clone, Copy, PartialEq, Serialize, Deserialize)]
-#[serde(deny_unknown_fields)]
+#[serde(default, deny_unknown_fields)]
 pub struct Branch {
     /// Which directions are kept.
-    #[serde(default = "fourier")]
     pub basis: BranchBasis,
     /// k̄: complex coefficients kept per output channel, on average (paper, section "Implementation details": 16 at 4 bits). The other bases
     /// get as many bits as that many Fourier bins take, indices and stored directions included.
-    #[serde(default)]
     pub mean_k: usize,
     /// For `svd`, `wsvd` and `rows`: the rank, in place of the budget of `mean_k`; 0 for that.
-    #[serde(default)]
     pub rank: usize,
     /// The most that one channel keeps, in the unit of `mean_k`; 0 for everything. It is also the width of the projection that
     /// all channels share at run time, 2·max_k − 1, which the paper does not bound.
-    #[serde(default = "default_max_k")]
     pub max_k: usize,
     /// What a channel's share of the budget follows, in bases that give every channel its own.
-    #[serde(default = "uniform")]
     pub score: Score,
     /// Shares are softmax(T · z-score); 0 is uniform. The search tries 0, 0.25, 0.5 and 1.
-    #[serde(default = "zero")]
     pub temperature: Searched,
     /// For `svd` and `wsvd`: how many fits are tried at most, each to what rounding the residual of the one before left.
-    #[serde(default)]
     pub iterations: usize,
     /// Whether the branch's bits are taken from the residual.
-    #[serde(default)]
     pub overhead: Overhead,
 }
 
-fn fourier() -> BranchBasis {
-    BranchBasis::Fourier
-}
-
-fn uniform() -> Score {
-    Score::Uniform
-}
-
-fn zero() -> Searched {
-    Searched::Fixed(0.0)
+impl Default for Branch {
+    /// A Fourier branch of no size, all channels alike, at most twice the paper's mean in one of them.
+    fn default() -> Self {
+        Branch {
+            basis: BranchBasis::Fourier,
+            mean_k: 0,
+            rank: 0,
+            max_k: 32,
+            score: Score::Uniform,
+            temperature: Searched::Fixed(0.0),
+            iterations: 0,
+            overhead: Overhead::Plain,
+        }
+    }
 }
 
 /// Who pays for the bits of a branch.
@@ -237,13 +233,6 @@ pub struct Calibration {
     /// Tokens, of all those, on which searches compare outputs.
     #[serde(default = "default_search_tokens")]
     pub search_tokens: usize,
-}
-
-/// [`Branch::max_k`] unless a recipe says otherwise: twice the paper's mean.
-pub const DEFAULT_MAX_K: usize = 32;
-
-fn default_max_k() -> usize {
-    DEFAULT_MAX_K
 }
 
 fn default_samples() -> usize {
@@ -367,8 +356,7 @@ impl Branch {
     fn validate(&self, weight_bits: u8) -> Result<()> {
         let refuse = |why: String| Err(Error::Recipe(why));
         let &Branch { basis, mean_k, rank, max_k, score, temperature, iterations, overhead } = self;
-        let (name, shared) =
-            (basis.name(), matches!(basis, BranchBasis::Rows | BranchBasis::Svd | BranchBasis::Wsvd));
+        let (name, shared) = (basis.name(), basis.is_shared());
         if let Searched::Fixed(t) = temperature
             && !(0.0..=100.0).contains(&t)
         {
@@ -393,7 +381,7 @@ impl Branch {
                  temperature = 0 (--temperature)"
             ));
         }
-        if iterations > 1 && !matches!(basis, BranchBasis::Svd | BranchBasis::Wsvd) {
+        if iterations > 1 && !basis.is_low_rank() {
             return refuse(format!("branch.iterations: only svd and wsvd are fitted again, not {name}"));
         }
         if overhead == Overhead::Matched && !(3..=4).contains(&weight_bits) {

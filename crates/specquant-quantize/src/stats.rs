@@ -1,5 +1,6 @@
 //! What calibration learns about the inputs of linear layers.
 
+use crate::layer::Input;
 use crate::rounding::Hessian;
 use crate::{Error, Result};
 
@@ -12,9 +13,9 @@ pub struct SiteStats {
     /// Rows seen.
     rows: usize,
     /// Σ x xᵀ, if rounding or branch need it.
-    pub(crate) hessian: Option<Hessian>,
+    hessian: Option<Hessian>,
     /// Every `stride`-th row, for searches and reports, `[sampled, in]`.
-    pub(crate) sample: Vec<f32>,
+    sample: Vec<f32>,
     stride: usize,
 }
 
@@ -60,6 +61,23 @@ impl SiteStats {
             hessian.add(x);
         }
         Ok(())
+    }
+
+    /// A copy to try a transform on, with the second moment only if it is asked for.
+    pub(crate) fn trial(&self, with_hessian: bool) -> Self {
+        SiteStats {
+            max: self.max.clone(),
+            sum: self.sum.clone(),
+            rows: self.rows,
+            hessian: self.hessian.as_ref().filter(|_| with_hessian).cloned(),
+            sample: self.sample.clone(),
+            stride: self.stride,
+        }
+    }
+
+    /// What the layers are quantized by. mean_abs: of [`SiteStats::mean_abs`].
+    pub(crate) fn input<'a>(&'a self, mean_abs: &'a [f32]) -> Input<'a> {
+        Input { mean_abs, hessian: self.hessian.as_ref(), sample: &self.sample, rows: self.sampled_rows() }
     }
 
     /// The same statistics of the smoothed input `x / λ`.

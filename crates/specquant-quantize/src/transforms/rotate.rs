@@ -13,7 +13,7 @@ use rand::Rng;
 use rand_chacha::{ChaCha8Rng, rand_core::SeedableRng};
 use rayon::prelude::*;
 use specquant_kernels::Hadamard;
-use specquant_model::{Block, DenseLinear, DenseWeight, Linear, ModelConfig, OnlineRotations, Rotations};
+use specquant_model::{Block, Linear, ModelConfig, OnlineRotations, Rotations};
 
 use crate::recipe::Rotate;
 
@@ -113,14 +113,6 @@ pub fn online(rotate: &Rotate, config: &ModelConfig) -> OnlineRotations {
     }
 }
 
-/// Weight and bias of a layer that has not been quantized.
-fn owned(linear: &mut Linear) -> Option<(&mut Vec<f32>, Option<&mut Vec<f32>>)> {
-    match linear {
-        Linear::Dense(DenseLinear { weight: DenseWeight::Owned(w), bias, .. }) => Some((w, bias.as_mut())),
-        _ => None,
-    }
-}
-
 /// Multiplies the columns of w `[out, in]` by a norm's weight `[in]`.
 pub fn fold_norm(w: &mut [f32], norm: &[f32]) {
     w.par_chunks_exact_mut(norm.len()).for_each(|row| row.iter_mut().zip(norm).for_each(|(w, n)| *w *= n));
@@ -140,19 +132,19 @@ pub fn rotate_block(
         (&mut block.input_norm, vec![&mut block.q, &mut block.k, &mut block.v]),
         (&mut block.post_norm, vec![&mut block.gate, &mut block.up]),
     ] {
-        for (w, _) in layers.into_iter().filter_map(owned) {
+        for (w, _) in layers.into_iter().filter_map(Linear::dense_mut) {
             fold_norm(w, norm);
             residual.rotate_rows(w);
         }
         norm.fill(1.0);
     }
-    for (w, bias) in [&mut block.o, &mut block.down].into_iter().filter_map(owned) {
+    for (w, bias) in [&mut block.o, &mut block.down].into_iter().filter_map(Linear::dense_mut) {
         residual.rotate_columns(w);
         if let Some(bias) = bias {
             residual.rotate_rows(bias);
         }
     }
-    if let Some((w, bias)) = owned(&mut block.v) {
+    if let Some((w, bias)) = block.v.dense_mut() {
         let out = config.num_kv_heads * config.head_dim;
         let inp = w.len() / out;
         let mut columns = transposed(w, out, inp);
@@ -162,14 +154,14 @@ pub fn rotate_block(
             head.rotate_rows(bias);
         }
     }
-    if let Some((w, _)) = owned(&mut block.o) {
+    if let Some((w, _)) = block.o.dense_mut() {
         let rows = w.len() / (config.num_heads * config.head_dim);
         head.rotate_rows(w);
         if let Some(heads) = &rotations.heads {
             heads.apply_across(w, rows, config.head_dim);
         }
     }
-    if let (Some((w, _)), Some(down)) = (owned(&mut block.down), &rotations.down) {
+    if let (Some((w, _)), Some(down)) = (block.down.dense_mut(), &rotations.down) {
         let rows = w.len() / config.intermediate_size;
         down.apply(w, rows);
     }
@@ -179,68 +171,46 @@ pub fn rotate_block(
 #[cfg(test)]
 mod tests {
     use super::*;
-    use specquant_kernels::{KvCache, KvFormat, rms_norm};
-    use specquant_model::{Embedding, Head, RopeTable, RotationKind, Source, Span};
-    use std::path::Path;
-
-    fn forward(block: &Block, config: &ModelConfig, x: &mut [f32]) {
-        let rows = x.len() / config.hidden_size;
-        let mut cache = KvCache::new(KvFormat::F32, config.num_kv_heads, config.head_dim);
-        let rope = RopeTable::new(&config.inv_freq(), 0..rows);
-        block.forward(config, &rope, x, &mut [Span { rows, cache: &mut cache }], &mut |_, _| ()).unwrap();
-    }
-
-    fn relative(got: &[f32], want: &[f32]) -> f64 {
-        let norm = |x: &mut dyn Iterator<Item = f32>| x.map(|v| f64::from(v).powi(2)).sum::<f64>().sqrt();
-        norm(&mut got.iter().zip(want).map(|(g, w)| g - w)) / norm(&mut want.iter().copied())
-    }
+    use crate::testing::{TINY, dense_block, forward, ids, logits, relative, tiny};
+    use specquant_model::{Embedding, Head, RotationKind};
 
     /// GQA, biases, norms on q and k, a sliding window and a tied head all meet a rotation here.
     #[test]
     fn a_rotated_model_gives_the_same_logits() {
-        let tiny = Path::new(env!("CARGO_MANIFEST_DIR")).join("../../../shared/golden/tiny");
-        for name in ["llama-tied-bf16", "llama3-rope-scaled", "llama-sharded", "mistral", "qwen2", "qwen3"] {
-            let source = Source::open(&tiny.join(name)).unwrap();
+        for (i, name) in TINY.into_iter().enumerate() {
+            let source = tiny(name);
             let config = source.config();
             let rotate = Rotate { kind: RotationKind::Hadamard, qk: true };
             let hadamard = Orthogonal::random_hadamard(config.hidden_size, 3);
             // As learned rotations come: dense, in every other model.
-            let residual = match name.len() % 2 {
+            let residual = match i % 2 {
                 0 => Orthogonal::Dense { n: config.hidden_size, matrix: hadamard.matrix() },
                 _ => hadamard,
             };
-            let head = Orthogonal::hadamard(config.head_dim);
-            let online = online(&rotate, config);
-            let mut rng = ChaCha8Rng::seed_from_u64(4);
-            let ids: Vec<u32> = (0..40).map(|_| rng.random_range(0..config.vocab_size as u32)).collect();
-            let mut plain = Embedding::read(&source).unwrap().lookup(&ids, config.hidden_size).unwrap();
+            let (head, online) = (Orthogonal::hadamard(config.head_dim), online(&rotate, config));
+            let mut plain =
+                Embedding::read(&source).unwrap().lookup(&ids(config), config.hidden_size).unwrap();
             let mut rotated = plain.clone();
             residual.rotate_rows(&mut rotated);
             for index in 0..config.num_layers {
-                let mut block = Block::read(&source, index, None).unwrap();
-                block.linears_mut().into_iter().try_for_each(Linear::widen).unwrap();
-                forward(&block, config, &mut plain);
+                let mut block = dense_block(&source, index);
+                forward(&block, config, &mut plain, &mut |_, _| ());
                 rotate_block(&mut block, config, &residual, &head, &online);
                 assert!(block.rotations.down.is_some() && block.rotations.qk.is_some());
-                forward(&block, config, &mut rotated);
+                forward(&block, config, &mut rotated, &mut |_, _| ());
                 let mut expected = plain.clone();
                 residual.rotate_rows(&mut expected);
                 let difference = relative(&rotated, &expected);
                 assert!(difference < 1e-4, "{name}, block {index}: {difference}");
             }
             let mut head = Head::read(&source).unwrap();
-            let logits = |head: &Head, x: &[f32]| {
-                let mut normed = vec![0.0; x.len()];
-                rms_norm(x, &head.norm, config.rms_norm_eps, &mut normed);
-                head.linear.forward(&normed, ids.len()).unwrap()
-            };
-            let want = logits(&head, &plain);
+            let want = logits(&head, config, &plain);
             head.linear.widen().unwrap();
-            let (w, _) = owned(&mut head.linear).unwrap();
+            let (w, _) = head.linear.dense_mut().unwrap();
             fold_norm(w, &head.norm);
             residual.rotate_rows(w);
             head.norm.fill(1.0);
-            let difference = relative(&logits(&head, &rotated), &want);
+            let difference = relative(&logits(&head, config, &rotated), &want);
             assert!(difference < 1e-4, "{name}: {difference}");
         }
     }

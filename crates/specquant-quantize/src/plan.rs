@@ -1,0 +1,180 @@
+//! What can be known before a weight is read: whether the recipe fits the model, and what the run will cost.
+
+use serde::Serialize;
+use specquant_model::{Site, Source};
+
+use crate::calibration::GENERATION_BATCH;
+use crate::pipeline::BATCH_ROWS;
+use crate::recipe::{Embeddings, Overhead, Recipe, Rounding};
+use crate::{Error, Result, branch, layer};
+
+/// Memory that does not depend on the model: code, tokenizer, allocator.
+const BASE_BYTES: usize = 100 << 20;
+
+/// What will happen, known before a weight is read.
+#[derive(Debug, Clone, PartialEq, Serialize)]
+pub struct Plan {
+    /// Decoder blocks.
+    pub blocks: usize,
+    /// Linear layers to quantize.
+    pub layers: usize,
+    /// Their weights.
+    pub weights: usize,
+    /// Calibration tokens asked for.
+    pub calibration_tokens: usize,
+    /// Peak memory in bytes, estimated, without the pages of the source file that the system keeps mapped.
+    pub peak_bytes: u64,
+    /// Bytes of the checkpoint's tensors, estimated.
+    pub output_bytes: u64,
+    /// Estimated bits per weight of the linear layers.
+    pub bits_per_weight: f64,
+}
+
+/// What keeps the recipe from this model, a line each.
+fn problems(source: &Source, recipe: &Recipe, shapes: &[(String, [usize; 2])]) -> Vec<String> {
+    let config = source.config();
+    let mut problems = Vec::new();
+    if source.config_json().get("quantization_config").is_some_and(|q| !q.is_null()) {
+        problems.push(format!(
+            "  {} is quantized already: give the full-precision model",
+            source.path().display()
+        ));
+    }
+    let scheme = &recipe.scheme;
+    for (name, [_, inp]) in shapes {
+        let (inp, name) = (*inp, name.trim_start_matches("model.layers.0."));
+        let group = scheme.group(inp);
+        if !inp.is_multiple_of(group) || (group < inp && !group.is_multiple_of(8)) {
+            let fits: Vec<String> =
+                (16..inp.min(257)).step_by(8).filter(|g| inp % g == 0).map(|g| g.to_string()).collect();
+            problems.push(format!("  {name}: group size {group} does not divide its {inp} inputs into groups of a multiple of 8; these would: {}, or 0", fits.join(", ")));
+        }
+        let bins = inp / 2 + 1;
+        if let Some(b) = recipe.branch.as_ref().filter(|b| b.basis.is_fourier() && b.mean_k > bins) {
+            problems.push(format!(
+                "  {name}: has {bins} frequency bins, fewer than branch.mean_k = {}; lower it (--mean-k)",
+                b.mean_k
+            ));
+        }
+    }
+    if scheme.weight_bits == 16
+        && *recipe
+            != (Recipe {
+                rotate: None,
+                smooth: None,
+                branch: None,
+                rounding: Rounding::Rtn {},
+                ..recipe.clone()
+            })
+    {
+        problems.push(format!("  {scheme} leaves the weights alone, so rotation, smoothing, branch and GPTQ have nothing to do: use --recipe rtn"));
+    }
+    for (site, b) in Site::ALL.into_iter().flat_map(|site| recipe.branch.iter().map(move |b| (site, b))) {
+        let (outs, inp) = (site_outputs(shapes, site), config.site_width(site));
+        if b.mean_k > 0 && branch::items(b, outs, inp) == 0 {
+            problems.push(format!(
+                "  {}: {} Fourier bins per channel are too few bits for a branch of the basis {}; raise --mean-k",
+                site.name(),
+                b.mean_k,
+                b.basis.name()
+            ));
+        }
+        if b.basis.is_fourier() && inp / 2 >= usize::from(u16::MAX) {
+            problems.push(format!(
+                "  {}: {inp} inputs have more frequency bins than can be numbered",
+                site.name()
+            ));
+        }
+        if b.overhead != Overhead::Matched {
+            continue;
+        }
+        // The table of bits costs 8 a channel.
+        let saved = layer::narrowing_saves(inp, scheme.weight_bits).saturating_sub(8);
+        let (most, need) = (outs * saved, branch::bits(b, outs, inp));
+        if need > most {
+            problems.push(format!(
+                "  {}: the branch takes {need} bits, but one bit less for every channel saves only {most}; lower its size (--mean-k, --rank), or \
+                 let it come on top (--overhead plain)",
+                site.name()
+            ));
+        }
+    }
+    problems
+}
+
+/// Checks the recipe against the model and predicts the cost.
+///
+/// # Errors
+/// [`Error::Unfit`] lists every layer that the recipe does not fit; also for a model that is quantized already.
+pub fn plan(source: &Source, recipe: &Recipe) -> Result<Plan> {
+    recipe.validate()?;
+    let config = source.config();
+    let scheme = &recipe.scheme;
+    let shapes = config.linear_shapes(0);
+    let problems = problems(source, recipe, &shapes);
+    if !problems.is_empty() {
+        return Err(Error::Unfit(problems.join("\n")));
+    }
+
+    // Bits of a site's layers with the basis that they share.
+    let bits = |site: Site| {
+        let (outs, inp) = (site_outputs(&shapes, site), config.site_width(site));
+        let code_bits = match scheme.weight_bits {
+            bits @ ..=4 => (usize::from(bits) * inp).next_multiple_of(8),
+            16 => 16 * inp,
+            _ => 8 * inp,
+        };
+        let groups = if scheme.weight_bits == 16 { 0 } else { inp / scheme.group(inp) };
+        let plain = recipe.branch.as_ref().filter(|b| b.overhead == Overhead::Plain);
+        let branch = plain.map_or(0, |b| branch::bits(b, outs, inp));
+        (outs * (code_bits + 16 * groups) + branch) as f64
+    };
+    let block_weights: usize = shapes.iter().map(|(_, [out, inp])| out * inp).sum();
+    let block_bits: f64 = Site::ALL.into_iter().map(bits).sum();
+    let tied = config.tie_word_embeddings && recipe.rotate.is_none();
+    let vocab_weights = config.vocab_size * config.hidden_size * if tied { 1 } else { 2 };
+    let vocab_bytes = vocab_weights * if recipe.embeddings == Embeddings::Int8 { 1 } else { 2 };
+    let tokens = recipe.calibration.samples * recipe.calibration.sequence_length;
+
+    // The largest of three moments: the model writing text, the embeddings on their way to the disk, a block at work.
+    let generation = match recipe.calibration.file {
+        Some(_) => 0,
+        None => {
+            let cached =
+                GENERATION_BATCH.min(recipe.calibration.samples) * recipe.calibration.sequence_length;
+            let kv = 2 * config.num_layers * config.num_kv_heads * config.head_dim * cached;
+            // The model that writes is the source, tied as it is.
+            let copies = if config.tie_word_embeddings { 1 } else { 2 };
+            let vocabulary = copies * config.vocab_size * config.hidden_size;
+            4 * (config.num_layers * block_weights + vocabulary + kv)
+        }
+    };
+    let vocabulary = config.vocab_size * config.hidden_size * 6 + if tied { 0 } else { vocab_bytes / 2 };
+    let hessians: usize = match recipe.needs_hessian() {
+        false => 0,
+        true => {
+            let squares = Site::ALL.map(|s| config.site_width(s).pow(2));
+            8 * (squares.iter().sum::<usize>() + 2 * squares.iter().max().unwrap_or(&0))
+        }
+    };
+    let widest_site = shapes.iter().map(|(_, [out, inp])| out * inp).max().unwrap_or(0) * 2;
+    let wide = 4 * config.hidden_size + 3 * config.intermediate_size + 3 * config.num_heads * config.head_dim;
+    let work = 4
+        * (block_weights + 4 * widest_site + 2 * tokens * config.hidden_size + BATCH_ROWS.min(tokens) * wide);
+    let peak = BASE_BYTES + generation.max(vocabulary).max(hessians + work);
+    Ok(Plan {
+        blocks: config.num_layers,
+        layers: config.num_layers * shapes.len(),
+        weights: config.num_layers * block_weights,
+        calibration_tokens: tokens,
+        peak_bytes: peak as u64,
+        output_bytes: (config.num_layers as f64 * block_bits / 8.0) as u64 + vocab_bytes as u64,
+        bits_per_weight: block_bits / block_weights as f64,
+    })
+}
+
+/// Output channels of all layers that read a site. shapes: of one block's layers.
+fn site_outputs(shapes: &[(String, [usize; 2])], site: Site) -> usize {
+    let of_site = |name: &str| site.layers().iter().any(|layer| name.ends_with(layer));
+    shapes.iter().filter(|(name, _)| of_site(name)).map(|(_, [out, _])| out).sum()
+}
