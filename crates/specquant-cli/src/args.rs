@@ -26,6 +26,8 @@ pub enum Command {
     Eval(EvalArgs),
     /// Compare models with the first one: perplexity, distance, tasks; tables and a page with plots
     Compare(Box<CompareArgs>),
+    /// Measure the paper's tables, figures and claims on a model, and write the report
+    Reproduce(ReproduceArgs),
     /// Continue a prompt
     Generate(GenerateArgs),
     /// Talk with a model in the terminal
@@ -198,6 +200,12 @@ pub enum ScoreArg {
     Act,
     /// Spectral entropy of the weight row
     Entropy,
+    /// Mean magnitude of the weight row
+    Absmean,
+    /// Largest magnitude of the weight row
+    Absmax,
+    /// Norm of the weight row
+    L2,
     /// Every channel the same
     Uniform,
 }
@@ -317,6 +325,34 @@ pub struct PplArgs {
     /// Print JSON: perplexity, stderr, tokens, protocol, settings, window_nll, and distance with --reference
     #[arg(long)]
     pub json: bool,
+}
+
+#[derive(ClapArgs)]
+pub struct ReproduceArgs {
+    /// A Hugging Face directory or a GGUF file, in full precision
+    #[arg(value_name = "MODEL")]
+    pub model: PathBuf,
+    /// Text that perplexities are measured on: plain, WikiText's .raw, or jsonl
+    #[arg(long, value_name = "FILE")]
+    pub text: PathBuf,
+    /// Text that calibration tokens are taken from
+    #[arg(long, value_name = "FILE")]
+    pub calibration: PathBuf,
+    /// Windows of 2048 tokens to score; 0 for all [default: 16, with --quick 2]
+    #[arg(long, value_name = "N")]
+    pub windows: Option<usize>,
+    /// A quarter of an hour on two cores, for a model of 135 million parameters: fewer methods, seeds, bins and calibration tokens
+    #[arg(long)]
+    pub quick: bool,
+    /// Directory for README.md, figures and measurements; the checkpoint at work is there for a while, too
+    #[arg(short, long, value_name = "DIR")]
+    pub output: PathBuf,
+    /// Continue an interrupted run that wrote to the same --output, or measure what has changed since
+    #[arg(long)]
+    pub resume: bool,
+    /// Worker threads; all cores by default
+    #[arg(long, value_name = "N")]
+    pub threads: Option<usize>,
 }
 
 #[derive(ClapArgs)]

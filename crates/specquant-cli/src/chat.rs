@@ -3,7 +3,7 @@
 use std::io::{BufRead, IsTerminal, Write, stderr, stdin, stdout};
 use std::process::ExitCode;
 
-use specquant_model::{Message, Sampler, generate};
+use specquant_model::{Message, Model, Sampler, generate};
 
 use crate::args::ChatArgs;
 use crate::generate::sampling;
@@ -15,7 +15,7 @@ pub fn run(args: ChatArgs) -> anyhow::Result<ExitCode> {
     let mut sampler = Sampler::new(sampling(&args.sampling)?);
     let source = args.model.open()?;
     let tokenizer = source.tokenizer()?;
-    let model = system::load_for_decoding(&source)?;
+    let model = Model::load_for_decoding(&source)?;
     let mut messages: Vec<Message> = args.system.iter().map(|text| message("system", text)).collect();
     // Fails now, not after the first message, if there is no template.
     tokenizer.chat_prompt(&[message("user", "hello")], true)?;

@@ -13,12 +13,12 @@ use specquant_eval::{
     write_results, write_whole,
 };
 use specquant_kernels::Isa;
-use specquant_model::{Source, read_text};
+use specquant_model::{Model, Source, read_text};
 
 use crate::args::{CompareArgs, Overrides};
 use crate::eval::Prose;
 use crate::tasks::{self, Queries, run_info};
-use crate::ui::{note, table};
+use crate::ui::{self, note, table};
 use crate::{eval, quantize, system};
 
 /// Tells a directory that a comparison writes to from any other.
@@ -238,23 +238,6 @@ fn perplexities(args: &CompareArgs, entries: &[Entry]) -> anyhow::Result<Vec<Opt
     Ok(results)
 }
 
-/// The command line, of every path the last part, which is what matters to another reader.
-fn command() -> String {
-    let last = |path: &str| path.rsplit('/').find(|part| !part.is_empty()).unwrap_or("/").to_owned();
-    let word = |arg: std::ffi::OsString| {
-        let arg = arg.to_string_lossy().into_owned();
-        let (flag, value) = match arg.split_once('=') {
-            Some((flag, value)) if flag.starts_with("--") => (format!("{flag}="), value.to_owned()),
-            _ if arg.starts_with("-o") && arg.len() > 2 => ("-o ".to_owned(), arg[2..].to_owned()),
-            _ => (String::new(), arg),
-        };
-        let value = value.split(',').map(last).collect::<Vec<_>>().join(",");
-        let value = if value.contains(char::is_whitespace) { format!("'{value}'") } else { value };
-        flag + &value
-    };
-    std::env::args_os().map(word).collect::<Vec<_>>().join(" ")
-}
-
 fn facts(args: &CompareArgs, data: &[TaskData], first: Option<&Perplexity>) -> Vec<(String, String)> {
     let mut facts = Vec::new();
     if let (Some(path), Some(p)) = (&args.text.text, first) {
@@ -275,7 +258,7 @@ fn facts(args: &CompareArgs, data: &[TaskData], first: Option<&Perplexity>) -> V
     }
     let version = env!("CARGO_PKG_VERSION");
     facts.push(("engine".to_owned(), format!("specquant {version}, {} kernels", Isa::active().name())));
-    facts.push(("command".to_owned(), command()));
+    facts.push(("command".to_owned(), ui::command()));
     facts
 }
 
@@ -329,7 +312,7 @@ pub fn run(args: CompareArgs) -> anyhow::Result<ExitCode> {
                 note!("tasks of {}", entry.name);
             }
             max_length = queries.max_length;
-            let model = system::load_for_decoding(&entry.source)?;
+            let model = Model::load_for_decoding(&entry.source)?;
             started = SystemTime::now();
             results = tasks::score(&model, &data, &queries, Some(&mut journal), args.json)
                 .with_context(|| entry.name.clone())?;

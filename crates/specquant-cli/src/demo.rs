@@ -10,7 +10,7 @@ use serde::{Deserialize, Serialize};
 use serde_json::json;
 use specquant_eval::{Protocol, perplexity};
 use specquant_kernels::kernel_name;
-use specquant_model::{Sampler, Sampling, Source, generate};
+use specquant_model::{Model, Sampler, Sampling, Source, generate};
 use specquant_quantize as q;
 
 use crate::args::{DemoArgs, MeasureArgs};
@@ -44,7 +44,7 @@ pub fn measure(args: MeasureArgs) -> anyhow::Result<ExitCode> {
     system::set_threads(args.model.threads)?;
     let source = args.model.open()?;
     let tokenizer = source.tokenizer()?;
-    let model = system::load_for_decoding(&source)?;
+    let model = Model::load_for_decoding(&source)?;
     let greedy = || Sampler::new(Sampling::GREEDY);
     let prompt = tokenizer.encode(PROMPT, true)?;
     let mut sample = Vec::new();

@@ -7,7 +7,7 @@ use std::process::ExitCode;
 use anyhow::Context;
 use serde_json::json;
 use specquant_eval::{Distance, Encoder, Error, Perplexity, Protocol, Reference, perplexity};
-use specquant_model::{Source, read_text};
+use specquant_model::{Model, Source, read_text};
 
 use crate::args::{BosArg, EvalArgs, EvalCommand, PplArgs, TextArgs};
 use crate::system::{self, human};
@@ -89,7 +89,7 @@ pub fn reference(source: &Source, prose: &Prose, args: &TextArgs, quiet: bool) -
             human(free)
         );
     }
-    let model = system::load_for_decoding(source)?;
+    let model = Model::load_for_decoding(source)?;
     progress("reference window", prose, quiet)
         .and_then(|mut bar| Reference::new(model, &prose.ids, &prose.protocol, &mut bar))
         .map_err(|e| explain(e, source, args))
@@ -103,7 +103,7 @@ pub fn measure(
     reference: Option<&Reference>,
     quiet: bool,
 ) -> anyhow::Result<Perplexity> {
-    let model = system::load_for_decoding(source)?;
+    let model = Model::load_for_decoding(source)?;
     progress("window", prose, quiet)
         .and_then(|mut bar| perplexity(&model, &prose.ids, &prose.protocol, reference, &mut bar))
         .map_err(|e| explain(e, source, args))

@@ -5,7 +5,7 @@ use std::process::ExitCode;
 use std::time::Instant;
 
 use serde_json::json;
-use specquant_model::{Sampler, Sampling, generate};
+use specquant_model::{Model, Sampler, Sampling, generate};
 
 use crate::args::{GenerateArgs, SamplingArgs};
 use crate::system;
@@ -25,7 +25,7 @@ pub fn run(args: GenerateArgs) -> anyhow::Result<ExitCode> {
     let tokenizer = source.tokenizer()?;
     let prompt = tokenizer.encode(&args.prompt, true)?;
     anyhow::ensure!(!prompt.is_empty(), "--prompt is empty; give some text to continue");
-    let model = system::load_for_decoding(&source)?;
+    let model = Model::load_for_decoding(&source)?;
     let (mut out, mut decode) = (std::io::stdout(), tokenizer.decoder(true));
     let (mut ids, mut text, mut failure) = (Vec::new(), String::new(), None);
     let started = Instant::now();

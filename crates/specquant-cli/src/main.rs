@@ -11,6 +11,7 @@ mod eval;
 mod generate;
 mod inspect;
 mod quantize;
+mod reproduce;
 mod system;
 mod tasks;
 mod ui;
@@ -61,6 +62,7 @@ fn run(args: Args) -> anyhow::Result<ExitCode> {
         Command::Quantize(a) => quantize::run(*a),
         Command::Eval(a) => eval::run(a),
         Command::Compare(a) => compare::run(*a),
+        Command::Reproduce(a) => reproduce::run(a),
         Command::Generate(a) => generate::run(a),
         Command::Chat(a) => chat::run(a),
         Command::Inspect(a) => inspect::run(a),

@@ -5,7 +5,7 @@ use std::process::ExitCode;
 use std::time::Instant;
 
 use serde_json::json;
-use specquant_model::{BranchBasis, Source, Tokenizer};
+use specquant_model::{BranchBasis, Model, Source, Tokenizer};
 use specquant_quantize as q;
 use specquant_quantize::{Embeddings, Event, Overhead, Plan, Recipe, Report, Rounding, Smooth};
 
@@ -103,6 +103,9 @@ fn branch(r: &mut Recipe, flags: &Overrides) -> anyhow::Result<()> {
         branch.score = match score {
             ScoreArg::Act => q::branch::Score::ActivationAware,
             ScoreArg::Entropy => q::branch::Score::Entropy,
+            ScoreArg::Absmean => q::branch::Score::AbsMean,
+            ScoreArg::Absmax => q::branch::Score::AbsMax,
+            ScoreArg::L2 => q::branch::Score::L2,
             ScoreArg::Uniform => q::branch::Score::Uniform,
         };
         // A score decides nothing at temperature 0, which a branch made by flags has.
@@ -167,7 +170,7 @@ fn texts(
         }
         return Ok(texts);
     }
-    let model = system::load_for_decoding(source)?;
+    let model = Model::load_for_decoding(source)?;
     let mut progress = Progress::new("writing text", (c.samples * c.sequence_length) as u64, quiet);
     let texts = q::calibration::self_generated(&model, c, recipe.seed, &mut |done| {
         progress.set(done as u64, "tokens")

@@ -29,21 +29,6 @@ pub fn available_memory() -> Option<u64> {
     proc_bytes("/proc/meminfo", "MemAvailable:")
 }
 
-/// Dense models up to this size are widened to f32 once, for faster decoding. A constant, so that what a model writes for its
-/// calibration does not depend on the machine's memory.
-const WIDEN_BYTES: usize = 4 << 30;
-
-/// Loads a model that is to decode token by token.
-pub fn load_for_decoding(
-    source: &specquant_model::Source,
-) -> specquant_model::Result<specquant_model::Model> {
-    let mut model = specquant_model::Model::load(source)?;
-    if model.widened_bytes() <= WIDEN_BYTES {
-        model.widen()?;
-    }
-    Ok(model)
-}
-
 /// More threads than any machine has cores only cost.
 const MAX_THREADS: usize = 1024;
 

@@ -255,7 +255,7 @@ pub fn run(args: TasksArgs) -> anyhow::Result<ExitCode> {
     let dir = args.output.as_ref().map(|dir| dir.join(sanitized(&model_name(path))));
     let journal = dir.as_ref().map(|dir| journal(dir, &sha256, &args.tasks, queries.max_length, args.resume));
     let mut journal = journal.transpose()?;
-    let model = system::load_for_decoding(&source)?;
+    let model = Model::load_for_decoding(&source)?;
     let started = SystemTime::now();
     let results = score(&model, &data, &queries, journal.as_mut(), args.json)?;
     let duration = started.elapsed().unwrap_or_default();

@@ -89,6 +89,23 @@ impl Drop for Progress {
     }
 }
 
+/// The command line, of every path the last part, which is what matters to another reader.
+pub fn command() -> String {
+    let last = |path: &str| path.rsplit('/').find(|part| !part.is_empty()).unwrap_or("/").to_owned();
+    let word = |arg: std::ffi::OsString| {
+        let arg = arg.to_string_lossy().into_owned();
+        let (flag, value) = match arg.split_once('=') {
+            Some((flag, value)) if flag.starts_with("--") => (format!("{flag}="), value.to_owned()),
+            _ if arg.starts_with("-o") && arg.len() > 2 => ("-o ".to_owned(), arg[2..].to_owned()),
+            _ => (String::new(), arg),
+        };
+        let value = value.split(',').map(last).collect::<Vec<_>>().join(",");
+        let value = if value.contains(char::is_whitespace) { format!("'{value}'") } else { value };
+        flag + &value
+    };
+    std::env::args_os().map(word).collect::<Vec<_>>().join(" ")
+}
+
 /// Columns as wide as their widest cell; the first is left-aligned, the others right.
 pub fn table(rows: &[Vec<String>]) -> String {
     let columns = rows.iter().map(Vec::len).max().unwrap_or(0);

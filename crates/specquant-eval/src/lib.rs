@@ -11,6 +11,7 @@ mod requests;
 mod results;
 mod score;
 mod stats;
+pub mod svg;
 mod tasks;
 
 pub use distance::{Distance, PositionRange};

@@ -45,6 +45,18 @@ impl Difference {
     pub fn is_significant(&self) -> bool {
         self.half_width.is_some_and(|h| self.mean.abs() > h)
     }
+
+    /// `+1.23 ± 0.45`, the half width of the 95% interval, and ≈ where zero is inside or where there is no interval.
+    pub fn show(&self, scale: f64, digits: usize) -> String {
+        let mean = self.mean * scale;
+        match self.half_width {
+            None => format!("≈ {mean:+.digits$} ± ?"),
+            Some(h) => {
+                let sign = if self.is_significant() { "" } else { "≈ " };
+                format!("{sign}{mean:+.digits$} ± {:.digits$}", h * scale)
+            }
+        }
+    }
 }
 
 /// The paired difference `a - b`: what both models have in common, such as a hard document, drops out.

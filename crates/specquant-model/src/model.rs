@@ -209,6 +209,9 @@ impl Sequence {
     }
 }
 
+/// Dense models up to this size are widened for decoding.
+const WIDEN_BYTES: usize = 4 << 30;
+
 impl Model {
     /// Opens a Hugging Face directory, a GGUF file or a SpecQuant checkpoint.
     ///
@@ -238,6 +241,19 @@ impl Model {
             quantization,
             config,
         })
+    }
+
+    /// As [`Model::load`], for a model that is to run for long: dense weights are widened once, as long as that takes no more than 4 GiB, a
+    /// constant, so that what a model writes for its calibration does not depend on the machine's memory.
+    ///
+    /// # Errors
+    /// As [`Model::load`], and when a weight is not finite.
+    pub fn load_for_decoding(source: &Source) -> Result<Self> {
+        let mut model = Model::load(source)?;
+        if model.widened_bytes() <= WIDEN_BYTES {
+            model.widen()?;
+        }
+        Ok(model)
     }
 
     /// Widens every dense weight to f32 now instead of at each use, and packs it: faster for 4 bytes a weight.

@@ -281,7 +281,10 @@ fn one_block(
 
 /// Moves whole sequences through block `index` in full precision, and returns what its inputs were like. states: `[tokens, hidden]` each;
 /// sampled: tokens to keep.
-pub(crate) fn observe(
+///
+/// # Errors
+/// When an input is not finite.
+pub fn observe(
     block: &Block,
     config: &ModelConfig,
     index: usize,

@@ -76,12 +76,12 @@ impl SiteStats {
     }
 
     /// What the layers are quantized by. mean_abs: of [`SiteStats::mean_abs`].
-    pub(crate) fn input<'a>(&'a self, mean_abs: &'a [f32]) -> Input<'a> {
+    pub fn input<'a>(&'a self, mean_abs: &'a [f32]) -> Input<'a> {
         Input { mean_abs, hessian: self.hessian.as_ref(), sample: &self.sample, rows: self.sampled_rows() }
     }
 
     /// The same statistics of the smoothed input `x / λ`.
-    pub(crate) fn smooth(&mut self, lambda: &[f32]) {
+    pub fn smooth(&mut self, lambda: &[f32]) {
         for (channel, &l) in lambda.iter().enumerate() {
             self.max[channel] /= l;
             self.sum[channel] /= f64::from(l);
@@ -95,7 +95,7 @@ impl SiteStats {
     }
 
     /// Mean magnitudes, `[in]`.
-    pub(crate) fn mean_abs(&self) -> Vec<f32> {
+    pub fn mean_abs(&self) -> Vec<f32> {
         self.sum.iter().map(|s| (s / self.rows.max(1) as f64) as f32).collect()
     }
 

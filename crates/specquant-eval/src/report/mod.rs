@@ -1,7 +1,6 @@
 //! A comparison of models: tables, one HTML page, and JSON.
 
 mod page;
-mod svg;
 
 use serde_json::{Map, Value, json};
 
@@ -9,6 +8,7 @@ use crate::evaluate::{TaskResult, averages};
 use crate::perplexity::Perplexity;
 use crate::results::RunInfo;
 use crate::stats::{Difference, Estimate, estimate, paired};
+use crate::svg;
 use crate::tasks::TASKS;
 
 /// One model's results.
@@ -58,18 +58,6 @@ impl Record {
     /// Difference of log-perplexity to another model's, paired over windows.
     fn log_perplexity_difference(&self, other: &Record) -> Option<Difference> {
         Some(self.perplexity.as_ref()?.log_difference(other.perplexity.as_ref()?))
-    }
-}
-
-/// `+1.23 ± 0.45`, the half width of the 95% interval, and ≈ where zero is inside or where there is no interval.
-fn show(d: &Difference, scale: f64, digits: usize) -> String {
-    let mean = d.mean * scale;
-    match d.half_width {
-        None => format!("≈ {mean:+.digits$} ± ?"),
-        Some(h) => {
-            let sign = if d.is_significant() { "" } else { "≈ " };
-            format!("{sign}{mean:+.digits$} ± {:.digits$}", h * scale)
-        }
     }
 }
 
@@ -125,7 +113,7 @@ impl Comparison {
                 row.push(format!("{:.2} ± {error}", p.perplexity));
                 if several {
                     let d = p.distance.as_ref().filter(|_| i > 0);
-                    row.push(d.map_or_else(none, |d| show(&d.delta_log_perplexity, 1.0, 4)));
+                    row.push(d.map_or_else(none, |d| d.delta_log_perplexity.show(1.0, 4)));
                     row.push(d.map_or_else(none, |d| {
                         format!("{} ± {}", svg::short(d.kl.mean), svg::short(d.kl.stderr))
                     }));
@@ -138,7 +126,7 @@ impl Comparison {
                 row.push(percent(a.paper));
                 if several {
                     let delta = r.average_difference(&self.records[0]).filter(|_| i > 0);
-                    row.push(delta.map_or_else(none, |d| show(&d, 100.0, 2)));
+                    row.push(delta.map_or_else(none, |d| d.show(100.0, 2)));
                 }
                 row.push(percent(a.acc));
             }
@@ -224,8 +212,8 @@ impl Comparison {
         for (i, b) in self.records.iter().enumerate() {
             for a in &self.records[i + 1..] {
                 let mut row = vec![format!("{} − {}", a.name, b.name)];
-                row.extend(a.log_perplexity_difference(b).map(|d| show(&d, 1.0, 4)));
-                row.extend(a.average_difference(b).map(|d| show(&d, 100.0, 2)));
+                row.extend(a.log_perplexity_difference(b).map(|d| d.show(1.0, 4)));
+                row.extend(a.average_difference(b).map(|d| d.show(100.0, 2)));
                 rows.push(row);
             }
         }

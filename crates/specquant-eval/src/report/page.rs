@@ -4,15 +4,15 @@ use minijinja::value::Serde;
 use minijinja::{AutoEscape, Environment, Value, context};
 use serde::Serialize;
 
-use super::svg::{self, Axis, Mark, Row, Series, short};
 use super::{Comparison, percent};
 use crate::stats::estimate;
+use crate::svg::{self, Axis, Mark, Points, Row, Series, short};
 use crate::{Error, Result};
 
 const PAGE: &str = include_str!("page.html");
 
 #[derive(Serialize)]
-struct Chart {
+struct Figure {
     title: &'static str,
     text: String,
     svg: String,
@@ -30,6 +30,7 @@ impl Comparison {
             environment.render_str(
                 PAGE,
                 context! {
+                    style => Value::from_safe_string(svg::STYLE.to_owned()),
                     title => self.title(),
                     lead => match self.records.len() {
                         1 => "",
@@ -48,14 +49,14 @@ impl Comparison {
         render().map_err(|e| Error::Setting(format!("the page cannot be made: {e}")))
     }
 
-    fn charts(&self) -> Vec<Chart> {
+    fn charts(&self) -> Vec<Figure> {
         [self.perplexities(), self.accuracies(), self.divergence(), self.sizes()]
             .into_iter()
             .flatten()
             .collect()
     }
 
-    fn perplexities(&self) -> Option<Chart> {
+    fn perplexities(&self) -> Option<Figure> {
         let rows: Option<Vec<Row>> = self
             .records
             .iter()
@@ -76,10 +77,10 @@ impl Comparison {
             svg::dots(&rows, &Axis::around(ends, true), "perplexity (log scale)", "Perplexity by model");
         let text = "Lower is better. Bars: one standard error over windows. The windows are the same for all models, so differences are \
                     surer than the bars look; see every pair below.";
-        Some(Chart { title: "Perplexity", text: text.to_owned(), svg })
+        Some(Figure { title: "Perplexity", text: text.to_owned(), svg: svg.inline() })
     }
 
-    fn accuracies(&self) -> Option<Chart> {
+    fn accuracies(&self) -> Option<Figure> {
         if !self.has_tasks() {
             return None;
         }
@@ -101,10 +102,10 @@ impl Comparison {
         let ends = rows.iter().flat_map(|r| r.marks.iter().flat_map(|m| [m.bar.0, m.bar.1]).chain(r.chance));
         let svg = svg::dots(&rows, &Axis::around(ends, false), "accuracy, %", "Accuracy by task");
         let text = "acc_norm where lm-eval reports it, else acc. Bars: one standard error over documents. Dashed: guessing.";
-        Some(Chart { title: "Accuracy by task", text: text.to_owned(), svg })
+        Some(Figure { title: "Accuracy by task", text: text.to_owned(), svg: svg.inline() })
     }
 
-    fn divergence(&self) -> Option<Chart> {
+    fn divergence(&self) -> Option<Figure> {
         let series: Vec<Series> = self
             .records
             .iter()
@@ -132,12 +133,12 @@ impl Comparison {
         points().next()?;
         let (x, y) = (Axis::around(points().map(|p| p.0), false), Axis::around(points().map(|p| p.1), true));
         let titles = ("position in the window, tokens", "KL(reference ‖ model), nats (log scale)");
-        let svg = svg::plane(&series, &x, &y, true, titles, "Divergence by position");
+        let svg = svg::plane(&series, &x, &y, Points::Joined, titles, "Divergence by position");
         let text = "How far the next-token distributions are from the reference's. A line that climbs means that errors of the KV cache add up.";
-        Some(Chart { title: "Divergence by position", text: text.to_owned(), svg })
+        Some(Figure { title: "Divergence by position", text: text.to_owned(), svg: svg.inline() })
     }
 
-    fn sizes(&self) -> Option<Chart> {
+    fn sizes(&self) -> Option<Figure> {
         let series: Option<Vec<Series>> = self
             .records
             .iter()
@@ -153,8 +154,8 @@ impl Comparison {
         let points = || series.iter().flat_map(|s| &s.points);
         let (x, y) = (Axis::around(points().map(|p| p.0), false), Axis::around(points().map(|p| p.1), true));
         let titles = ("size of all tensors, MB", "perplexity (log scale)");
-        let svg = svg::plane(&series, &x, &y, false, titles, "Size against perplexity");
+        let svg = svg::plane(&series, &x, &y, Points::Loose, titles, "Size against perplexity");
         let text = "Lower and further left is better. The size counts everything stored: codes, scales, branch and embeddings.";
-        Some(Chart { title: "Size against quality", text: text.to_owned(), svg })
+        Some(Figure { title: "Size against quality", text: text.to_owned(), svg: svg.inline() })
     }
 }

@@ -6,7 +6,7 @@ use half::f16;
 use specquant_kernels::Basis;
 use specquant_model::{BranchBasis, StoredBranch};
 
-use super::{BranchError, Score, activation_score, allocate, dct, fourier, low_rank, rows, spectral_entropy};
+use super::{BranchError, Score, allocate, dct, fourier, low_rank, rows};
 use crate::layer::{Input, Weight};
 use crate::recipe::{Branch, Searched};
 use crate::rounding::Hessian;
@@ -63,11 +63,8 @@ pub fn bits(branch: &Branch, outs: usize, inp: usize) -> usize {
 
 /// Items of every channel of `w` at temperature `t`, `[out]`.
 fn counts(w: &Weight, branch: &Branch, input: &Input, t: f32) -> Vec<u16> {
-    let scores = match branch.score {
-        Score::ActivationAware if t > 0.0 => activation_score(w.values, w.out, w.inp, input.mean_abs),
-        Score::Entropy if t > 0.0 => spectral_entropy(w.values, w.out, w.inp),
-        _ => vec![0.0; w.out],
-    };
+    let score = if t > 0.0 { branch.score } else { Score::Uniform };
+    let scores = score.of(w.values, w.out, w.inp, input.mean_abs);
     let per_bin = items(branch, w.out, w.inp);
     let all = if branch.basis.is_fourier() { w.inp / 2 + 1 } else { w.inp };
     let most = match branch.max_k {

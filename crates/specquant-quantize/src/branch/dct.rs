@@ -1,8 +1,7 @@
 //! The low end of the cosine transform (DCT-II) of every output channel: as SpecQuant's Fourier branch, without the jump between the
 //! last and the first input that a periodic transform sees.
 
-use rayon::prelude::*;
-use specquant_kernels::Basis;
+use specquant_kernels::{Basis, matmul_nt};
 use specquant_model::{BranchBasis, StoredBranch};
 
 use super::{BranchError, coefficient};
@@ -32,16 +31,19 @@ pub fn truncate(w: &[f32], out: usize, inp: usize, counts: &[u16]) -> Result<Sto
 /// If the basis has fewer rows than a channel has coefficients.
 pub fn reconstruct(branch: &StoredBranch, basis: &Basis, out: usize) -> Vec<f32> {
     let (inp, rank) = (basis.in_features(), branch.counts.iter().copied().max().map_or(0, usize::from));
-    let (rows, mut rest) = (basis.rows(rank), branch.coeffs.as_slice());
-    let channels: Vec<_> =
-        branch.counts.iter().map(|&k| rest.split_off(..usize::from(k)).unwrap_or(&[])).collect();
     let mut w = vec![0.0; out * inp];
-    w.par_chunks_exact_mut(inp.max(1)).zip(channels).for_each(|(w, coeffs)| {
-        for (row, c) in rows.chunks_exact(inp).zip(coeffs) {
-            let c = c.to_f32();
-            w.iter_mut().zip(row).for_each(|(w, b)| *w = c.mul_add(*b, *w));
-        }
-    });
+    if rank == 0 {
+        return w;
+    }
+    // C [out, rank], with zeros where a channel keeps less, times P [rank, in].
+    let mut coeffs = vec![0.0; out * rank];
+    let mut rest = branch.coeffs.iter();
+    for (row, &count) in coeffs.chunks_exact_mut(rank).zip(&branch.counts) {
+        row.iter_mut().zip(rest.by_ref().take(usize::from(count))).for_each(|(x, c)| *x = c.to_f32());
+    }
+    let rows = basis.rows(rank);
+    let transposed: Vec<f32> = (0..inp).flat_map(|i| rows.iter().skip(i).step_by(inp).copied()).collect();
+    matmul_nt(&coeffs, &transposed, &mut w, out, rank, inp, false);
     w
 }
 

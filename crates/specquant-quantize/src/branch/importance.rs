@@ -9,6 +9,8 @@
 use rayon::prelude::*;
 use serde::{Deserialize, Serialize};
 
+use super::spectral_entropy;
+
 /// What the share of a channel is decided by.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 pub enum Score {
@@ -19,9 +21,41 @@ pub enum Score {
     /// [`spectral_entropy`](super::spectral_entropy) (algorithm 1, Table 5).
     #[serde(rename = "entropy")]
     Entropy,
+    /// Mean magnitude of the row (Table 5).
+    #[serde(rename = "absmean")]
+    AbsMean,
+    /// Largest magnitude of the row (Table 5).
+    #[serde(rename = "absmax")]
+    AbsMax,
+    /// Euclidean norm of the row (Table 5).
+    #[serde(rename = "l2")]
+    L2,
     /// All channels alike.
     #[serde(rename = "uniform")]
     Uniform,
+}
+
+/// The score of every output channel that looks at its weights alone, `w_hat: [out, inp]`.
+fn by_row(w_hat: &[f32], inp: usize, score: impl Fn(&[f32]) -> f64 + Sync) -> Vec<f32> {
+    w_hat.par_chunks_exact(inp.max(1)).map(|w| score(w) as f32).collect()
+}
+
+impl Score {
+    /// The score of every output channel of `w_hat: [out, inp]`; `mean_abs_x: [inp]`, of the smoothed input.
+    ///
+    /// # Panics
+    /// If the slices do not have these shapes.
+    pub fn of(self, w_hat: &[f32], out: usize, inp: usize, mean_abs_x: &[f32]) -> Vec<f32> {
+        let abs = |w: &f32| f64::from(w.abs());
+        match self {
+            Score::ActivationAware => activation_score(w_hat, out, inp, mean_abs_x),
+            Score::Entropy => spectral_entropy(w_hat, out, inp),
+            Score::AbsMean => by_row(w_hat, inp, |w| w.iter().map(abs).sum::<f64>() / inp as f64),
+            Score::AbsMax => by_row(w_hat, inp, |w| w.iter().map(abs).fold(0.0, f64::max)),
+            Score::L2 => by_row(w_hat, inp, |w| w.iter().map(|w| abs(w).powi(2)).sum::<f64>().sqrt()),
+            Score::Uniform => vec![0.0; out],
+        }
+    }
 }
 
 /// `1/in · Σ_i mean_t |x_ti| · |w_ji|` for every output channel j of `w_hat: [out, inp]`; `mean_abs_x: [inp]`, of the
@@ -32,9 +66,8 @@ pub enum Score {
 pub fn activation_score(w_hat: &[f32], out: usize, inp: usize, mean_abs_x: &[f32]) -> Vec<f32> {
     assert_eq!(w_hat.len(), out * inp, "weights are [out, in]");
     assert_eq!(mean_abs_x.len(), inp, "one mean for each input channel");
-    let score =
-        |w: &[f32]| w.iter().zip(mean_abs_x).map(|(&w, &x)| f64::from(w.abs()) * f64::from(x)).sum::<f64>();
-    w_hat.par_chunks_exact(inp.max(1)).map(|w| (score(w) / inp as f64) as f32).collect()
+    let product = |(&w, &x): (&f32, &f32)| f64::from(w.abs()) * f64::from(x);
+    by_row(w_hat, inp, |w| w.iter().zip(mean_abs_x).map(product).sum::<f64>() / inp as f64)
 }
 
 /// Bins for every output channel: `mean_k` on average, shared out by `softmax(temperature · standardized score)` and
@@ -128,11 +161,25 @@ mod tests {
     }
 
     #[test]
+    fn scores_of_rows_by_hand() {
+        let of = |score: Score| score.of(&[3.0, -4.0, 0.5, 0.0], 2, 2, &[1.0, 1.0]);
+        assert_eq!(of(Score::AbsMean), [3.5, 0.25]);
+        assert_eq!(of(Score::AbsMax), [4.0, 0.5]);
+        assert_eq!(of(Score::L2), [5.0, 0.5]);
+        assert_eq!(of(Score::Uniform), [0.0, 0.0]);
+    }
+
+    #[test]
     fn score_names() {
         let name = |s: Score| toml::Value::try_from(s).unwrap();
-        for (score, want) in
-            [(Score::ActivationAware, "act"), (Score::Entropy, "entropy"), (Score::Uniform, "uniform")]
-        {
+        for (score, want) in [
+            (Score::ActivationAware, "act"),
+            (Score::Entropy, "entropy"),
+            (Score::AbsMean, "absmean"),
+            (Score::AbsMax, "absmax"),
+            (Score::L2, "l2"),
+            (Score::Uniform, "uniform"),
+        ] {
             assert_eq!(name(score).as_str(), Some(want));
             assert_eq!(name(score).try_into::<Score>().unwrap(), score);
         }

@@ -133,9 +133,49 @@ impl Canvas {
         );
     }
 
-    fn finish(self, height: f64, name: &str) -> String {
-        let (body, name) = (self.body, escape(name));
+    fn finish(self, height: f64, name: &str) -> Chart {
+        Chart { body: self.body, height, name: escape(name) }
+    }
+}
+
+/// Colours and fonts of the charts.
+pub const STYLE: &str = include_str!("svg.css");
+
+/// A drawn chart.
+pub struct Chart {
+    body: String,
+    height: f64,
+    name: String,
+}
+
+impl Chart {
+    /// For a page that has [`STYLE`].
+    pub fn inline(&self) -> String {
+        let Chart { body, height, name } = self;
         format!(r#"<svg viewBox="0 0 {WIDTH} {height:.0}" role="img" aria-label="{name}">{body}</svg>"#)
+    }
+
+    /// As a file of its own, with a legend of the series below.
+    pub fn standalone(&self, legend: &[&str]) -> String {
+        let Chart { body, name, .. } = self;
+        let mut canvas = Canvas { body: String::new() };
+        let (mut x, mut y) = (10.0, self.height + 6.0);
+        for (i, label) in legend.iter().enumerate() {
+            let width = 26.0 + 6.8 * label.chars().count() as f64;
+            if x + width > WIDTH && x > 10.0 {
+                (x, y) = (10.0, y + 18.0);
+            }
+            canvas.dot(i, x, y, label);
+            canvas.text("label", "start", x + 9.0, y + 4.0, label);
+            x += width;
+        }
+        let height = if legend.is_empty() { self.height } else { y + 14.0 };
+        let (legend, scale) = (canvas.body, 1.5);
+        format!(
+            r#"<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {WIDTH} {height:.0}" width="{:.0}" role="img" aria-label="{name}"><style>{STYLE}</style><rect width="100%" height="100%" style="fill:var(--card)"/>{body}{legend}</svg>
+"#,
+            scale * WIDTH
+        )
     }
 }
 
@@ -150,7 +190,7 @@ fn x_axis(canvas: &mut Canvas, axis: &Axis, left: f64, right: f64, top: f64, bot
 }
 
 /// One line a row, values to the right.
-pub fn dots(rows: &[Row], axis: &Axis, title: &str, name: &str) -> String {
+pub fn dots(rows: &[Row], axis: &Axis, title: &str, name: &str) -> Chart {
     let widest = |f: fn(&Row) -> &str| rows.iter().map(|r| f(r).chars().count()).max().unwrap_or(0) as f64;
     let left = (8.0 + 7.2 * widest(|r| &r.label)).min(170.0);
     let right = WIDTH - 12.0 - 7.2 * widest(|r| &r.note);
@@ -186,7 +226,7 @@ fn cut(text: &str, most: usize) -> String {
     text.chars().take(most - 1).chain(['…']).collect()
 }
 
-/// Points `(x, y, title)` of some series, joined by lines or not.
+/// Points `(x, y, title)` of some series.
 pub struct Series {
     /// Number of the series.
     pub series: usize,
@@ -196,15 +236,26 @@ pub struct Series {
     pub label: String,
 }
 
+/// How the points of a series are drawn.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Points {
+    /// Dots.
+    Loose,
+    /// Dots joined by lines.
+    Joined,
+    /// Lines alone, for many points.
+    Line,
+}
+
 /// x to the right, y upwards.
 pub fn plane(
     series: &[Series],
     x: &Axis,
     y: &Axis,
-    joined: bool,
+    points: Points,
     titles: (&str, &str),
     name: &str,
-) -> String {
+) -> Chart {
     let (left, right, top, bottom) = (52.0, WIDTH - 14.0, 26.0, 250.0);
     let mut canvas = Canvas { body: String::new() };
     x_axis(&mut canvas, x, left, right, top, bottom, titles.0);
@@ -217,7 +268,7 @@ pub fn plane(
     let mut labelled: Vec<(f64, f64)> = Vec::new();
     for s in series {
         let place = |(px, py, _): &(f64, f64, String)| (x.place(*px, left, right), y.place(*py, bottom, top));
-        if joined {
+        if points != Points::Loose {
             let path: Vec<String> =
                 s.points.iter().map(place).map(|(x, y)| format!("{x:.1},{y:.1}")).collect();
             let _ = write!(
@@ -227,7 +278,7 @@ pub fn plane(
                 path.join(" ")
             );
         }
-        for point in &s.points {
+        for point in s.points.iter().filter(|_| points != Points::Line) {
             let (px, py) = place(point);
             canvas.dot(s.series, px, py, &point.2);
         }
@@ -288,7 +339,9 @@ mod tests {
             assert_eq!(short(v), want);
         }
         let row = Row { label: "<a & b>".into(), marks: vec![], chance: Some(1.0), note: "\"".into() };
-        let svg = dots(&[row], &Axis::around([1.0].into_iter(), false), "%", "x");
-        assert!(svg.contains("&lt;a &amp; b&gt;") && !svg.contains("<a"), "{svg}");
+        let chart = dots(&[row], &Axis::around([1.0].into_iter(), false), "%", "x");
+        for svg in [chart.inline(), chart.standalone(&["<a"])] {
+            assert!(svg.contains("&lt;a &amp; b&gt;") && !svg.contains("<a"), "{svg}");
+        }
     }
 }
