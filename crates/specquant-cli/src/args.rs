@@ -338,7 +338,7 @@ pub struct ReproduceArgs {
     /// Text that calibration tokens are taken from
     #[arg(long, value_name = "FILE")]
     pub calibration: PathBuf,
-    /// Windows of 2048 tokens to score; 0 for all [default: 16, with --quick 2]
+    /// Windows of 2048 tokens to score; 0 for all [default: 8, with --quick 2]
     #[arg(long, value_name = "N")]
     pub windows: Option<usize>,
     /// A quarter of an hour on two cores, for a model of 135 million parameters: fewer methods, seeds, bins and calibration tokens

@@ -1,0 +1,239 @@
+//! Measures configurations, each once: what lies in the report's directory is not measured again.
+
+use std::fs;
+use std::io::Write;
+use std::path::{Path, PathBuf};
+use std::time::Instant;
+
+use serde::de::DeserializeOwned;
+use serde::{Deserialize, Serialize};
+use serde_json::{Value, json};
+use specquant_eval::{Bos, Encoder, Perplexity, Protocol, Reference, perplexity, sha256, write_whole};
+use specquant_kernels::Isa;
+use specquant_model::{Model, Source, Truncation, read_text};
+use specquant_quantize as q;
+
+use crate::latency::{self, Latency};
+use crate::{Error, Plan, Result, Run, Settings, permute};
+
+/// Of one configuration.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+pub struct Measured {
+    /// Recipe, scheme and what else tells it from others, for the reader.
+    pub label: String,
+    /// Time that quantization took, calibration included; of the checkpoint, so that runs with fewer bins of it have the same.
+    pub quantize_seconds: f64,
+    /// Stored bits per weight over all linear layers of the blocks.
+    pub bits_per_weight: f64,
+    /// Bytes of all tensors.
+    pub tensor_bytes: u64,
+    /// Mean over layers of ‖y − ŷ‖² / ‖y‖², each by itself.
+    pub layer_error: f64,
+    /// Layers that GPTQ failed on and that were rounded to nearest.
+    pub fallbacks: usize,
+    /// On the text, with the distance to full precision.
+    pub perplexity: Perplexity,
+}
+
+/// A quantized model on the disk, for a moment.
+struct Checkpoint {
+    identity: Value,
+    path: PathBuf,
+    report: q::Report,
+    seconds: f64,
+}
+
+/// A measurement in a file, under the conditions that it holds for.
+#[derive(Serialize, Deserialize)]
+struct Stored<T> {
+    identity: Value,
+    result: T,
+}
+
+/// Where measurements are made.
+pub struct Lab<'a> {
+    source: &'a Source,
+    output: PathBuf,
+    ids: Vec<u32>,
+    protocol: Protocol,
+    /// What all measurements depend on.
+    conditions: Value,
+    /// Run when the first model is to be compared with it.
+    reference: Option<Reference>,
+    checkpoint: Option<Checkpoint>,
+}
+
+fn text(path: &Path) -> Result<String> {
+    read_text(path).map_err(|why| Error::Text { path: path.to_owned(), why })
+}
+
+impl<'a> Lab<'a> {
+    /// Reads the texts; nothing is run.
+    ///
+    /// # Errors
+    /// When a text or the tokenizer cannot be used.
+    pub fn new(source: &'a Source, settings: &Settings) -> Result<Self> {
+        let tokenizer = source.tokenizer()?;
+        let protocol = Protocol { max_windows: settings.windows, ..Protocol::default() };
+        let encoder = Encoder::new(&tokenizer, source.config(), Bos::Auto, 0)?;
+        let (ids, protocol) = encoder.prose(&text(&settings.text)?, protocol)?;
+        protocol.count(&ids)?;
+        let bytes: Vec<u8> = ids.iter().flat_map(|id| id.to_le_bytes()).collect();
+        let conditions = json!({
+            "specquant_version": env!("CARGO_PKG_VERSION"),
+            "kernels": Isa::active().name(),
+            "model_sha256": source.fingerprint()?,
+            "calibration_sha256": sha256(text(&settings.calibration)?.as_bytes()),
+            "token_ids_sha256": sha256(&bytes),
+            "protocol": protocol,
+        });
+        let output = settings.output.clone();
+        Ok(Lab { source, output, ids, protocol, conditions, reference: None, checkpoint: None })
+    }
+
+    /// The measurement `name` as an earlier run left it, or as `measure` makes it, and whether it was there.
+    pub(crate) fn stored<T: Serialize + DeserializeOwned>(
+        &mut self,
+        name: &str,
+        what: Value,
+        measure: impl FnOnce(&mut Self) -> Result<T>,
+    ) -> Result<(T, bool)> {
+        let identity = json!({ "conditions": self.conditions, "what": what });
+        let digest = sha256(identity.to_string().as_bytes());
+        let dir = self.output.join("measurements");
+        let path = dir.join(format!("{name}-{}.json", &digest[..8]));
+        let io = |cause| Error::Io { path: path.clone(), cause };
+        if let Ok(bytes) = fs::read(&path)
+            && let Ok(stored) = serde_json::from_slice::<Stored<T>>(&bytes)
+            && stored.identity == identity
+        {
+            return Ok((stored.result, true));
+        }
+        fs::create_dir_all(&dir).map_err(io)?;
+        let result = measure(self)?;
+        let stored = Stored { identity, result };
+        let json = serde_json::to_string_pretty(&stored).map_err(|e| io(e.into()))?;
+        write_whole(&path, |file| writeln!(file, "{json}"))?;
+        Ok((stored.result, false))
+    }
+
+    /// Of the model itself.
+    ///
+    /// # Errors
+    /// When it cannot be run.
+    pub fn full_precision(&mut self) -> Result<(Perplexity, bool)> {
+        self.stored("full-precision", Value::Null, |lab| Ok(lab.reference()?.perplexity.clone()))
+    }
+
+    fn reference(&mut self) -> Result<&Reference> {
+        let reference = match self.reference.take() {
+            Some(reference) => reference,
+            None => Reference::new(
+                Model::load_for_decoding(self.source)?,
+                &self.ids,
+                &self.protocol,
+                &mut |_, _, _| (),
+            )?,
+        };
+        Ok(self.reference.insert(reference))
+    }
+
+    /// Quantizes, unless the last run did so the same way.
+    fn checkpoint(&mut self, run: &Run) -> Result<&Checkpoint> {
+        let identity = Run { k_run: None, ..run.clone() }.identity();
+        if let Some(checkpoint) = self.checkpoint.take_if(|c| c.identity == identity) {
+            return Ok(self.checkpoint.insert(checkpoint));
+        }
+        self.clear()?;
+        let permuted =
+            run.permutation.map(|seed| permute::write(self.source, &self.output.join("permuted"), seed));
+        let permuted = permuted.transpose()?;
+        let source = permuted.as_ref().unwrap_or(self.source);
+        let path = self.output.join("checkpoint");
+        let texts = match &run.recipe.calibration.file {
+            Some(file) => q::calibration::from_file(
+                file,
+                &source.tokenizer()?,
+                &run.recipe.calibration,
+                run.recipe.seed,
+            )?,
+            None => Vec::new(),
+        };
+        let started = Instant::now();
+        let report = q::run(source, &run.recipe, &texts, &path, true, &mut |_| ())?;
+        let seconds = started.elapsed().as_secs_f64();
+        drop(permuted);
+        permute::remove(&self.output.join("permuted"))?;
+        Ok(self.checkpoint.insert(Checkpoint { identity, path, report, seconds }))
+    }
+
+    /// Removes the checkpoint.
+    fn clear(&mut self) -> Result<()> {
+        self.checkpoint = None;
+        permute::remove(&self.output.join("checkpoint"))
+    }
+
+    /// Measures a configuration, or finds that it has been measured.
+    ///
+    /// # Errors
+    /// When it cannot be quantized, loaded or run.
+    pub fn measure(&mut self, run: &Run) -> Result<(Measured, bool)> {
+        let name = format!("{}-{}", run.recipe.name, run.recipe.scheme);
+        self.stored(&name, run.identity(), |lab| {
+            let Checkpoint { path, report, seconds, .. } = lab.checkpoint(run)?;
+            let mut source = Source::open(path)?;
+            source.truncate_branches(run.k_run.map_or(Truncation::None, Truncation::Items))?;
+            let (report, quantize_seconds) = (report.clone(), *seconds);
+            let model = Model::load_for_decoding(&source)?;
+            lab.reference()?;
+            let reference = lab.reference.as_ref();
+            let perplexity = perplexity(&model, &lab.ids, &lab.protocol, reference, &mut |_, _, _| ())?;
+            let layers = &report.layers;
+            Ok(Measured {
+                label: label(run),
+                quantize_seconds,
+                bits_per_weight: report.bits_per_weight,
+                tensor_bytes: report.tensor_bytes,
+                layer_error: layers.iter().map(|l| l.relative_error).sum::<f64>()
+                    / layers.len().max(1) as f64,
+                fallbacks: layers.iter().filter(|l| l.rounding.fallback.is_some()).count(),
+                perplexity,
+            })
+        })
+    }
+
+    /// Times the checkpoint of `run` with fewer and fewer bins, beside the model itself.
+    ///
+    /// # Errors
+    /// When a model cannot be loaded or run.
+    pub fn latency(&mut self, run: &Run, plan: &Plan) -> Result<(Latency, bool)> {
+        let ks: Vec<usize> = plan.sweep.iter().map(|(k, _)| *k).collect();
+        let machine = json!({ "run": run.identity(), "threads": latency::threads() });
+        self.stored("latency", machine, |lab| {
+            let path = lab.checkpoint(run)?.path.clone();
+            Latency::measure(lab.source, &path, &ks, &lab.ids)
+        })
+    }
+}
+
+impl Drop for Lab<'_> {
+    fn drop(&mut self) {
+        // What is left is of no use, and would not hinder another run.
+        let _ = self.clear();
+    }
+}
+
+/// A configuration in a few words.
+fn label(run: &Run) -> String {
+    let recipe = &run.recipe;
+    let mut words = vec![recipe.name.clone(), recipe.scheme.to_string()];
+    if let Some(branch) = &recipe.branch {
+        let size =
+            if branch.rank > 0 { format!("rank {}", branch.rank) } else { format!("k {}", branch.mean_k) };
+        words.push(format!("{} {size}", branch.basis.name()));
+    }
+    words.extend((recipe.seed > 0).then(|| format!("seed {}", recipe.seed)));
+    words.extend(run.k_run.map(|k| format!("k_run {k}")));
+    words.extend(run.permutation.map(|seed| format!("permuted {seed}")));
+    words.join(" ")
+}

@@ -1,0 +1,407 @@
+//! Single layers: spectra of the weights, and what a branch leaves of them to be rounded.
+
+use serde::{Deserialize, Serialize};
+use serde_json::json;
+use specquant_model::{Block, BranchBasis, Embedding, Linear, ModelConfig, Site, Source};
+use specquant_quantize::branch::{self, SiteBranch};
+use specquant_quantize::layer::{Input, Weight};
+use specquant_quantize::rounding::{
+    ClipObjective, ClipSearch, Grid, dequantize, round_to_nearest, weight_scales,
+};
+use specquant_quantize::transforms::smooth;
+use specquant_quantize::{Branch, SiteStats, observe};
+
+use crate::permute;
+use crate::{Lab, Result, Settings};
+
+/// Migration strength of the smoothing in this study.
+pub const ALPHA: f32 = 0.5;
+/// Fourier bins per channel that the branches get the bits of.
+pub const MEAN_K: usize = 16;
+/// Calibration sequences that activations are observed on.
+const SAMPLES: usize = 4;
+/// Shares of the parameters that figures 5 and 6 keep.
+pub const RATIOS: [f64; 3] = [0.2, 0.5, 0.8];
+
+/// Mean and standard deviation over output channels.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Serialize, Deserialize)]
+pub struct Spread {
+    /// Mean.
+    pub mean: f64,
+    /// Standard deviation.
+    pub deviation: f64,
+}
+
+/// The spectra of one kind of layer, along the inputs, over all blocks.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+pub struct Spectrum {
+    /// `q_proj` and so on.
+    pub kind: String,
+    /// Output channels.
+    pub channels: usize,
+    /// Share of a channel's energy in its lowest 20% of frequencies.
+    pub low: Spread,
+    /// The same with the inputs in a random order.
+    pub permuted: Spread,
+    /// Spectral entropy, 1 for equal energy in every bin.
+    pub entropy: Spread,
+}
+
+/// What is left to be rounded.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+pub struct Residual {
+    /// Share of the weight's energy that it has.
+    pub energy: f64,
+    /// Largest magnitude over root mean square.
+    pub peak: f64,
+    /// Squared error of rounding it to 4 bits, nearest, per channel with the clip search, relative to the weight's energy.
+    pub rounding_error: f64,
+}
+
+/// A layer without a branch, and with one of every basis.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+pub struct LayerStudy {
+    /// Full name.
+    pub name: String,
+    /// Whether the weight is smoothed, with α = [`ALPHA`].
+    pub smoothed: bool,
+    /// Without a branch.
+    pub plain: Residual,
+    /// With the bits of [`MEAN_K`] Fourier bins per channel.
+    pub by_basis: Vec<(BranchBasis, Residual)>,
+}
+
+impl LayerStudy {
+    /// Of a basis.
+    pub fn of(&self, basis: BranchBasis) -> Option<&Residual> {
+        self.by_basis.iter().find(|(b, _)| *b == basis).map(|(_, r)| r)
+    }
+}
+
+/// Largest magnitudes per input channel, for figures 1 and 4.
+#[derive(Debug, Clone, Default, PartialEq, Serialize, Deserialize)]
+pub struct Magnitudes {
+    /// The layers.
+    pub name: String,
+    /// Of the activations, before smoothing and after.
+    pub activations: [Vec<f32>; 2],
+    /// Of the weights.
+    pub weights: [Vec<f32>; 2],
+    /// Of the smoothed weights' residual after a Fourier branch, one of SVD, and one of whole input rows.
+    pub residuals: Vec<(BranchBasis, Vec<f32>)>,
+}
+
+/// How weights and their approximations are distributed, for figures 5 and 6.
+#[derive(Debug, Clone, Default, PartialEq, Serialize, Deserialize)]
+pub struct Distribution {
+    /// The layer.
+    pub name: String,
+    /// Magnitudes at the middle of the bins, in units of the weights' root mean square.
+    pub at: Vec<f64>,
+    /// Density of the weights.
+    pub original: Vec<f64>,
+    /// Of the approximation by a basis that keeps a share of the parameters.
+    pub approximations: Vec<(BranchBasis, f64, Vec<f64>)>,
+}
+
+/// The truncation error of Fourier series, computed directly and by the paper's Eq. 11.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Serialize, Deserialize)]
+pub struct Parseval {
+    /// Largest relative difference of ‖w − w'‖² and `1/N Σ_{m=k}^{N-k} |F_m|²`, over channels.
+    pub corrected: f64,
+    /// Mean ratio of the bound as printed, `Σ_{m=k}^{N-1} |A_m|²`, to ‖w − w'‖².
+    pub printed: f64,
+    /// Energy that a branch with every bin leaves, from f16 alone.
+    pub all_bins: f64,
+}
+
+/// Everything that is learned from single layers.
+#[derive(Debug, Clone, Default, PartialEq, Serialize, Deserialize)]
+pub struct Layers {
+    /// Of every kind of layer.
+    pub spectra: Vec<Spectrum>,
+    /// Of all layers of some blocks, plain and smoothed.
+    pub layers: Vec<LayerStudy>,
+    /// Of one site.
+    pub magnitudes: Magnitudes,
+    /// Of the first MLP layer, and of the first attention layer.
+    pub distributions: Vec<Distribution>,
+    /// Of some channels.
+    pub parseval: Parseval,
+}
+
+fn spread(x: &[f64]) -> Spread {
+    let n = x.len().max(1) as f64;
+    let mean = x.iter().sum::<f64>() / n;
+    Spread { mean, deviation: (x.iter().map(|x| (x - mean).powi(2)).sum::<f64>() / n).sqrt() }
+}
+
+fn energy(x: &[f32]) -> f64 {
+    x.iter().map(|x| f64::from(*x).powi(2)).sum()
+}
+
+fn difference(a: &[f32], b: &[f32]) -> Vec<f32> {
+    a.iter().zip(b).map(|(a, b)| a - b).collect()
+}
+
+/// r: `[out, inp]`; whole: energy of the weight.
+fn residual(r: &[f32], out: usize, inp: usize, whole: f64) -> Residual {
+    let grid = Grid { bits: 4, group_size: 0 };
+    let clip =
+        ClipSearch { enabled: true, grid: 20, max_shrink: 0.5, norm: 2.0, objective: ClipObjective::Weight };
+    let scales = weight_scales(r, out, inp, &grid, &clip);
+    let rounded = dequantize(&round_to_nearest(r, out, inp, &scales, &grid), out, inp, &scales, &grid);
+    let own = energy(r);
+    let most = r.iter().fold(0.0f32, |a, x| a.max(x.abs()));
+    Residual {
+        energy: own / whole,
+        peak: f64::from(most) / (own / r.len() as f64).sqrt(),
+        rounding_error: energy(&difference(r, &rounded)) / whole,
+    }
+}
+
+/// The branches of the layers of a site, all channels alike, with the bits of `mean_k` Fourier bins.
+fn build(weights: &[Weight], basis: BranchBasis, mean_k: usize, mean_abs: &[f32]) -> Result<SiteBranch> {
+    let branch = Branch { basis, mean_k, max_k: 0, ..Branch::default() };
+    let input = Input { mean_abs, hessian: None, sample: &[], rows: 0 };
+    Ok(branch::build(weights, &branch, &input, &vec![0.0; weights.len()])?)
+}
+
+/// Bases that need no second moment of the inputs.
+const BASES: [BranchBasis; 5] =
+    [BranchBasis::Fourier, BranchBasis::FourierTop, BranchBasis::Dct, BranchBasis::Rows, BranchBasis::Svd];
+
+/// Largest magnitude of every column of some weights.
+fn column_max(ws: &[Vec<f32>], inp: usize) -> Vec<f32> {
+    smooth::column_max(&ws.iter().map(Vec::as_slice).collect::<Vec<_>>(), inp)
+}
+
+fn dense(linears: &[&Linear]) -> Vec<Vec<f32>> {
+    linears.iter().filter_map(|l| l.dense()).map(|(w, _)| w.to_vec()).collect()
+}
+
+/// λ of a site at [`ALPHA`], as SpecQuant would fold it.
+fn factors(stats: &SiteStats, ws: &[Vec<f32>], site: Site, config: &ModelConfig) -> Vec<f32> {
+    let mut lambda = smooth::factors(&stats.max, &column_max(ws, stats.max.len()), ALPHA);
+    if site == Site::O {
+        smooth::share_in_groups(&mut lambda, config.num_heads, config.num_kv_heads);
+    }
+    lambda
+}
+
+impl Layers {
+    /// Studies the model, or takes what an earlier run has found.
+    ///
+    /// # Errors
+    /// When a weight cannot be read or is not finite.
+    pub(crate) fn study(lab: &mut Lab, source: &Source, settings: &Settings) -> Result<(Self, bool)> {
+        let blocks = blocks(source.config().num_layers, settings.quick);
+        lab.stored("layers", json!({ "blocks": blocks, "alpha": ALPHA, "mean_k": MEAN_K }), |_| {
+            let mut found = Layers { spectra: spectra(source)?, ..Layers::default() };
+            found.parseval = parseval(source)?;
+            found.distributions = vec![
+                distribution(source, "model.layers.0.mlp.gate_proj")?,
+                distribution(source, "model.layers.0.self_attn.q_proj")?,
+            ];
+            found.walk(source, settings, &blocks)?;
+            Ok(found)
+        })
+    }
+
+    /// Studies the layers of `blocks` with the activations that full precision brings them.
+    fn walk(&mut self, source: &Source, settings: &Settings, blocks: &[usize]) -> Result<()> {
+        let config = source.config();
+        let calibration = specquant_quantize::Calibration { samples: SAMPLES, ..Default::default() };
+        let tokenizer = source.tokenizer()?;
+        let texts =
+            specquant_quantize::calibration::from_file(&settings.calibration, &tokenizer, &calibration, 0)?;
+        let embedding = Embedding::read(source)?;
+        let states = texts.iter().map(|ids| embedding.lookup(ids, config.hidden_size));
+        let mut states = states.collect::<specquant_model::Result<Vec<_>>>()?;
+        let Some(&last) = blocks.last() else { return Ok(()) };
+        for index in 0..=last {
+            let mut block = Block::read(source, index, None)?;
+            block.linears_mut().into_iter().try_for_each(Linear::widen)?;
+            let stats = observe(&block, config, index, &mut states, 1, false)?;
+            if !blocks.contains(&index) {
+                continue;
+            }
+            for (site, stats) in Site::ALL.into_iter().zip(stats) {
+                let drawn = index == config.num_layers / 2 && site == Site::GateUp;
+                self.site(index, site, &block.site(site), &stats, config, drawn)?;
+            }
+        }
+        Ok(())
+    }
+
+    fn site(
+        &mut self,
+        index: usize,
+        site: Site,
+        linears: &[&Linear],
+        stats: &SiteStats,
+        config: &ModelConfig,
+        drawn: bool,
+    ) -> Result<()> {
+        let inp = stats.max.len();
+        let names: Vec<String> = site.layers().iter().map(|n| format!("model.layers.{index}.{n}")).collect();
+        let mut ws = dense(linears);
+        let lambda = factors(stats, &ws, site, config);
+        let mean_abs = stats.mean_abs();
+        if drawn {
+            self.magnitudes.name = format!("block {index}, {}", site.layers().join(" and "));
+            self.magnitudes.activations =
+                [stats.max.clone(), stats.max.iter().zip(&lambda).map(|(x, l)| x / l).collect()];
+            self.magnitudes.weights[0] = column_max(&ws, inp);
+        }
+        for smoothed in [false, true] {
+            let mut mean_abs = mean_abs.clone();
+            if smoothed {
+                ws.iter_mut().for_each(|w| smooth::scale_columns(w, &lambda));
+                mean_abs.iter_mut().zip(&lambda).for_each(|(x, l)| *x /= l);
+            }
+            let weights: Vec<Weight> = ws
+                .iter()
+                .zip(&names)
+                .map(|(values, name)| Weight {
+                    name,
+                    out: values.len() / inp,
+                    inp,
+                    values,
+                    bias: None,
+                    clip: None,
+                })
+                .collect();
+            let mut studies: Vec<LayerStudy> = weights
+                .iter()
+                .map(|w| LayerStudy {
+                    name: w.name.to_owned(),
+                    smoothed,
+                    plain: residual(w.values, w.out, inp, energy(w.values)),
+                    by_basis: Vec::new(),
+                })
+                .collect();
+            for basis in BASES {
+                let built = build(&weights, basis, MEAN_K, &mean_abs)?;
+                let mut left = Vec::new();
+                for ((study, w), layer) in studies.iter_mut().zip(&weights).zip(&built.layers) {
+                    let r = difference(w.values, &layer.weight);
+                    study.by_basis.push((basis, residual(&r, w.out, inp, energy(w.values))));
+                    left.push(r);
+                }
+                if drawn
+                    && smoothed
+                    && matches!(basis, BranchBasis::Fourier | BranchBasis::Svd | BranchBasis::Rows)
+                {
+                    self.magnitudes.residuals.push((basis, column_max(&left, inp)));
+                }
+            }
+            if drawn && smoothed {
+                self.magnitudes.weights[1] = column_max(&ws, inp);
+            }
+            self.layers.extend(studies);
+        }
+        Ok(())
+    }
+}
+
+/// The blocks whose layers are studied.
+fn blocks(n: usize, quick: bool) -> Vec<usize> {
+    let parts = if quick { 2 } else { 4 };
+    let mut blocks: Vec<usize> = (0..=parts).map(|i| i * (n - 1) / parts).chain([n / 2]).collect();
+    blocks.sort_unstable();
+    blocks.dedup();
+    blocks
+}
+
+/// Of all layers.
+fn spectra(source: &Source) -> Result<Vec<Spectrum>> {
+    let config = source.config();
+    let mut kinds: Vec<(String, [Vec<f64>; 3])> = Vec::new();
+    for (name, [out, inp]) in (0..config.num_layers).flat_map(|i| config.linear_shapes(i)) {
+        let w = source.tensor(&format!("{name}.weight"))?.to_f32()?;
+        let shuffled = permute::columns(&w, &permute::order(inp, 0));
+        let most = ((inp / 2 + 1) as f64).ln();
+        let wide = |x: Vec<f32>, unit: f64| x.into_iter().map(move |x| f64::from(x) / unit);
+        let kind = name.rsplit('.').next().unwrap_or(&name);
+        let at = kinds.iter().position(|(k, _)| k == kind).unwrap_or(kinds.len());
+        if at == kinds.len() {
+            kinds.push((kind.to_owned(), Default::default()));
+        }
+        let [low, null, entropy] = &mut kinds[at].1;
+        low.extend(wide(branch::low_frequency_energy(&w, out, inp, 0.2), 1.0));
+        null.extend(wide(branch::low_frequency_energy(&shuffled, out, inp, 0.2), 1.0));
+        entropy.extend(wide(branch::spectral_entropy(&w, out, inp), most));
+    }
+    let finished = |(kind, [low, null, entropy]): (String, [Vec<f64>; 3])| Spectrum {
+        kind,
+        channels: low.len(),
+        low: spread(&low),
+        permuted: spread(&null),
+        entropy: spread(&entropy),
+    };
+    Ok(kinds.into_iter().map(finished).collect())
+}
+
+/// Channels that Eq. 11 is tried on; a transform by its definition takes N² steps.
+const TRIED: usize = 8;
+
+fn parseval(source: &Source) -> Result<Parseval> {
+    let name = "model.layers.0.self_attn.q_proj";
+    let w = source.tensor(&format!("{name}.weight"))?.to_f32()?;
+    let inp = source.config().hidden_size;
+    let w = &w[..TRIED.min(w.len() / inp) * inp];
+    let out = w.len() / inp;
+    let weight = Weight { name, out, inp, values: w, bias: None, clip: None };
+    let zeros = vec![0.0; inp];
+    let kept = build(std::slice::from_ref(&weight), BranchBasis::Fourier, MEAN_K, &zeros)?;
+    let all = build(std::slice::from_ref(&weight), BranchBasis::Fourier, inp, &zeros)?;
+    let n = inp as f64;
+    let (mut corrected, mut printed) = (0.0f64, 0.0);
+    for (row, approximation) in w.chunks_exact(inp).zip(kept.layers[0].weight.chunks_exact(inp)) {
+        let power = |m: usize| {
+            let angle = |i: usize| std::f64::consts::TAU * (i * m % inp) as f64 / n;
+            let sum = |f: fn(f64) -> f64| {
+                row.iter().enumerate().map(|(i, w)| f64::from(*w) * f(angle(i))).sum::<f64>()
+            };
+            sum(f64::cos).powi(2) + sum(f64::sin).powi(2)
+        };
+        let error = energy(&difference(row, approximation));
+        let by_formula = (MEAN_K..=inp - MEAN_K).map(power).sum::<f64>() / n;
+        corrected = corrected.max((error - by_formula).abs() / error);
+        printed += (MEAN_K..inp).map(power).sum::<f64>() / error / out as f64;
+    }
+    let all_bins = energy(&difference(w, &all.layers[0].weight)) / energy(w);
+    Ok(Parseval { corrected, printed, all_bins })
+}
+
+/// Width of a bin of a distribution, and their number.
+const BIN: (f64, usize) = (0.1, 60);
+
+fn density(w: &[f32], unit: f64) -> Vec<f64> {
+    let mut counts = vec![0.0; BIN.1];
+    for w in w {
+        if let Some(count) = counts.get_mut((f64::from(w.abs()) / unit / BIN.0) as usize) {
+            *count += 1.0;
+        }
+    }
+    counts.iter().map(|c| c / (w.len() as f64 * BIN.0)).collect()
+}
+
+fn distribution(source: &Source, name: &str) -> Result<Distribution> {
+    let view = source.tensor(&format!("{name}.weight"))?;
+    let (out, inp) = (view.shape[0], view.shape[1]);
+    let w = view.to_f32()?;
+    let unit = (energy(&w) / w.len() as f64).sqrt();
+    let weight = Weight { name, out, inp, values: &w, bias: None, clip: None };
+    let mut approximations = Vec::new();
+    for basis in [BranchBasis::Fourier, BranchBasis::Svd] {
+        for ratio in RATIOS {
+            let mean_k = (ratio * inp as f64 / 2.0) as usize;
+            let built = build(std::slice::from_ref(&weight), basis, mean_k, &vec![0.0; inp])?;
+            approximations.push((basis, ratio, density(&built.layers[0].weight, unit)));
+        }
+    }
+    let at = (0..BIN.1).map(|i| (i as f64 + 0.5) * BIN.0).collect();
+    Ok(Distribution { name: name.to_owned(), at, original: density(&w, unit), approximations })
+}

@@ -1,0 +1,132 @@
+//! The paper's tables, figures and claims (arXiv 2511.11663), measured on a model.
+//!
+//! [`reproduce`] quantizes the model in every configuration that a table or a claim needs, runs each through the integer engine over a text,
+//! studies single layers, and writes a report: Markdown, SVG figures, and the raw measurements, a file each, by which an interrupted
+//! run continues. A configuration is described by [`Run`], the list of them by [`Plan`]; what is made of the measurements is a pure function of them.
+
+mod claims;
+mod error;
+mod figures;
+mod lab;
+mod latency;
+mod layers;
+mod permute;
+mod plan;
+mod report;
+
+pub use error::*;
+pub use lab::{Lab, Measured};
+pub use latency::{Latency, Speed};
+pub use layers::{LayerStudy, Layers, Residual, Spectrum};
+pub use plan::*;
+
+use std::fs;
+use std::path::{Path, PathBuf};
+
+use specquant_eval::write_whole;
+use specquant_model::Source;
+
+/// What to measure, and where.
+#[derive(Debug, Clone)]
+pub struct Settings {
+    /// Text that perplexities are measured on.
+    pub text: PathBuf,
+    /// Text that calibration tokens are taken from.
+    pub calibration: PathBuf,
+    /// Windows of 2048 tokens that are scored; 0 for all.
+    pub windows: usize,
+    /// Fewer methods, seeds and calibration tokens.
+    pub quick: bool,
+    /// Directory of the report; it is made.
+    pub output: PathBuf,
+    /// Whether measurements that lie there are used.
+    pub resume: bool,
+    /// The command, for the report.
+    pub command: String,
+}
+
+/// What is going on.
+pub enum Event<'a> {
+    /// A configuration, or a study, has been measured.
+    Done {
+        /// Number of steps done, this one included.
+        done: usize,
+        /// Number of steps.
+        of: usize,
+        /// Whether an earlier run has measured it.
+        stored: bool,
+        /// What came out.
+        news: &'a str,
+    },
+}
+
+/// Tells a report's directory from any other.
+const MARK: &str = ".specquant-reproduction";
+
+/// Makes `output` a report's directory, or finds that it is one.
+fn claim(output: &Path, resume: bool) -> Result<()> {
+    let refuse = |why: &str| Err(Error::Output { path: output.to_owned(), why: why.to_owned() });
+    let io = |cause| Error::Io { path: output.to_owned(), cause };
+    fs::create_dir_all(output).map_err(io)?;
+    let mark = output.join(MARK);
+    if mark.exists() && !resume {
+        return refuse("holds an earlier reproduction; continue that with --resume, or choose another -o");
+    }
+    if !mark.exists() && fs::read_dir(output).map_err(io)?.next().is_some() {
+        return refuse(
+            "is not empty and holds no reproduction; choose another -o, so that nothing of yours is overwritten",
+        );
+    }
+    fs::write(&mark, "").map_err(io)
+}
+
+/// Measures everything and writes the report; returns its path.
+///
+/// # Errors
+/// [`Error`]. What has been measured until then stays for a run with `resume`.
+pub fn reproduce(source: &Source, settings: &Settings, tell: &mut dyn FnMut(Event)) -> Result<PathBuf> {
+    let plan = Plan::new(settings)?;
+    let mut lab = Lab::new(source, settings)?;
+    claim(&settings.output, settings.resume)?;
+    let runs = plan.runs();
+    let of = runs.len() + 3;
+    let mut done = 0;
+    let mut step = |stored: bool, news: &str| {
+        done += 1;
+        tell(Event::Done { done, of, stored, news });
+    };
+    let full = lab.full_precision()?;
+    step(full.1, &format!("full precision: perplexity {:.2}", full.0.perplexity));
+    let layers = Layers::study(&mut lab, source, settings)?;
+    step(layers.1, "layers: spectra and residuals");
+    // Timed where its checkpoint is at hand.
+    let timed = plan.sweep.last().map(|(_, run)| run.identity());
+    let mut speed = None;
+    let mut results = Vec::new();
+    for run in runs {
+        let (measured, stored) = lab.measure(run)?;
+        let p = &measured.perplexity;
+        step(
+            stored,
+            &format!(
+                "{}: perplexity {:.2}, {:.3} bits",
+                measured.label, p.perplexity, measured.bits_per_weight
+            ),
+        );
+        results.push((run.identity(), measured));
+        if timed.as_ref() == Some(&run.identity()) {
+            let (measured, stored) = lab.latency(run, &plan)?;
+            step(stored, "latency");
+            speed = Some(measured);
+        }
+    }
+    let evidence = report::Evidence { plan: &plan, results, full: full.0, layers: layers.0, speed };
+    for (name, svg) in figures::all(&evidence) {
+        let path = settings.output.join(name);
+        write_whole(&path, |file| std::io::Write::write_all(file, svg.as_bytes()))?;
+    }
+    let path = settings.output.join("README.md");
+    let text = report::markdown(&evidence, settings, source);
+    write_whole(&path, |file| std::io::Write::write_all(file, text.as_bytes()))?;
+    Ok(path)
+}

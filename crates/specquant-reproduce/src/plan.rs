@@ -1,0 +1,228 @@
+//! What is to be measured, and for which table.
+
+use serde_json::{Value, json};
+use specquant_model::BranchBasis;
+use specquant_quantize::branch::Score;
+use specquant_quantize::rounding::GptqConfig;
+use specquant_quantize::{Branch, Overhead, Recipe, Rounding, SEARCH, Searched, Smooth};
+
+use crate::{Result, Settings};
+
+/// One configuration of the whole model.
+#[derive(Debug, Clone, PartialEq)]
+pub struct Run {
+    /// How the model is quantized.
+    pub recipe: Recipe,
+    /// Items of every channel's branch that are loaded; all if `None`.
+    pub k_run: Option<usize>,
+    /// Seed of a function-preserving permutation of the hidden units of every MLP, made before anything else.
+    pub permutation: Option<u64>,
+}
+
+impl Run {
+    fn new(recipe: Recipe) -> Self {
+        Run { recipe, k_run: None, permutation: None }
+    }
+
+    /// Everything that the result depends on but the model and the texts. The recipe's name is no such thing, nor where its calibration text
+    /// lies.
+    pub fn identity(&self) -> Value {
+        let mut recipe = json!(self.recipe);
+        if let Some(recipe) = recipe.as_object_mut() {
+            recipe.remove("name");
+            if let Some(calibration) = recipe.get_mut("calibration").and_then(Value::as_object_mut) {
+                calibration.remove("file");
+            }
+        }
+        json!({ "recipe": recipe, "k_run": self.k_run, "permutation": self.permutation })
+    }
+}
+
+/// The paper's settings of its Table 1, bits of weights, activations and KV cache, and ours for them.
+pub const SCHEMES: [(&str, &str); 3] = [("4-16-16", "W4A16"), ("4-4-16", "W4A4KV16"), ("4-4-4", "W4A4KV4")];
+/// Recipes, the settings that they are shown at, and whether `quick` leaves them out. Of the paper's methods its own rows: AWQ is for weights
+/// alone, OmniQuant has no row at 4-4-16; SpinQuant's rotations are learned against quantized activations here, so that there is nothing to learn
+/// at 4-16-16. `svdquant` and `smooth-gptq` are what the paper lacks.
+const METHODS: [(&str, &[&str], bool); 10] = [
+    ("rtn", &["4-16-16", "4-4-16", "4-4-4"], false),
+    ("smoothquant", &["4-16-16", "4-4-16", "4-4-4"], false),
+    ("gptq", &["4-16-16", "4-4-16", "4-4-4"], false),
+    ("awq", &["4-16-16"], false),
+    ("omniquant", &["4-16-16", "4-4-4"], true),
+    ("quarot", &["4-16-16", "4-4-16", "4-4-4"], false),
+    ("spinquant", &["4-4-16", "4-4-4"], true),
+    ("svdquant", &["4-4-16", "4-4-4"], true),
+    ("smooth-gptq", &["4-16-16", "4-4-16", "4-4-4"], false),
+    ("specquant", &["4-16-16", "4-4-16", "4-4-4"], false),
+];
+/// Calibration sequences where scores are compared, half of the default: many runs that differ in one thing.
+const SCORE_SAMPLES: usize = 8;
+/// The setting of the paper's ablations.
+const ABLATION: &str = "W4A4KV16";
+
+/// A cell of the ablation grid (Table 3).
+pub struct Cell {
+    /// Whether α is searched, or nothing is smoothed.
+    pub smooth: bool,
+    /// Whether the lowest 16 Fourier bins a channel are kept.
+    pub truncate: bool,
+    /// GPTQ, or nearest rounding.
+    pub gptq: bool,
+    /// The cell's run.
+    pub run: Run,
+}
+
+/// All runs, by the table that shows them.
+pub struct Plan {
+    /// Table 1: a method and its run under every one of [`SCHEMES`], where it has one.
+    pub methods: Vec<(String, [Option<Run>; 3])>,
+    /// Table 3.
+    pub grid: Vec<Cell>,
+    /// Table 4: k, the same for all channels.
+    pub sweep: Vec<(usize, Run)>,
+    /// The checkpoint of the largest k, loaded with fewer bins.
+    pub k_run: Vec<(usize, Run)>,
+    /// Table 5: by score, a run for every calibration seed.
+    pub scores: Vec<(Score, Vec<Run>)>,
+    /// Other bases with the bits of 16 Fourier bins.
+    pub bases: Vec<(BranchBasis, Run)>,
+    /// SpecQuant within the bits of plain 4-bit weights.
+    pub matched: Run,
+    /// SpecQuant on a model with permuted MLP units.
+    pub permuted: Vec<Run>,
+}
+
+impl Plan {
+    /// # Errors
+    /// When a built-in recipe does not load.
+    pub fn new(settings: &Settings) -> Result<Self> {
+        let quick = settings.quick;
+        let recipe = |name: &str, scheme: &str| -> Result<Recipe> {
+            let mut recipe = Recipe::load(name)?;
+            recipe.scheme = recipe.scheme.with_widths(scheme)?;
+            recipe.calibration.file = Some(settings.calibration.clone());
+            if quick {
+                recipe.calibration.samples = 8;
+                recipe.calibration.search_tokens = 128;
+            }
+            Ok(recipe)
+        };
+        let with_branch = |recipe: &Recipe, change: &dyn Fn(&mut Branch)| {
+            let mut recipe = recipe.clone();
+            let branch = recipe.branch.get_or_insert_default();
+            change(branch);
+            if branch.mean_k == 0 && branch.rank == 0 {
+                recipe.branch = None;
+            }
+            Run::new(recipe)
+        };
+
+        let mut methods = Vec::new();
+        for (name, settings, slow) in METHODS {
+            let learns = ["omniquant", "spinquant"].contains(&name);
+            if (quick && slow) || (learns && !cfg!(feature = "learn")) {
+                continue;
+            }
+            let mut runs = [const { None }; 3];
+            for (run, (setting, scheme)) in runs.iter_mut().zip(SCHEMES) {
+                if settings.contains(&setting) {
+                    *run = Some(Run::new(recipe(name, scheme)?));
+                }
+            }
+            methods.push((name.to_owned(), runs));
+        }
+
+        let spec = recipe("specquant", ABLATION)?;
+        let mut grid = Vec::new();
+        for gptq in [false, true] {
+            for (smooth, truncate) in [(false, false), (true, false), (false, true), (true, true)] {
+                let mut recipe = spec.clone();
+                recipe.smooth = smooth.then_some(Smooth {
+                    smoothing_strength: SEARCH,
+                    method: Default::default(),
+                    all_sites: true,
+                });
+                recipe.branch = recipe.branch.filter(|_| truncate);
+                recipe.rounding = if gptq { Rounding::Gptq(GptqConfig::default()) } else { Rounding::Rtn {} };
+                grid.push(Cell { smooth, truncate, gptq, run: Run::new(recipe) });
+            }
+        }
+
+        let uniform = |b: &mut Branch, k: usize| {
+            (b.mean_k, b.max_k, b.score, b.temperature) = (k, 0, Score::Uniform, Searched::Fixed(0.0));
+        };
+        let ks: &[usize] = if quick { &[0, 16, 64] } else { &[0, 4, 8, 16, 32, 64] };
+        let sweep: Vec<(usize, Run)> =
+            ks.iter().map(|&k| (k, with_branch(&spec, &|b| uniform(b, k)))).collect();
+        let largest = ks.last().copied().unwrap_or(0);
+        let full = with_branch(&spec, &|b| uniform(b, largest));
+        let k_run = ks.iter().filter(|k| **k < largest).map(|&k| (k, Run { k_run: Some(k), ..full.clone() }));
+
+        // One α and one temperature: what is compared is the score alone.
+        let mut plain = spec.clone();
+        plain.calibration.samples = SCORE_SAMPLES;
+        if let Some(smooth) = &mut plain.smooth {
+            smooth.smoothing_strength = Searched::Fixed(0.5);
+        }
+        let scores = [
+            Score::Uniform,
+            Score::AbsMean,
+            Score::AbsMax,
+            Score::L2,
+            Score::Entropy,
+            Score::ActivationAware,
+        ];
+        let seeds = if quick { 2 } else { 5 };
+        let of_score = |score: Score| {
+            let t = if score == Score::Uniform { 0.0 } else { 1.0 };
+            let runs = (0..seeds).map(|seed| {
+                let mut run =
+                    with_branch(&plain, &|b| (b.score, b.temperature) = (score, Searched::Fixed(t)));
+                run.recipe.seed = seed;
+                run
+            });
+            (score, runs.collect())
+        };
+        let bases: &[BranchBasis] = match quick {
+            true => &[BranchBasis::Fourier, BranchBasis::Rows],
+            false => &BranchBasis::ALL,
+        };
+        let bases = bases.iter().map(|&basis| {
+            let run = with_branch(&spec, &|b| {
+                uniform(b, 16);
+                b.basis = basis;
+            });
+            (basis, run)
+        });
+        let permutations = if quick { 1 } else { 3 };
+        Ok(Plan {
+            methods,
+            grid,
+            k_run: k_run.collect(),
+            sweep,
+            scores: scores.map(of_score).into(),
+            bases: bases.collect(),
+            matched: with_branch(&spec, &|b| b.overhead = Overhead::Matched),
+            permuted: (0..permutations)
+                .map(|seed| Run { permutation: Some(seed), ..Run::new(spec.clone()) })
+                .collect(),
+        })
+    }
+
+    /// Every run once, those that share a checkpoint one after another.
+    pub fn runs(&self) -> Vec<&Run> {
+        let all = self.methods.iter().flat_map(|(_, runs)| runs.iter().flatten());
+        let all = all.chain(self.grid.iter().map(|c| &c.run));
+        let all = all.chain(self.sweep.iter().chain(&self.k_run).map(|(_, r)| r));
+        let all = all.chain(self.scores.iter().flat_map(|(_, runs)| runs));
+        let all = all.chain(self.bases.iter().map(|(_, r)| r)).chain([&self.matched]).chain(&self.permuted);
+        let mut runs: Vec<(Value, &Run)> = Vec::new();
+        for run in all {
+            let identity = run.identity();
+            if runs.iter().all(|(known, _)| *known != identity) {
+                runs.push((identity, run));
+            }
+        }
+        runs.into_iter().map(|(_, run)| run).collect()
+    }
+}
