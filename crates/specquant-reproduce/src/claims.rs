@@ -394,3 +394,139 @@ fn literature(e: &Evidence) -> Option<Claim> {
         verdict: Verdict::of([first, second].iter().all(|d| d.is_significant() && d.mean < 0.0)),
     })
 }
+
+#[cfg(test)]
+mod tests {
+    use specquant_eval::{Perplexity, Protocol};
+
+    use super::*;
+    use crate::plan::tests::settings;
+    use crate::{Layers, Plan, Residual, Spectrum};
+
+    /// A perplexity around exp(`nll`), harder in some windows than in others.
+    fn perplexity(nll: f64) -> Perplexity {
+        let window_nll: Vec<f64> = (0..6).map(|i| nll + f64::from(i % 3) * 0.2).collect();
+        let mean = window_nll.iter().sum::<f64>() / 6.0;
+        Perplexity {
+            perplexity: mean.exp(),
+            stderr: 0.1,
+            tokens: 600,
+            window_tokens: vec![100; 6],
+            window_nll,
+            protocol: String::new(),
+            settings: Protocol::default(),
+            distance: None,
+        }
+    }
+
+    fn measured(nll: f64) -> Measured {
+        Measured {
+            label: String::new(),
+            quantize_seconds: 1.0,
+            bits_per_weight: 4.1,
+            tensor_bytes: 1,
+            layer_error: 0.1,
+            fallbacks: 0,
+            perplexity: perplexity(nll),
+        }
+    }
+
+    /// Evidence in which a run has the log-perplexity that `nll` gives it.
+    fn evidence<'a>(plan: &'a Plan, nll: &dyn Fn(&Run) -> f64) -> Evidence<'a> {
+        let results = plan.runs().into_iter().map(|run| (run.identity(), measured(nll(run)))).collect();
+        Evidence { plan, results, full: perplexity(3.0), layers: Layers::default(), speed: None }
+    }
+
+    fn verdict(e: &Evidence, id: &str) -> Verdict {
+        all(e).into_iter().find(|c| c.id == id).map(|c| c.verdict).unwrap()
+    }
+
+    #[test]
+    fn verdicts_follow_the_measurements() {
+        let plan = Plan::new(&settings(false)).unwrap();
+        let k = |run: &Run| run.recipe.branch.map_or(0, |b| b.mean_k) as f64;
+        // Every bin helps.
+        let helps = evidence(&plan, &|run| 4.0 - k(run) / 100.0);
+        assert_eq!(verdict(&helps, "T5"), Verdict::Holds);
+        // No smoothing: the branch alone is worth more than smoothing.
+        assert_eq!(verdict(&helps, "T4"), Verdict::Fails);
+        let hurts = evidence(&plan, &|run| 4.0 + k(run) / 100.0);
+        assert_eq!(verdict(&hurts, "T5"), Verdict::Fails);
+        // As the paper has it.
+        let paper = evidence(&plan, &|run| {
+            9.0 - 2.0 * f64::from(u8::from(run.recipe.smooth.is_some())) - 4.0 * (k(run) / 16.0)
+        });
+        assert_eq!(verdict(&paper, "T4"), Verdict::Holds);
+    }
+
+    #[test]
+    fn scores_are_told_apart_over_seeds_only_where_all_seeds_agree() {
+        let plan = Plan::new(&settings(false)).unwrap();
+        let score = |run: &Run| run.recipe.branch.map_or(Score::Uniform, |b| b.score);
+        let noise = |run: &Run| (run.recipe.seed as f64 * 1.7).sin() * 0.01;
+        let better =
+            evidence(&plan, &|run| 4.0 + noise(run) - if score(run) == Score::Entropy { 0.1 } else { 0.0 });
+        assert_eq!(verdict(&better, "T6"), Verdict::Holds);
+        assert_eq!(verdict(&better, "T7"), Verdict::Holds);
+        let noisy = evidence(&plan, &|run| {
+            let own =
+                if score(run) == Score::Entropy { (run.recipe.seed as f64 * 2.9).cos() * 0.2 } else { 0.0 };
+            4.0 + noise(run) + own
+        });
+        assert_eq!(verdict(&noisy, "T6"), Verdict::Open);
+    }
+
+    #[test]
+    fn order_of_the_literature_and_free_caches() {
+        let plan = Plan::new(&settings(false)).unwrap();
+        let nll = |run: &Run| {
+            let kv = if run.recipe.scheme.kv_bits < 16 { 0.01 } else { 0.0 };
+            kv + match run.recipe.name.as_str() {
+                "quarot" => 3.5,
+                "smooth-gptq" => 4.5,
+                "rtn" => 7.0,
+                _ => 5.0,
+            }
+        };
+        let e = evidence(&plan, &nll);
+        assert_eq!(verdict(&e, "L1"), Verdict::Holds);
+        assert_eq!(verdict(&e, "T9"), Verdict::Holds);
+        let reversed = evidence(&plan, &|run| 10.0 - nll(run));
+        assert_eq!(verdict(&reversed, "L1"), Verdict::Fails);
+    }
+
+    #[test]
+    fn layers_decide_about_spectra_and_residuals() {
+        let plan = Plan::new(&settings(true)).unwrap();
+        let mut e = evidence(&plan, &|_| 4.0);
+        let residual = |energy: f64| Residual { energy, peak: 10.0 * energy, rounding_error: 0.01 * energy };
+        let layer = |fourier: f64, smoothed| LayerStudy {
+            name: String::new(),
+            smoothed,
+            plain: residual(1.0),
+            by_basis: vec![
+                (BranchBasis::Fourier, residual(fourier)),
+                (BranchBasis::Rows, residual(0.6)),
+                (BranchBasis::Svd, residual(0.5)),
+            ],
+        };
+        let low = |mean| {
+            let spread = crate::layers::Spread { mean, deviation: 0.01 };
+            vec![Spectrum {
+                kind: "q_proj".to_owned(),
+                channels: 9,
+                low: spread,
+                permuted: spread,
+                entropy: spread,
+            }]
+        };
+        (e.layers.layers, e.layers.spectra) = (vec![layer(0.95, false), layer(0.95, true)], low(0.2));
+        for id in ["T1", "T2", "T8"] {
+            assert_eq!(verdict(&e, id), Verdict::Fails, "{id}");
+        }
+        (e.layers.layers, e.layers.spectra) = (vec![layer(0.1, false), layer(0.1, true)], low(0.93));
+        assert_eq!(verdict(&e, "T1"), Verdict::Holds);
+        assert_eq!(verdict(&e, "T2"), Verdict::InPart);
+        assert_eq!(verdict(&e, "T8"), Verdict::Holds);
+    }
+}

@@ -87,8 +87,11 @@ fn claim(output: &Path, resume: bool) -> Result<()> {
 pub fn reproduce(source: &Source, settings: &Settings, tell: &mut dyn FnMut(Event)) -> Result<PathBuf> {
     let plan = Plan::new(settings)?;
     let mut lab = Lab::new(source, settings)?;
-    claim(&settings.output, settings.resume)?;
     let runs = plan.runs();
+    for run in &runs {
+        specquant_quantize::plan(source, &run.recipe)?;
+    }
+    claim(&settings.output, settings.resume)?;
     let of = runs.len() + 3;
     let mut done = 0;
     let mut step = |stored: bool, news: &str| {
@@ -99,34 +102,42 @@ pub fn reproduce(source: &Source, settings: &Settings, tell: &mut dyn FnMut(Even
     step(full.1, &format!("full precision: perplexity {:.2}", full.0.perplexity));
     let layers = Layers::study(&mut lab, source, settings)?;
     step(layers.1, "layers: spectra and residuals");
+    let mut evidence =
+        report::Evidence { plan: &plan, results: Vec::new(), full: full.0, layers: layers.0, speed: None };
     // Timed where its checkpoint is at hand.
     let timed = plan.sweep.last().map(|(_, run)| run.identity());
-    let mut speed = None;
-    let mut results = Vec::new();
     for run in runs {
         let (measured, stored) = lab.measure(run)?;
         let p = &measured.perplexity;
-        step(
-            stored,
-            &format!(
-                "{}: perplexity {:.2}, {:.3} bits",
-                measured.label, p.perplexity, measured.bits_per_weight
-            ),
+        let news = format!(
+            "{}: perplexity {:.2}, {:.3} bits",
+            measured.label, p.perplexity, measured.bits_per_weight
         );
-        results.push((run.identity(), measured));
+        evidence.results.push((run.identity(), measured));
         if timed.as_ref() == Some(&run.identity()) {
             let (measured, stored) = lab.latency(run, &plan)?;
             step(stored, "latency");
-            speed = Some(measured);
+            evidence.speed = Some(measured);
         }
+        if !stored {
+            // Whoever stops the run has a report of what there is.
+            write(&evidence, settings, source)?;
+        }
+        step(stored, &news);
     }
-    let evidence = report::Evidence { plan: &plan, results, full: full.0, layers: layers.0, speed };
-    for (name, svg) in figures::all(&evidence) {
-        let path = settings.output.join(name);
-        write_whole(&path, |file| std::io::Write::write_all(file, svg.as_bytes()))?;
-    }
+    write(&evidence, settings, source)
+}
+
+/// Writes figures and text; returns the latter's path.
+fn write(evidence: &report::Evidence, settings: &Settings, source: &Source) -> Result<PathBuf> {
+    let figures = settings.output.join("figures");
+    fs::create_dir_all(&figures).map_err(|cause| Error::Io { path: figures.clone(), cause })?;
     let path = settings.output.join("README.md");
-    let text = report::markdown(&evidence, settings, source);
-    write_whole(&path, |file| std::io::Write::write_all(file, text.as_bytes()))?;
+    let mut files: Vec<(PathBuf, String)> =
+        figures::all(evidence).into_iter().map(|(name, svg)| (settings.output.join(name), svg)).collect();
+    files.push((path.clone(), report::markdown(evidence, settings, source)));
+    for (path, content) in files {
+        write_whole(&path, |file| std::io::Write::write_all(file, content.as_bytes()))?;
+    }
     Ok(path)
 }

@@ -69,3 +69,36 @@ pub(crate) fn remove(dir: &Path) -> Result<()> {
         _ => Ok(()),
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use specquant_model::Model;
+
+    use super::*;
+
+    /// Two of the families: one with biases, one with more than one shard.
+    #[test]
+    fn the_copy_computes_the_same_from_other_weights() {
+        for name in ["llama-sharded", "qwen2"] {
+            let tiny = Path::new(env!("CARGO_MANIFEST_DIR")).join("../../../shared/golden/tiny").join(name);
+            let source = Source::open(&tiny).unwrap();
+            let dir = tempfile::tempdir().unwrap();
+            let copy = write(&source, &dir.path().join("copy"), 7).unwrap();
+            let logits = |source: &Source| {
+                let model = Model::load(source).unwrap();
+                let mut sequence = model.sequence();
+                let ids: Vec<u32> = (0..40).map(|i| i * 7 % model.config.vocab_size as u32).collect();
+                model.next_logits(&mut [(&mut sequence, &ids[..])]).unwrap()
+            };
+            let (want, got) = (logits(&source), logits(&copy));
+            let most = want.iter().fold(0.0f32, |a, x| a.max(x.abs()));
+            for (w, g) in want.iter().zip(&got) {
+                assert!((w - g).abs() < 1e-4 * most, "{name}: {g} instead of {w}");
+            }
+            let down = |source: &Source| {
+                source.tensor("model.layers.0.mlp.down_proj.weight").unwrap().to_f32().unwrap()
+            };
+            assert_ne!(down(&source), down(&copy));
+        }
+    }
+}

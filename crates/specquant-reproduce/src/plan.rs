@@ -209,20 +209,92 @@ impl Plan {
         })
     }
 
-    /// Every run once, those that share a checkpoint one after another.
+    /// Every run once, those that share a checkpoint one after another, and methods that take long last.
     pub fn runs(&self) -> Vec<&Run> {
-        let all = self.methods.iter().flat_map(|(_, runs)| runs.iter().flatten());
-        let all = all.chain(self.grid.iter().map(|c| &c.run));
+        let slow = |name: &str| METHODS.iter().any(|(n, _, slow)| *n == name && *slow);
+        let methods = |late: bool| {
+            let these = self.methods.iter().filter(move |(name, _)| slow(name) == late);
+            these.flat_map(|(_, runs)| runs.iter().flatten())
+        };
+        let all = methods(false).chain(self.grid.iter().map(|c| &c.run));
         let all = all.chain(self.sweep.iter().chain(&self.k_run).map(|(_, r)| r));
         let all = all.chain(self.scores.iter().flat_map(|(_, runs)| runs));
         let all = all.chain(self.bases.iter().map(|(_, r)| r)).chain([&self.matched]).chain(&self.permuted);
         let mut runs: Vec<(Value, &Run)> = Vec::new();
-        for run in all {
+        for run in all.chain(methods(true)) {
             let identity = run.identity();
             if runs.iter().all(|(known, _)| *known != identity) {
                 runs.push((identity, run));
             }
         }
         runs.into_iter().map(|(_, run)| run).collect()
+    }
+}
+
+#[cfg(test)]
+pub(crate) mod tests {
+    use super::*;
+
+    pub(crate) fn settings(quick: bool) -> Settings {
+        Settings {
+            text: "text.txt".into(),
+            calibration: "calibration.txt".into(),
+            windows: 2,
+            quick,
+            output: "out".into(),
+            resume: false,
+            command: "specquant reproduce".to_owned(),
+        }
+    }
+
+    #[test]
+    fn every_configuration_is_valid_and_listed_once() {
+        for quick in [false, true] {
+            let plan = Plan::new(&settings(quick)).unwrap();
+            let runs = plan.runs();
+            for run in &runs {
+                run.recipe.validate().unwrap();
+            }
+            let identities: Vec<String> = runs.iter().map(|r| r.identity().to_string()).collect();
+            let mut unique = identities.clone();
+            unique.sort();
+            unique.dedup();
+            assert_eq!(unique.len(), identities.len());
+            // Cells of the grid that are methods of Table 1 by another name, the branch without bins, and the Fourier basis.
+            let shared =
+                [&plan.grid[4].run, &plan.grid[5].run, &plan.grid[7].run, &plan.sweep[0].1, &plan.bases[0].1];
+            for run in shared {
+                assert_eq!(identities.iter().filter(|i| **i == run.identity().to_string()).count(), 1);
+            }
+            // What shares a checkpoint stands together, so that it is made once.
+            let checkpoints = runs.iter().map(|r| Run { k_run: None, ..(*r).clone() }.identity());
+            let mut seen: Vec<Value> = checkpoints.collect();
+            seen.dedup();
+            let made = seen.len();
+            seen.sort_by_key(Value::to_string);
+            seen.dedup();
+            assert_eq!(seen.len(), made);
+        }
+    }
+
+    #[test]
+    fn an_identity_is_what_the_result_depends_on() {
+        let run = Plan::new(&settings(true)).unwrap().matched;
+        let mut same = run.clone();
+        same.recipe.name = "another".to_owned();
+        same.recipe.calibration.file = Some("/elsewhere/calibration.txt".into());
+        same.recipe.threads = Some(1);
+        assert_eq!(same.identity(), run.identity());
+        for change in [
+            &|r: &mut Run| r.recipe.seed = 1,
+            &|r: &mut Run| r.k_run = Some(3),
+            &|r: &mut Run| r.permutation = Some(0),
+            &|r: &mut Run| r.recipe.calibration.samples += 1,
+        ] as [&dyn Fn(&mut Run); 4]
+        {
+            let mut other = run.clone();
+            change(&mut other);
+            assert_ne!(other.identity(), run.identity());
+        }
     }
 }
