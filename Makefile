@@ -1,15 +1,20 @@
 # Everything a newcomer or CI runs. `make help` lists the targets.
 
 FETCH := scripts/fetch-model.sh
+TEXTS := ../shared/data/wikitext2
 
 .DEFAULT_GOAL := help
-.PHONY: help demo build model test lint fmt docs
+.PHONY: help demo reproduction build model test lint fmt docs
 
 help: ## Print this list.
 	@sed -n 's/^\([a-z]*\):.*## \(.*\)/  make \1	\2/p' Makefile
 
 demo: build model ## Quantize a real 135M model to 4 bits, compare it with the original, talk to both.
 	target/release/specquant demo -m "$$($(FETCH))"
+
+reproduction: build model ## Measure what docs/reproduction lacks and write it again: hours on 2 cores from nothing. TEXTS names WikiText-2's directory.
+	target/release/specquant reproduce "$$($(FETCH))" --text $(TEXTS)/wiki.test.raw --calibration $(TEXTS)/wiki.valid.raw \
+		-o docs/reproduction --resume
 
 build: ## Build the release binary, target/release/specquant.
 	cargo build --release

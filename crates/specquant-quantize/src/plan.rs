@@ -1,7 +1,7 @@
 //! What can be known before a weight is read: whether the recipe fits the model, and what the run will cost.
 
 use serde::Serialize;
-use specquant_model::{Site, Source};
+use specquant_model::{BranchBasis, Site, Source};
 
 use crate::calibration::GENERATION_BATCH;
 use crate::pipeline::BATCH_ROWS;
@@ -161,7 +161,21 @@ pub fn plan(source: &Source, recipe: &Recipe) -> Result<Plan> {
     let wide = 4 * config.hidden_size + 3 * config.intermediate_size + 3 * config.num_heads * config.head_dim;
     let work = 4
         * (block_weights + 4 * widest_site + 2 * tokens * config.hidden_size + BATCH_ROWS.min(tokens) * wide);
-    let peak = BASE_BYTES + generation.max(vocabulary).max(hessians + work);
+    let branches = recipe.branch.as_ref().map_or(0, |b| {
+        let bytes = |site: Site| {
+            let (outs, inp) = (site_outputs(&shapes, site), config.site_width(site));
+            match b.basis {
+                // A fit in f64, of the layers of a site together; weighted, by a second moment that was scaled.
+                BranchBasis::Svd => 8 * outs * inp,
+                BranchBasis::Wsvd => 8 * inp * (outs + inp),
+                // A transform without a fast form at run time is a matrix.
+                BranchBasis::FourierTop => 4 * inp * inp,
+                _ => 0,
+            }
+        };
+        Site::ALL.into_iter().map(bytes).max().unwrap_or(0)
+    });
+    let peak = BASE_BYTES + generation.max(vocabulary).max(hessians + work + branches);
     Ok(Plan {
         blocks: config.num_layers,
         layers: config.num_layers * shapes.len(),

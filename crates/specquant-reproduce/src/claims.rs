@@ -443,7 +443,7 @@ mod tests {
 
     #[test]
     fn verdicts_follow_the_measurements() {
-        let plan = Plan::new(&settings(false)).unwrap();
+        let plan = Plan::new(&settings(false), 289).unwrap();
         let k = |run: &Run| run.recipe.branch.map_or(0, |b| b.mean_k) as f64;
         // Every bin helps.
         let helps = evidence(&plan, &|run| 4.0 - k(run) / 100.0);
@@ -461,7 +461,7 @@ mod tests {
 
     #[test]
     fn scores_are_told_apart_over_seeds_only_where_all_seeds_agree() {
-        let plan = Plan::new(&settings(false)).unwrap();
+        let plan = Plan::new(&settings(false), 289).unwrap();
         let score = |run: &Run| run.recipe.branch.map_or(Score::Uniform, |b| b.score);
         let noise = |run: &Run| (run.recipe.seed as f64 * 1.7).sin() * 0.01;
         let better =
@@ -478,7 +478,7 @@ mod tests {
 
     #[test]
     fn order_of_the_literature_and_free_caches() {
-        let plan = Plan::new(&settings(false)).unwrap();
+        let plan = Plan::new(&settings(false), 289).unwrap();
         let nll = |run: &Run| {
             let kv = if run.recipe.scheme.kv_bits < 16 { 0.01 } else { 0.0 };
             kv + match run.recipe.name.as_str() {
@@ -497,7 +497,7 @@ mod tests {
 
     #[test]
     fn layers_decide_about_spectra_and_residuals() {
-        let plan = Plan::new(&settings(true)).unwrap();
+        let plan = Plan::new(&settings(true), 289).unwrap();
         let mut e = evidence(&plan, &|_| 4.0);
         let residual = |energy: f64| Residual { energy, peak: 10.0 * energy, rounding_error: 0.01 * energy };
         let layer = |fourier: f64, smoothed| LayerStudy {

@@ -8,13 +8,13 @@ use specquant_model::BranchBasis;
 use crate::layers::{ALPHA, Distribution, MEAN_K};
 use crate::report::{Evidence, number};
 
-/// Lines `(x, y)`, drawn with logarithmic y.
-fn lines(series: &[Vec<(f64, f64)>], titles: (&str, &str), name: &str, names: &[&str]) -> String {
+/// Lines `(x, y)`, drawn with logarithmic y, and x if `log`.
+fn lines(series: &[Vec<(f64, f64)>], log: bool, titles: (&str, &str), name: &str, names: &[&str]) -> String {
     let positive =
         |line: &Vec<(f64, f64)>| line.iter().copied().filter(|(_, y)| *y > 0.0).collect::<Vec<_>>();
     let kept: Vec<Vec<(f64, f64)>> = series.iter().map(positive).collect();
     let all = || kept.iter().flatten();
-    let (x, y) = (Axis::around(all().map(|p| p.0), false), Axis::around(all().map(|p| p.1), true));
+    let (x, y) = (Axis::around(all().map(|p| p.0), log), Axis::around(all().map(|p| p.1), true));
     let drawn: Vec<Series> = kept
         .iter()
         .enumerate()
@@ -32,6 +32,13 @@ fn numbered(values: &[f32]) -> Vec<(f64, f64)> {
     values.iter().enumerate().map(|(i, v)| (i as f64, f64::from(*v))).collect()
 }
 
+/// Values from the largest down, by rank.
+fn ranked(values: &[f32]) -> Vec<(f64, f64)> {
+    let mut sorted = values.to_vec();
+    sorted.sort_by(|a, b| b.total_cmp(a));
+    sorted.iter().enumerate().map(|(i, v)| (i as f64 + 1.0, f64::from(*v))).collect()
+}
+
 fn distribution(d: &Distribution, name: &str) -> String {
     let curve = |y: &[f64]| d.at.iter().copied().zip(y.iter().copied()).collect::<Vec<_>>();
     let mut series = vec![curve(&d.original)];
@@ -41,11 +48,17 @@ fn distribution(d: &Distribution, name: &str) -> String {
         names.push(format!("{} {:.0}%", basis.name(), 100.0 * ratio));
     }
     let names: Vec<&str> = names.iter().map(String::as_str).collect();
-    lines(&series, ("magnitude / root mean square of the weights", "density (log scale)"), name, &names)
+    lines(
+        &series,
+        false,
+        ("magnitude / root mean square of the weights", "density (log scale)"),
+        name,
+        &names,
+    )
 }
 
 /// Perplexity against bins loaded, beside checkpoints made for as many.
-fn k_run(e: &Evidence) -> String {
+fn k_run(e: &Evidence) -> Option<String> {
     let curve = |runs: &[(usize, crate::Run)]| -> Vec<(f64, f64, String)> {
         let point = |(k, run): &(usize, crate::Run)| {
             let p = e.of(run)?.perplexity.perplexity;
@@ -54,6 +67,7 @@ fn k_run(e: &Evidence) -> String {
         runs.iter().filter_map(point).collect()
     };
     let own = curve(&e.plan.sweep);
+    own.first()?;
     let mut cut = curve(&e.plan.k_run);
     cut.extend(own.last().cloned());
     let all = || own.iter().chain(&cut);
@@ -64,8 +78,8 @@ fn k_run(e: &Evidence) -> String {
         .map(|(series, points)| Series { series, points, label: String::new() })
         .collect::<Vec<_>>();
     let titles = ("bins per channel", "perplexity (log scale)");
-    plane(&series, &x, &y, Points::Joined, titles, "Perplexity against bins")
-        .standalone(&["made for as many", "loaded with --k-run"])
+    let chart = plane(&series, &x, &y, Points::Joined, titles, "Perplexity against bins");
+    Some(chart.standalone(&["made for as many", "loaded with --k-run"]))
 }
 
 /// Prefill time against bins.
@@ -99,6 +113,7 @@ pub fn all(e: &Evidence) -> Vec<(String, String)> {
             "figure-1-activations",
             lines(
                 &m.activations.each_ref().map(|v| numbered(v)),
+                false,
                 (channel, "largest |x| (log scale)"),
                 "Activations",
                 &both,
@@ -108,27 +123,37 @@ pub fn all(e: &Evidence) -> Vec<(String, String)> {
             "figure-1-weights",
             lines(
                 &m.weights.each_ref().map(|v| numbered(v)),
+                false,
                 (channel, "largest |w| (log scale)"),
                 "Weights",
                 &both,
             ),
         ),
     ];
-    let mut left = vec![numbered(&m.weights[1])];
+    let mut left = vec![ranked(&m.weights[1])];
     let mut names = vec!["smoothed weight"];
     for (basis, values) in &m.residuals {
-        left.push(numbered(values));
+        left.push(ranked(values));
         names.push(match basis {
             BranchBasis::Fourier => "after Fourier",
             BranchBasis::Svd => "after SVD",
             _ => "after 16-bit rows",
         });
     }
-    files.push(("figure-4", lines(&left, (channel, "largest |w| (log scale)"), "Residuals", &names)));
+    files.push((
+        "figure-4",
+        lines(
+            &left,
+            true,
+            ("input channel, the largest first (log scale)", "largest |w| (log scale)"),
+            "Residuals",
+            &names,
+        ),
+    ));
     for (d, name) in e.layers.distributions.iter().zip(["figure-5", "figure-6"]) {
         files.push((name, distribution(d, &d.name)));
     }
-    files.push(("k-run", k_run(e)));
+    files.extend(k_run(e).map(|svg| ("k-run", svg)));
     files.extend(latency(e).map(|svg| ("latency", svg)));
     files.into_iter().map(|(name, svg)| (format!("figures/{name}.svg"), svg)).collect()
 }
@@ -155,8 +180,8 @@ pub fn markdown(e: &Evidence) -> String {
     figure(
         "figure-4",
         &format!(
-            "Figure 4. What is left to round of the smoothed weight after a branch with the bits of {MEAN_K} Fourier bins per channel. SVD and 16-bit rows take the spikes; the lowest \
-             frequencies do not."
+            "Figure 4. What is left to round of the smoothed weights after a branch with the bits of {MEAN_K} Fourier bins per channel: the largest magnitude of every input channel, \
+             sorted. SVD and 16-bit rows take the spikes; the lowest frequencies do not."
         ),
     );
     for (n, d) in [5, 6].iter().zip(&e.layers.distributions) {

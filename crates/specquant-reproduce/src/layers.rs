@@ -3,7 +3,7 @@
 use serde::{Deserialize, Serialize};
 use serde_json::json;
 use specquant_model::{Block, BranchBasis, Embedding, Linear, ModelConfig, Site, Source};
-use specquant_quantize::branch::{self, SiteBranch};
+use specquant_quantize::branch;
 use specquant_quantize::layer::{Input, Weight};
 use specquant_quantize::rounding::{
     ClipObjective, ClipSearch, Grid, dequantize, round_to_nearest, weight_scales,
@@ -78,11 +78,13 @@ impl LayerStudy {
     }
 }
 
-/// Largest magnitudes per input channel, for figures 1 and 4.
+/// Largest magnitudes per input channel, for figures 1 and 4, of the site whose activations have the largest outlier.
 #[derive(Debug, Clone, Default, PartialEq, Serialize, Deserialize)]
 pub struct Magnitudes {
     /// The layers.
     pub name: String,
+    /// Of the activations: the largest channel over the median one.
+    pub outlier: f32,
     /// Of the activations, before smoothing and after.
     pub activations: [Vec<f32>; 2],
     /// Of the weights.
@@ -160,11 +162,12 @@ fn residual(r: &[f32], out: usize, inp: usize, whole: f64) -> Residual {
     }
 }
 
-/// The branches of the layers of a site, all channels alike, with the bits of `mean_k` Fourier bins.
-fn build(weights: &[Weight], basis: BranchBasis, mean_k: usize, mean_abs: &[f32]) -> Result<SiteBranch> {
+/// What a branch stands for of a weight, `[out, inp]`: all channels alike, with the bits of `mean_k` Fourier bins, and directions of its own.
+fn build(weight: &Weight, basis: BranchBasis, mean_k: usize, mean_abs: &[f32]) -> Result<Vec<f32>> {
     let branch = Branch { basis, mean_k, max_k: 0, ..Branch::default() };
     let input = Input { mean_abs, hessian: None, sample: &[], rows: 0 };
-    Ok(branch::build(weights, &branch, &input, &vec![0.0; weights.len()])?)
+    let built = branch::build(std::slice::from_ref(weight), &branch, &input, &[0.0])?;
+    Ok(built.layers.into_iter().next().map_or_else(Vec::new, |l| l.weight))
 }
 
 /// Bases that need no second moment of the inputs.
@@ -196,16 +199,20 @@ impl Layers {
     /// When a weight cannot be read or is not finite.
     pub(crate) fn study(lab: &mut Lab, source: &Source, settings: &Settings) -> Result<(Self, bool)> {
         let blocks = blocks(source.config().num_layers, settings.quick);
-        lab.stored("layers", json!({ "blocks": blocks, "alpha": ALPHA, "mean_k": MEAN_K }), |_| {
-            let mut found = Layers { spectra: spectra(source)?, ..Layers::default() };
-            found.parseval = parseval(source)?;
-            found.distributions = vec![
-                distribution(source, "model.layers.0.mlp.gate_proj")?,
-                distribution(source, "model.layers.0.self_attn.q_proj")?,
-            ];
-            found.walk(source, settings, &blocks)?;
-            Ok(found)
-        })
+        lab.stored(
+            "layers",
+            json!({ "blocks": blocks, "alpha": ALPHA, "mean_k": MEAN_K, "branches": "of each layer" }),
+            |_| {
+                let mut found = Layers { spectra: spectra(source)?, ..Layers::default() };
+                found.parseval = parseval(source)?;
+                found.distributions = vec![
+                    distribution(source, "model.layers.0.mlp.gate_proj")?,
+                    distribution(source, "model.layers.0.self_attn.q_proj")?,
+                ];
+                found.walk(source, settings, &blocks)?;
+                Ok(found)
+            },
+        )
     }
 
     /// Studies the layers of `blocks` with the activations that full precision brings them.
@@ -227,8 +234,7 @@ impl Layers {
                 continue;
             }
             for (site, stats) in Site::ALL.into_iter().zip(stats) {
-                let drawn = index == config.num_layers / 2 && site == Site::GateUp;
-                self.site(index, site, &block.site(site), &stats, config, drawn)?;
+                self.site(index, site, &block.site(site), &stats, config)?;
             }
         }
         Ok(())
@@ -241,68 +247,59 @@ impl Layers {
         linears: &[&Linear],
         stats: &SiteStats,
         config: &ModelConfig,
-        drawn: bool,
     ) -> Result<()> {
         let inp = stats.max.len();
         let names: Vec<String> = site.layers().iter().map(|n| format!("model.layers.{index}.{n}")).collect();
         let mut ws = dense(linears);
         let lambda = factors(stats, &ws, site, config);
-        let mean_abs = stats.mean_abs();
-        if drawn {
-            self.magnitudes.name = format!("block {index}, {}", site.layers().join(" and "));
-            self.magnitudes.activations =
-                [stats.max.clone(), stats.max.iter().zip(&lambda).map(|(x, l)| x / l).collect()];
-            self.magnitudes.weights[0] = column_max(&ws, inp);
-        }
+        let mut mean_abs = stats.mean_abs();
+        let mut drawn = Magnitudes {
+            name: format!("{} in block {index}", site.layers().join(" and ")),
+            outlier: outlier(&stats.max),
+            activations: [stats.max.clone(), stats.max.iter().zip(&lambda).map(|(x, l)| x / l).collect()],
+            weights: [column_max(&ws, inp), Vec::new()],
+            residuals: Vec::new(),
+        };
         for smoothed in [false, true] {
-            let mut mean_abs = mean_abs.clone();
             if smoothed {
                 ws.iter_mut().for_each(|w| smooth::scale_columns(w, &lambda));
                 mean_abs.iter_mut().zip(&lambda).for_each(|(x, l)| *x /= l);
+                drawn.weights[1] = column_max(&ws, inp);
             }
-            let weights: Vec<Weight> = ws
-                .iter()
-                .zip(&names)
-                .map(|(values, name)| Weight {
-                    name,
-                    out: values.len() / inp,
-                    inp,
-                    values,
-                    bias: None,
-                    clip: None,
-                })
-                .collect();
-            let mut studies: Vec<LayerStudy> = weights
-                .iter()
-                .map(|w| LayerStudy {
-                    name: w.name.to_owned(),
+            let mut left = BASES.map(|basis| (basis, Vec::new()));
+            for (values, name) in ws.iter().zip(&names) {
+                let w = Weight { name, out: values.len() / inp, inp, values, bias: None, clip: None };
+                let whole = energy(values);
+                let mut study = LayerStudy {
+                    name: name.clone(),
                     smoothed,
-                    plain: residual(w.values, w.out, inp, energy(w.values)),
+                    plain: residual(values, w.out, inp, whole),
                     by_basis: Vec::new(),
-                })
-                .collect();
-            for basis in BASES {
-                let built = build(&weights, basis, MEAN_K, &mean_abs)?;
-                let mut left = Vec::new();
-                for ((study, w), layer) in studies.iter_mut().zip(&weights).zip(&built.layers) {
-                    let r = difference(w.values, &layer.weight);
-                    study.by_basis.push((basis, residual(&r, w.out, inp, energy(w.values))));
+                };
+                for (basis, left) in &mut left {
+                    let r = difference(values, &build(&w, *basis, MEAN_K, &mean_abs)?);
+                    study.by_basis.push((*basis, residual(&r, w.out, inp, whole)));
                     left.push(r);
                 }
-                if drawn
-                    && smoothed
-                    && matches!(basis, BranchBasis::Fourier | BranchBasis::Svd | BranchBasis::Rows)
-                {
-                    self.magnitudes.residuals.push((basis, column_max(&left, inp)));
-                }
+                self.layers.push(study);
             }
-            if drawn && smoothed {
-                self.magnitudes.weights[1] = column_max(&ws, inp);
-            }
-            self.layers.extend(studies);
+            let shown = [BranchBasis::Fourier, BranchBasis::Rows, BranchBasis::Svd];
+            let left = left.into_iter().filter(|(basis, _)| shown.contains(basis));
+            drawn.residuals = left.map(|(basis, left)| (basis, column_max(&left, inp))).collect();
+        }
+        if drawn.outlier > self.magnitudes.outlier {
+            self.magnitudes = drawn;
         }
         Ok(())
     }
+}
+
+/// The largest over the median.
+fn outlier(x: &[f32]) -> f32 {
+    let mut sorted = x.to_vec();
+    sorted.sort_by(f32::total_cmp);
+    sorted.last().copied().unwrap_or(0.0)
+        / sorted.get(x.len() / 2).copied().unwrap_or(1.0).max(f32::MIN_POSITIVE)
 }
 
 /// The blocks whose layers are studied.
@@ -354,11 +351,11 @@ fn parseval(source: &Source) -> Result<Parseval> {
     let out = w.len() / inp;
     let weight = Weight { name, out, inp, values: w, bias: None, clip: None };
     let zeros = vec![0.0; inp];
-    let kept = build(std::slice::from_ref(&weight), BranchBasis::Fourier, MEAN_K, &zeros)?;
-    let all = build(std::slice::from_ref(&weight), BranchBasis::Fourier, inp, &zeros)?;
+    let kept = build(&weight, BranchBasis::Fourier, MEAN_K, &zeros)?;
+    let all = build(&weight, BranchBasis::Fourier, inp, &zeros)?;
     let n = inp as f64;
     let (mut corrected, mut printed) = (0.0f64, 0.0);
-    for (row, approximation) in w.chunks_exact(inp).zip(kept.layers[0].weight.chunks_exact(inp)) {
+    for (row, approximation) in w.chunks_exact(inp).zip(kept.chunks_exact(inp)) {
         let power = |m: usize| {
             let angle = |i: usize| std::f64::consts::TAU * (i * m % inp) as f64 / n;
             let sum = |f: fn(f64) -> f64| {
@@ -371,7 +368,7 @@ fn parseval(source: &Source) -> Result<Parseval> {
         corrected = corrected.max((error - by_formula).abs() / error);
         printed += (MEAN_K..inp).map(power).sum::<f64>() / error / out as f64;
     }
-    let all_bins = energy(&difference(w, &all.layers[0].weight)) / energy(w);
+    let all_bins = energy(&difference(w, &all)) / energy(w);
     Ok(Parseval { corrected, printed, all_bins })
 }
 
@@ -398,8 +395,8 @@ fn distribution(source: &Source, name: &str) -> Result<Distribution> {
     for basis in [BranchBasis::Fourier, BranchBasis::Svd] {
         for ratio in RATIOS {
             let mean_k = (ratio * inp as f64 / 2.0) as usize;
-            let built = build(std::slice::from_ref(&weight), basis, mean_k, &vec![0.0; inp])?;
-            approximations.push((basis, ratio, density(&built.layers[0].weight, unit)));
+            let built = build(&weight, basis, mean_k, &vec![0.0; inp])?;
+            approximations.push((basis, ratio, density(&built, unit)));
         }
     }
     let at = (0..BIN.1).map(|i| (i as f64 + 0.5) * BIN.0).collect();

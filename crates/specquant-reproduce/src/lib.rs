@@ -24,7 +24,7 @@ use std::fs;
 use std::path::{Path, PathBuf};
 
 use specquant_eval::write_whole;
-use specquant_model::Source;
+use specquant_model::{Site, Source};
 
 /// What to measure, and where.
 #[derive(Debug, Clone)]
@@ -85,7 +85,9 @@ fn claim(output: &Path, resume: bool) -> Result<()> {
 /// # Errors
 /// [`Error`]. What has been measured until then stays for a run with `resume`.
 pub fn reproduce(source: &Source, settings: &Settings, tell: &mut dyn FnMut(Event)) -> Result<PathBuf> {
-    let plan = Plan::new(settings)?;
+    let widths = Site::ALL.map(|site| source.config().site_width(site));
+    let mut plan = Plan::new(settings, widths.into_iter().min().unwrap_or(0) / 2 + 1)?;
+    plan.matched = plan.matched.filter(|run| specquant_quantize::plan(source, &run.recipe).is_ok());
     let mut lab = Lab::new(source, settings)?;
     let runs = plan.runs();
     for run in &runs {

@@ -76,6 +76,8 @@ pub struct Cell {
 pub struct Plan {
     /// Table 1: a method and its run under every one of [`SCHEMES`], where it has one.
     pub methods: Vec<(String, [Option<Run>; 3])>,
+    /// SmoothQuant at other migration strengths: its authors tuned α for each model.
+    pub alphas: Vec<(f32, Run)>,
     /// Table 3.
     pub grid: Vec<Cell>,
     /// Table 4: k, the same for all channels.
@@ -86,16 +88,18 @@ pub struct Plan {
     pub scores: Vec<(Score, Vec<Run>)>,
     /// Other bases with the bits of 16 Fourier bins.
     pub bases: Vec<(BranchBasis, Run)>,
-    /// SpecQuant within the bits of plain 4-bit weights.
-    pub matched: Run,
+    /// SpecQuant within the bits of plain 4-bit weights; narrow layers have too few of them.
+    pub matched: Option<Run>,
     /// SpecQuant on a model with permuted MLP units.
     pub permuted: Vec<Run>,
 }
 
 impl Plan {
+    /// bins: of the narrowest layer's spectrum, which bounds how many can be kept.
+    ///
     /// # Errors
     /// When a built-in recipe does not load.
-    pub fn new(settings: &Settings) -> Result<Self> {
+    pub fn new(settings: &Settings, bins: usize) -> Result<Self> {
         let quick = settings.quick;
         let recipe = |name: &str, scheme: &str| -> Result<Recipe> {
             let mut recipe = Recipe::load(name)?;
@@ -132,6 +136,15 @@ impl Plan {
             methods.push((name.to_owned(), runs));
         }
 
+        let mut alphas = Vec::new();
+        for alpha in if quick { &[][..] } else { &[0.3, 0.5, 0.7, 0.85] } {
+            let mut recipe = recipe("smoothquant", ABLATION)?;
+            if let Some(smooth) = &mut recipe.smooth {
+                smooth.smoothing_strength = Searched::Fixed(*alpha);
+            }
+            alphas.push((*alpha, Run::new(recipe)));
+        }
+
         let spec = recipe("specquant", ABLATION)?;
         let mut grid = Vec::new();
         for gptq in [false, true] {
@@ -152,6 +165,7 @@ impl Plan {
             (b.mean_k, b.max_k, b.score, b.temperature) = (k, 0, Score::Uniform, Searched::Fixed(0.0));
         };
         let ks: &[usize] = if quick { &[0, 16, 64] } else { &[0, 4, 8, 16, 32, 64] };
+        let ks: Vec<usize> = ks.iter().copied().filter(|&k| k <= bins).collect();
         let sweep: Vec<(usize, Run)> =
             ks.iter().map(|&k| (k, with_branch(&spec, &|b| uniform(b, k)))).collect();
         let largest = ks.last().copied().unwrap_or(0);
@@ -197,12 +211,13 @@ impl Plan {
         let permutations = if quick { 1 } else { 3 };
         Ok(Plan {
             methods,
+            alphas,
             grid,
             k_run: k_run.collect(),
             sweep,
             scores: scores.map(of_score).into(),
             bases: bases.collect(),
-            matched: with_branch(&spec, &|b| b.overhead = Overhead::Matched),
+            matched: Some(with_branch(&spec, &|b| b.overhead = Overhead::Matched)),
             permuted: (0..permutations)
                 .map(|seed| Run { permutation: Some(seed), ..Run::new(spec.clone()) })
                 .collect(),
@@ -216,10 +231,11 @@ impl Plan {
             let these = self.methods.iter().filter(move |(name, _)| slow(name) == late);
             these.flat_map(|(_, runs)| runs.iter().flatten())
         };
-        let all = methods(false).chain(self.grid.iter().map(|c| &c.run));
+        let all =
+            methods(false).chain(self.alphas.iter().map(|(_, r)| r)).chain(self.grid.iter().map(|c| &c.run));
         let all = all.chain(self.sweep.iter().chain(&self.k_run).map(|(_, r)| r));
+        let all = all.chain(self.bases.iter().map(|(_, r)| r)).chain(&self.matched).chain(&self.permuted);
         let all = all.chain(self.scores.iter().flat_map(|(_, runs)| runs));
-        let all = all.chain(self.bases.iter().map(|(_, r)| r)).chain([&self.matched]).chain(&self.permuted);
         let mut runs: Vec<(Value, &Run)> = Vec::new();
         for run in all.chain(methods(true)) {
             let identity = run.identity();
@@ -250,7 +266,7 @@ pub(crate) mod tests {
     #[test]
     fn every_configuration_is_valid_and_listed_once() {
         for quick in [false, true] {
-            let plan = Plan::new(&settings(quick)).unwrap();
+            let plan = Plan::new(&settings(quick), 289).unwrap();
             let runs = plan.runs();
             for run in &runs {
                 run.recipe.validate().unwrap();
@@ -279,7 +295,7 @@ pub(crate) mod tests {
 
     #[test]
     fn an_identity_is_what_the_result_depends_on() {
-        let run = Plan::new(&settings(true)).unwrap().matched;
+        let run = Plan::new(&settings(true), 289).unwrap().matched.unwrap();
         let mut same = run.clone();
         same.recipe.name = "another".to_owned();
         same.recipe.calibration.file = Some("/elsewhere/calibration.txt".into());

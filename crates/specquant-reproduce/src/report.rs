@@ -120,7 +120,18 @@ fn table1(e: &Evidence) -> String {
         }
         let _ = writeln!(text, "- {setting}, best first: {}", words.join(" "));
     }
-    text + "\n≈: the 95% interval of the paired difference to the one before holds zero.\n"
+    text += "\n≈: the 95% interval of the paired difference to the one before holds zero.\n";
+    let alphas =
+        e.plan.alphas.iter().filter_map(|(alpha, run)| Some(format!("{} at α = {alpha}", ppl(e.of(run)?))));
+    let alphas: Vec<String> = alphas.collect();
+    if !alphas.is_empty() {
+        let _ = writeln!(
+            text,
+            "\nSmoothQuant's α, tuned by its authors for each model: at 4-4-16 perplexity {}.",
+            alphas.join(", ")
+        );
+    }
+    text
 }
 
 fn table3(e: &Evidence) -> String {
@@ -185,6 +196,9 @@ fn k_run(e: &Evidence) -> String {
         let own = e.plan.sweep.iter().find(|(at, _)| *at == k).and_then(|(_, run)| e.of(run));
         rows.push(vec![k.to_string(), ppl(m), kl(m), own.map_or("–".to_owned(), ppl)]);
     }
+    if rows.is_empty() {
+        return String::new();
+    }
     table(&["k loaded", "ppl", "KL", "ppl of a checkpoint made for it"], &rows)
         + "\nThe checkpoint of the largest k, loaded with `--k-run`. The residual was rounded for all of the bins and does not make up for those left out.\n\n\
            ![Perplexity against bins loaded](figures/k-run.svg)\n"
@@ -242,7 +256,9 @@ fn bases(e: &Evidence) -> String {
          included. Energy kept: mean over the layers studied, smoothed with α = 0.5.\n"
     );
     let plain = e.plan.grid.iter().find(|c| c.smooth && c.truncate && c.gptq);
-    if let (Some(matched), Some(plain)) = (e.of(&e.plan.matched), plain.and_then(|c| e.of(&c.run))) {
+    if let (Some(matched), Some(plain)) =
+        (e.plan.matched.as_ref().and_then(|run| e.of(run)), plain.and_then(|c| e.of(&c.run)))
+    {
         let _ = write!(
             text,
             "\nWith the bits of its branch taken from the residual (`--overhead matched`, 3 bits for the least sensitive channels), SpecQuant has {:.2} bits a weight \
@@ -290,11 +306,17 @@ pub fn markdown(e: &Evidence, settings: &Settings, source: &Source) -> String {
     ];
     let mut text = format!(
         "# SpecQuant (arXiv 2511.11663) on {model}\n\nThe paper's tables, figures and claims, measured{}. Differences come with 95% intervals, paired over windows; ≈ marks one \
-         that holds zero.\n\n## Claims\n\n{claims}\n",
+         that holds zero.{}\n\n## Claims\n\n{claims}\n",
         if settings.quick {
             " quickly (`--quick`: fewer methods, seeds, bins and calibration tokens)"
         } else {
             ""
+        },
+        match (e.results.len(), e.plan.runs().len()) {
+            (some, all) if some < all => {
+                format!(" **Unfinished: {some} of {all} configurations are measured; `--resume` goes on.**")
+            }
+            _ => String::new(),
         }
     );
     for (title, body) in [
