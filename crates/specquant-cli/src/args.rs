@@ -341,6 +341,12 @@ pub struct ReproduceArgs {
     /// Windows of 2048 tokens to score; 0 for all [default: 8, with --quick 2]
     #[arg(long, value_name = "N")]
     pub windows: Option<usize>,
+    /// Directory of the zero-shot tasks' data, a jsonl file each; then Table 1 has accuracies
+    #[arg(long, value_name = "DIR")]
+    pub data: Option<PathBuf>,
+    /// Only the first N documents of every task; 0 for all
+    #[arg(long, value_name = "N", default_value_t = 100, requires = "data")]
+    pub limit: usize,
     /// A quarter of an hour on two cores, for a model of 135 million parameters: fewer methods, seeds, bins and calibration tokens
     #[arg(long)]
     pub quick: bool,

@@ -16,6 +16,8 @@ pub fn run(args: ReproduceArgs) -> anyhow::Result<ExitCode> {
     let settings = Settings {
         windows: args.windows.unwrap_or(if args.quick { 2 } else { 8 }),
         text: args.text,
+        data: args.data,
+        limit: args.limit,
         calibration: args.calibration,
         quick: args.quick,
         output: args.output,

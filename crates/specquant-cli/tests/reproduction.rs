@@ -1,4 +1,5 @@
 //! `specquant reproduce` on a small model: every configuration, the whole report.
+#![allow(clippy::unwrap_used, clippy::expect_used, clippy::panic)] // the lints' exception covers #[test] functions only
 
 mod common;
 
@@ -16,6 +17,8 @@ fn reproduce(lab: &Lab, out: &Path, flags: &[&str]) -> assert_cmd::Command {
     let mut command = specquant();
     let (text, calibration) = (text(lab, "text.txt"), text(lab, "calibration.txt"));
     command.arg("reproduce").arg(lab.path().join("models/llama-sharded")).arg("--text").arg(text);
+    let data = concat!(env!("CARGO_MANIFEST_DIR"), "/../../../shared/data/tasks");
+    command.args(["--data", data, "--limit", "2"]);
     command
         .arg("--calibration")
         .arg(calibration)
@@ -33,7 +36,7 @@ fn the_report_is_whole_and_an_interrupted_run_goes_on() {
     reproduce(&lab, &out, &[]).assert().success();
     let readme = fs::read_to_string(out.join("README.md")).unwrap();
     let row = |start: &str| readme.lines().any(|l| l.starts_with(&format!("| {start} |")));
-    for start in (1..=12).map(|i| format!("T{i}")).chain(["L1".to_owned()]) {
+    for start in (1..=12).map(|i| format!("T{i}")).chain(["H1", "L1"].map(str::to_owned)) {
         assert!(row(&start), "claim {start}: {readme}");
     }
     for start in [
@@ -50,6 +53,7 @@ fn the_report_is_whole_and_an_interrupted_run_goes_on() {
     ] {
         assert!(row(start), "{start}: {readme}");
     }
+    assert!(readme.contains("over 18 documents"), "{readme}");
     assert!(!readme.contains("NaN") && !readme.contains(lab.path().to_str().unwrap()), "{readme}");
     // Every figure that is shown is there, and is drawn.
     let shown: Vec<&str> = readme
@@ -74,7 +78,8 @@ fn the_report_is_whole_and_an_interrupted_run_goes_on() {
     let before = tree(&out);
     let measured = |name: &str| {
         let entries = fs::read_dir(out.join("measurements")).unwrap().map(|e| e.unwrap().path());
-        entries.into_iter().find(|p| p.file_name().unwrap().to_str().unwrap().starts_with(name)).unwrap()
+        let file = |p: &std::path::PathBuf| p.file_name().unwrap().to_str().unwrap().to_owned();
+        entries.into_iter().find(|p| file(p).starts_with(name) && !file(p).contains("tasks")).unwrap()
     };
     let (gone, cut) = (measured("gptq-W4A4KV4-"), measured("rtn-W4A4KV16-"));
     fs::remove_file(&gone).unwrap();

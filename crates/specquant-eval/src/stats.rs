@@ -46,6 +46,17 @@ impl Difference {
         self.half_width.is_some_and(|h| self.mean.abs() > h)
     }
 
+    /// Mean of differences on independent samples, such as tasks: their variances add up. None of none.
+    pub fn average(parts: &[Difference]) -> Option<Difference> {
+        let n = parts.len() as f64;
+        let widths = parts.iter().map(|d| d.half_width.map(|h| h.powi(2))).collect::<Option<Vec<_>>>();
+        (!parts.is_empty()).then(|| Difference {
+            mean: parts.iter().map(|d| d.mean).sum::<f64>() / n,
+            stderr: parts.iter().map(|d| d.stderr.powi(2)).sum::<f64>().sqrt() / n,
+            half_width: widths.map(|w| w.iter().sum::<f64>().sqrt() / n),
+        })
+    }
+
     /// `+1.23 ± 0.45`, the half width of the 95% interval, and ≈ where zero is inside or where there is no interval.
     pub fn show(&self, scale: f64, digits: usize) -> String {
         let mean = self.mean * scale;

@@ -80,6 +80,7 @@ pub fn all(e: &Evidence) -> Vec<Claim> {
         speed(e),
         order_of_units(e),
         invariants(e),
+        headline(e),
         literature(e),
     ]
     .into_iter()
@@ -376,6 +377,24 @@ fn invariants(e: &Evidence) -> Option<Claim> {
     })
 }
 
+fn headline(e: &Evidence) -> Option<Claim> {
+    let (_, [_, _, run]) = e.plan.methods.iter().find(|(n, _)| n == "specquant")?;
+    let (own, full) = (e.answers_of(Some(run.as_ref()?))?, e.answers_of(None)?);
+    let lost = own.difference(full)?;
+    Some(Claim {
+        id: "H1",
+        claim: "1.5 points of zero-shot accuracy are lost at 4-4-4 (abstract; 3.3 in Table 1 for LLaMA-3 8B)",
+        found: format!(
+            "{:.1}% against {:.1}% in full precision, {} points; guessing gives {:.1}%",
+            100.0 * own.average().mean,
+            100.0 * full.average().mean,
+            lost.show(100.0, 1),
+            100.0 * full.chance()
+        ),
+        verdict: Verdict::of(lost.mean > -0.02),
+    })
+}
+
 fn literature(e: &Evidence) -> Option<Claim> {
     let at = |name: &str| {
         let (_, [_, run, _]) = e.plan.methods.iter().find(|(n, _)| n == name)?;
@@ -434,7 +453,14 @@ mod tests {
     /// Evidence in which a run has the log-perplexity that `nll` gives it.
     fn evidence<'a>(plan: &'a Plan, nll: &dyn Fn(&Run) -> f64) -> Evidence<'a> {
         let results = plan.runs().into_iter().map(|run| (run.identity(), measured(nll(run)))).collect();
-        Evidence { plan, results, full: perplexity(3.0), layers: Layers::default(), speed: None }
+        Evidence {
+            plan,
+            results,
+            answers: Vec::new(),
+            full: perplexity(3.0),
+            layers: Layers::default(),
+            speed: None,
+        }
     }
 
     fn verdict(e: &Evidence, id: &str) -> Verdict {

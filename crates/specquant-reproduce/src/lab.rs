@@ -8,7 +8,10 @@ use std::time::Instant;
 use serde::de::DeserializeOwned;
 use serde::{Deserialize, Serialize};
 use serde_json::{Value, json};
-use specquant_eval::{Bos, Encoder, Perplexity, Protocol, Reference, perplexity, sha256, write_whole};
+use specquant_eval::{
+    Bos, Difference, Encoder, Estimate, Perplexity, Protocol, Query, Reference, TASKS, TaskData, average,
+    encode, estimate, evaluate, paired, perplexity, sha256, write_whole,
+};
 use specquant_kernels::Isa;
 use specquant_model::{Model, Source, Truncation, read_text};
 use specquant_quantize as q;
@@ -35,6 +38,42 @@ pub struct Measured {
     pub perplexity: Perplexity,
 }
 
+/// What a model did on the zero-shot tasks.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+pub struct Answers {
+    /// By task: its name, the accuracy of guessing, and for every document whether the best choice was right, per character where lm-eval
+    /// has such a metric.
+    pub tasks: Vec<(String, f64, Vec<u8>)>,
+}
+
+impl Answers {
+    fn by_task(&self) -> impl Iterator<Item = Vec<f64>> + Clone {
+        self.tasks.iter().map(|(_, _, right)| right.iter().map(|r| f64::from(*r)).collect())
+    }
+
+    /// The average over tasks.
+    pub fn average(&self) -> Estimate {
+        average(self.by_task().map(|right| estimate(right.iter().copied())))
+    }
+
+    /// Accuracy of guessing, averaged over tasks.
+    pub fn chance(&self) -> f64 {
+        self.tasks.iter().map(|(_, chance, _)| chance).sum::<f64>() / self.tasks.len().max(1) as f64
+    }
+
+    /// Difference of the averages, this minus `other`, paired over documents within each task.
+    pub fn difference(&self, other: &Answers) -> Option<Difference> {
+        let pairs = self.by_task().zip(other.by_task());
+        Difference::average(&pairs.map(|(a, b)| paired(&a, &b)).collect::<Vec<_>>())
+    }
+}
+
+/// The tasks' documents, read and encoded.
+struct Questions {
+    data: Vec<TaskData>,
+    queries: Vec<Vec<Vec<Query>>>,
+}
+
 /// A quantized model on the disk, for a moment.
 struct Checkpoint {
     identity: Value,
@@ -56,6 +95,7 @@ pub struct Lab<'a> {
     output: PathBuf,
     ids: Vec<u32>,
     protocol: Protocol,
+    questions: Option<Questions>,
     /// What all measurements depend on.
     conditions: Value,
     /// Run when the first model is to be compared with it.
@@ -78,6 +118,13 @@ impl<'a> Lab<'a> {
         let encoder = Encoder::new(&tokenizer, source.config(), Bos::Auto, 0)?;
         let (ids, protocol) = encoder.prose(&text(&settings.text)?, protocol)?;
         protocol.count(&ids)?;
+        let questions = settings.data.as_ref().map(|dir| -> Result<Questions> {
+            let data = TASKS.into_iter().map(|task| TaskData::read(task, dir, settings.limit));
+            let data = data.collect::<specquant_eval::Result<Vec<_>>>()?;
+            let queries = data.iter().map(|d| encode(d, &encoder)).collect::<specquant_eval::Result<_>>()?;
+            Ok(Questions { data, queries })
+        });
+        let questions = questions.transpose()?;
         let bytes: Vec<u8> = ids.iter().flat_map(|id| id.to_le_bytes()).collect();
         let conditions = json!({
             "specquant_version": env!("CARGO_PKG_VERSION"),
@@ -88,7 +135,7 @@ impl<'a> Lab<'a> {
             "protocol": protocol,
         });
         let output = settings.output.clone();
-        Ok(Lab { source, output, ids, protocol, conditions, reference: None, checkpoint: None })
+        Ok(Lab { source, output, ids, protocol, questions, conditions, reference: None, checkpoint: None })
     }
 
     /// The measurement `name` as an earlier run left it, or as `measure` makes it, and whether it was there.
@@ -199,6 +246,35 @@ impl<'a> Lab<'a> {
                 fallbacks: layers.iter().filter(|l| l.rounding.fallback.is_some()).count(),
                 perplexity,
             })
+        })
+    }
+
+    /// Asks a configuration the questions of the zero-shot tasks, or the model itself.
+    ///
+    /// # Errors
+    /// When it cannot be quantized, loaded or run.
+    pub fn answers(&mut self, run: Option<&Run>) -> Result<(Answers, bool)> {
+        let data = self.questions.iter().flat_map(|q| &q.data);
+        let data: Vec<Value> = data
+            .map(|d| json!({ "task": d.task.name, "data_sha256": d.sha256, "documents": d.documents.len() }))
+            .collect();
+        let name = run.map_or("full-precision-tasks".to_owned(), |r| {
+            format!("{}-{}-tasks", r.recipe.name, r.recipe.scheme)
+        });
+        self.stored(&name, json!({ "tasks": data, "run": run.map(Run::identity) }), |lab| {
+            let model = match run {
+                Some(run) => Model::load_for_decoding(&Source::open(&lab.checkpoint(run)?.path)?)?,
+                None => Model::load_for_decoding(lab.source)?,
+            };
+            let mut tasks = Vec::new();
+            if let Some(q) = &lab.questions {
+                for (data, queries) in q.data.iter().zip(&q.queries) {
+                    let result = evaluate(&model, data, queries, None, &mut |_, _| ())?;
+                    let right = result.paper().iter().map(|r| u8::from(*r > 0.5)).collect();
+                    tasks.push((result.task.to_owned(), result.chance, right));
+                }
+            }
+            Ok(Answers { tasks })
         })
     }
 

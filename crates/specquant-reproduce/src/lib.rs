@@ -15,7 +15,7 @@ mod plan;
 mod report;
 
 pub use error::*;
-pub use lab::{Lab, Measured};
+pub use lab::{Answers, Lab, Measured};
 pub use latency::{Latency, Speed};
 pub use layers::{LayerStudy, Layers, Residual, Spectrum};
 pub use plan::*;
@@ -35,6 +35,10 @@ pub struct Settings {
     pub calibration: PathBuf,
     /// Windows of 2048 tokens that are scored; 0 for all.
     pub windows: usize,
+    /// Directory of the zero-shot tasks' data; without it Table 1 has no accuracies.
+    pub data: Option<PathBuf>,
+    /// Documents of every task, the first ones; 0 for all.
+    pub limit: usize,
     /// Fewer methods, seeds and calibration tokens.
     pub quick: bool,
     /// Directory of the report; it is made.
@@ -94,7 +98,13 @@ pub fn reproduce(source: &Source, settings: &Settings, tell: &mut dyn FnMut(Even
         specquant_quantize::plan(source, &run.recipe)?;
     }
     claim(&settings.output, settings.resume)?;
-    let of = runs.len() + 3;
+    let asked = match settings.data {
+        Some(_) => {
+            plan.methods.iter().flat_map(|(_, runs)| runs.iter().flatten()).map(Run::identity).collect()
+        }
+        None => Vec::new(),
+    };
+    let of = runs.len() + 3 + if asked.is_empty() { 0 } else { asked.len() + 1 };
     let mut done = 0;
     let mut step = |stored: bool, news: &str| {
         done += 1;
@@ -102,10 +112,22 @@ pub fn reproduce(source: &Source, settings: &Settings, tell: &mut dyn FnMut(Even
     };
     let full = lab.full_precision()?;
     step(full.1, &format!("full precision: perplexity {:.2}", full.0.perplexity));
+    let mut answers = Vec::new();
+    if !asked.is_empty() {
+        let (found, stored) = lab.answers(None)?;
+        step(stored, &format!("full precision: accuracy {:.1}%", 100.0 * found.average().mean));
+        answers.push((serde_json::Value::Null, found));
+    }
     let layers = Layers::study(&mut lab, source, settings)?;
     step(layers.1, "layers: spectra and residuals");
-    let mut evidence =
-        report::Evidence { plan: &plan, results: Vec::new(), full: full.0, layers: layers.0, speed: None };
+    let mut evidence = report::Evidence {
+        plan: &plan,
+        results: Vec::new(),
+        answers,
+        full: full.0,
+        layers: layers.0,
+        speed: None,
+    };
     // Timed where its checkpoint is at hand.
     let timed = plan.sweep.last().map(|(_, run)| run.identity());
     for run in runs {
@@ -115,6 +137,11 @@ pub fn reproduce(source: &Source, settings: &Settings, tell: &mut dyn FnMut(Even
             "{}: perplexity {:.2}, {:.3} bits",
             measured.label, p.perplexity, measured.bits_per_weight
         );
+        if asked.contains(&run.identity()) {
+            let (found, stored) = lab.answers(Some(run))?;
+            step(stored, &format!("{}: accuracy {:.1}%", measured.label, 100.0 * found.average().mean));
+            evidence.answers.push((run.identity(), found));
+        }
         evidence.results.push((run.identity(), measured));
         if timed.as_ref() == Some(&run.identity()) {
             let (measured, stored) = lab.latency(run, &plan)?;

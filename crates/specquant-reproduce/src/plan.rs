@@ -106,7 +106,7 @@ impl Plan {
             recipe.scheme = recipe.scheme.with_widths(scheme)?;
             recipe.calibration.file = Some(settings.calibration.clone());
             if quick {
-                recipe.calibration.samples = 8;
+                recipe.calibration.samples = 4;
                 recipe.calibration.search_tokens = 128;
             }
             Ok(recipe)
@@ -174,7 +174,7 @@ impl Plan {
 
         // One α and one temperature: what is compared is the score alone.
         let mut plain = spec.clone();
-        plain.calibration.samples = SCORE_SAMPLES;
+        plain.calibration.samples = plain.calibration.samples.min(SCORE_SAMPLES);
         if let Some(smooth) = &mut plain.smooth {
             smooth.smoothing_strength = Searched::Fixed(0.5);
         }
@@ -256,6 +256,8 @@ pub(crate) mod tests {
             text: "text.txt".into(),
             calibration: "calibration.txt".into(),
             windows: 2,
+            data: None,
+            limit: 0,
             quick,
             output: "out".into(),
             resume: false,
@@ -280,7 +282,8 @@ pub(crate) mod tests {
             let shared =
                 [&plan.grid[4].run, &plan.grid[5].run, &plan.grid[7].run, &plan.sweep[0].1, &plan.bases[0].1];
             for run in shared {
-                assert_eq!(identities.iter().filter(|i| **i == run.identity().to_string()).count(), 1);
+                let own = run.identity().to_string();
+                assert_eq!(identities.iter().filter(|i| **i == own).count(), 1);
             }
             // What shares a checkpoint stands together, so that it is made once.
             let checkpoints = runs.iter().map(|r| Run { k_run: None, ..(*r).clone() }.identity());

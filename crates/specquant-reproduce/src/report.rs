@@ -10,7 +10,7 @@ use specquant_quantize::branch::Score;
 
 use crate::claims::{self, change, change_over_seeds, score_name};
 use crate::layers::MEAN_K;
-use crate::{Latency, Layers, Measured, Plan, Run, SCHEMES, Settings, figures};
+use crate::{Answers, Latency, Layers, Measured, Plan, Run, SCHEMES, Settings, figures};
 
 /// Everything that was measured.
 pub struct Evidence<'a> {
@@ -18,6 +18,8 @@ pub struct Evidence<'a> {
     pub plan: &'a Plan,
     /// By [`Run::identity`].
     pub results: Vec<(Value, Measured)>,
+    /// On the zero-shot tasks, by [`Run::identity`]; null for the model itself.
+    pub answers: Vec<(Value, Answers)>,
     /// The model itself.
     pub full: Perplexity,
     /// Of single layers.
@@ -31,6 +33,12 @@ impl Evidence<'_> {
     pub fn of(&self, run: &Run) -> Option<&Measured> {
         let identity = run.identity();
         self.results.iter().find(|(known, _)| *known == identity).map(|(_, m)| m)
+    }
+
+    /// On the zero-shot tasks, of a configuration or of the model itself.
+    pub fn answers_of(&self, run: Option<&Run>) -> Option<&Answers> {
+        let identity = run.map_or(Value::Null, Run::identity);
+        self.answers.iter().find(|(known, _)| *known == identity).map(|(_, a)| a)
     }
 }
 
@@ -132,6 +140,34 @@ fn table1(e: &Evidence) -> String {
         );
     }
     text
+}
+
+/// Table 1's accuracies.
+fn accuracies(e: &Evidence) -> String {
+    let Some(full) = e.answers_of(None) else { return String::new() };
+    let percent = |a: &Answers| {
+        let average = a.average();
+        format!("{:.2} ± {:.2}", 100.0 * average.mean, 100.0 * average.stderr)
+    };
+    let mut rows = vec![vec!["full precision".to_owned(), percent(full), percent(full), percent(full)]];
+    for (name, runs) in &e.plan.methods {
+        let cell = |run: &Option<Run>| {
+            let found = e.answers_of(Some(run.as_ref()?))?;
+            let lost = found.difference(full)?;
+            Some(format!("{} ({})", percent(found), lost.show(100.0, 2)))
+        };
+        let cells = runs.iter().map(|run| cell(run).unwrap_or_else(|| "–".to_owned()));
+        rows.push([name.clone()].into_iter().chain(cells).collect());
+    }
+    let documents: usize = full.tasks.iter().map(|(_, _, right)| right.len()).sum();
+    let header: Vec<&str> =
+        ["average of nine tasks, %"].into_iter().chain(SCHEMES.iter().map(|(s, _)| *s)).collect();
+    format!(
+        "\n{}\nAccuracy, per character where lm-eval has such a metric, over {documents} documents; guessing gives {:.1}%. In brackets the difference to full precision, paired over \
+         documents within each task.\n",
+        table(&header, &rows),
+        100.0 * full.chance()
+    )
 }
 
 fn table3(e: &Evidence) -> String {
@@ -320,7 +356,7 @@ pub fn markdown(e: &Evidence, settings: &Settings, source: &Source) -> String {
         }
     );
     for (title, body) in [
-        ("Methods (Table 1)", table1(e)),
+        ("Methods (Table 1)", table1(e) + &accuracies(e)),
         ("What smoothing, truncation and rounding do (Table 3)", table3(e)),
         ("How many bins (Table 4)", table4(e)),
         ("Truncation at load time", k_run(e)),

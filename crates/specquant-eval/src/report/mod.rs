@@ -37,22 +37,10 @@ pub struct Comparison {
 pub type Table = Vec<Vec<String>>;
 
 impl Record {
-    /// Difference of the papers' average to another model's, paired over documents within each task. The tasks are independent samples, so
-    /// their variances add up.
+    /// Difference of the papers' average to another model's, paired over documents within each task.
     fn average_difference(&self, other: &Record) -> Option<Difference> {
-        if self.tasks.is_empty() {
-            return None;
-        }
         let tasks = self.tasks.iter().zip(&other.tasks);
-        let parts: Vec<Difference> = tasks.map(|(a, b)| paired(a.paper(), b.paper())).collect();
-        let n = parts.len() as f64;
-        let stderr = parts.iter().map(|d| d.stderr.powi(2)).sum::<f64>().sqrt() / n;
-        let widths = parts.iter().map(|d| d.half_width.map(|h| h.powi(2))).collect::<Option<Vec<_>>>();
-        Some(Difference {
-            mean: parts.iter().map(|d| d.mean).sum::<f64>() / n,
-            stderr,
-            half_width: widths.map(|w| w.iter().sum::<f64>().sqrt() / n),
-        })
+        Difference::average(&tasks.map(|(a, b)| paired(a.paper(), b.paper())).collect::<Vec<_>>())
     }
 
     /// Difference of log-perplexity to another model's, paired over windows.
