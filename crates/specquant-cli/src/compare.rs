@@ -9,8 +9,8 @@ use std::time::SystemTime;
 use anyhow::Context;
 use serde_json::{Value, json};
 use specquant_eval::{
-    Comparison, Journal, Perplexity, Record, Reference, TaskData, results_json, sanitized, sha256,
-    write_results, write_whole,
+    Comparison, Journal, Perplexity, Record, Reference, TaskData, claim_directory, results_json, sanitized,
+    sha256, write_results, write_whole,
 };
 use specquant_kernels::Isa;
 use specquant_model::{Model, Source, read_text};
@@ -69,26 +69,6 @@ fn names(paths: &[PathBuf]) -> Vec<String> {
         names.extend(candidates.chain(numbered).find(free));
     }
     names
-}
-
-/// Makes `output` a comparison's directory, or finds that it is one.
-fn claim(output: &Path, resume: bool) -> anyhow::Result<()> {
-    let at = || output.display().to_string();
-    fs::create_dir_all(output).with_context(|| format!("cannot create {}", at()))?;
-    let mark = output.join(MARK);
-    let ours = mark.exists();
-    anyhow::ensure!(
-        !ours || resume,
-        "{} exists: an earlier comparison wrote it; continue that with --resume, or choose another -o",
-        at()
-    );
-    let empty = fs::read_dir(output).with_context(at)?.next().is_none();
-    anyhow::ensure!(
-        ours || empty,
-        "{} is not empty and no comparison's; choose another -o, so that nothing of yours is overwritten",
-        at()
-    );
-    fs::write(&mark, "").with_context(|| format!("cannot write to {}", at()))
 }
 
 /// Quantizes the first model by the recipes, except where an earlier run has done so.
@@ -293,7 +273,7 @@ pub fn run(args: CompareArgs) -> anyhow::Result<ExitCode> {
     for model in &args.models[1..] {
         Source::open(model)?;
     }
-    claim(&args.output, args.resume)?;
+    claim_directory(&args.output, MARK, "comparison", args.resume)?;
     let mut paths = args.models.clone();
     paths.extend(quantize_all(&args, &first, &first.fingerprint()?)?);
     let mut entries: Vec<Entry> = Vec::new();

@@ -228,6 +228,28 @@ pub fn write_results(
     Ok(path)
 }
 
+/// Makes `dir` the directory of a report, or finds that it is one: the file `mark` tells. kind: of report, for messages.
+///
+/// # Errors
+/// [`Error::Setting`] when it is such a directory already and `resume` is false, or anything else that is not empty; [`Error::Io`].
+pub fn claim_directory(dir: &Path, mark: &str, kind: &str, resume: bool) -> Result<()> {
+    let refuse = |why: String| Err(Error::Setting(format!("{} {why}", dir.display())));
+    fs::create_dir_all(dir).map_err(Error::io(dir))?;
+    let mark = dir.join(mark);
+    let ours = mark.exists();
+    if ours && !resume {
+        return refuse(format!(
+            "exists: an earlier {kind} wrote it; continue that with --resume, or choose another -o"
+        ));
+    }
+    if !ours && fs::read_dir(dir).map_err(Error::io(dir))?.next().is_some() {
+        return refuse(format!(
+            "is not empty and no {kind}'s; choose another -o, so that nothing of yours is overwritten"
+        ));
+    }
+    fs::write(&mark, "").map_err(Error::io(&mark))
+}
+
 /// Writes a file under a temporary name beside it, flushes it to the disk, and gives it its name. A symbolic link keeps pointing to it; what is
 /// no file, such as a pipe or /dev/stdout, is written to directly.
 ///

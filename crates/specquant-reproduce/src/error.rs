@@ -28,14 +28,18 @@ pub enum Error {
         /// Why not.
         why: String,
     },
-    /// The report cannot be written there.
-    #[error("{} {why}", path.display())]
-    Output {
-        /// The directory.
-        path: PathBuf,
-        /// Why not.
-        why: String,
-    },
+}
+
+impl Error {
+    /// Whether a configuration broke down, and not the machine or the files.
+    pub(crate) fn is_breakdown(&self) -> bool {
+        use specquant_quantize::Error as Quantize;
+        matches!(
+            self,
+            Error::Quantize(Quantize::NotFinite { .. } | Quantize::Branch { .. })
+                | Error::Evaluate(specquant_eval::Error::NotFinite { .. })
+        )
+    }
 }
 
 /// Shorthand.

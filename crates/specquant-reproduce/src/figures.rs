@@ -10,8 +10,9 @@ use crate::report::{Evidence, number};
 
 /// Lines `(x, y)`, drawn with logarithmic y, and x if `log`.
 fn lines(series: &[Vec<(f64, f64)>], log: bool, titles: (&str, &str), name: &str, names: &[&str]) -> String {
+    // A logarithm ends at the first zero.
     let positive =
-        |line: &Vec<(f64, f64)>| line.iter().copied().filter(|(_, y)| *y > 0.0).collect::<Vec<_>>();
+        |line: &Vec<(f64, f64)>| line.iter().copied().take_while(|(_, y)| *y > 0.0).collect::<Vec<_>>();
     let kept: Vec<Vec<(f64, f64)>> = series.iter().map(positive).collect();
     let all = || kept.iter().flatten();
     let (x, y) = (Axis::around(all().map(|p| p.0), log), Axis::around(all().map(|p| p.1), true));
@@ -158,9 +159,25 @@ pub fn all(e: &Evidence) -> Vec<(String, String)> {
     files.into_iter().map(|(name, svg)| (format!("figures/{name}.svg"), svg)).collect()
 }
 
+/// How many of the `n` largest of `a` are among the `n` largest of `b`.
+fn shared(a: &[f32], b: &[f32], n: usize) -> usize {
+    let largest = |x: &[f32]| {
+        let mut order: Vec<usize> = (0..x.len()).collect();
+        order.sort_by(|&i, &j| x[j].total_cmp(&x[i]));
+        order.truncate(n);
+        order
+    };
+    let b = largest(b);
+    largest(a).iter().filter(|i| b.contains(i)).count()
+}
+
+/// Channels that captions look at.
+const LARGEST: usize = 8;
+
 /// The figures with what they show.
 pub fn markdown(e: &Evidence) -> String {
     let m = &e.layers.magnitudes;
+    let most = |x: &[f32]| number(f64::from(x.iter().fold(0.0f32, |a, x| a.max(*x))));
     let mut text = String::new();
     let mut figure = |file: &str, caption: &str| {
         let _ = write!(text, "![{caption}](figures/{file}.svg)\n\n{caption}\n\n");
@@ -168,27 +185,40 @@ pub fn markdown(e: &Evidence) -> String {
     figure(
         "figure-1-activations",
         &format!(
-            "Figure 1. The largest magnitude of every input channel of {}, before smoothing and after (α = {ALPHA}).",
-            m.name
+            "Figure 1. The largest magnitude of every input channel of {}, before smoothing (at most {}) and after (at most {}, α = {ALPHA}): of the inputs studied the one with the \
+             largest outlier, {:.0} times the median channel.",
+            m.name,
+            most(&m.activations[0]),
+            most(&m.activations[1]),
+            m.outlier
         ),
     );
     figure(
         "figure-1-weights",
-        "Figure 1, the weights that read them. Each outlier of the activations is now a spike: a whole input row of the weight. Along the inputs a spike is an impulse, whose \
-         spectrum is flat.",
+        &format!(
+            "Figure 1, the weights that read them: at most {} before and {} after. Of the {LARGEST} channels with the largest activations {} are among the {LARGEST} with the largest \
+             smoothed weights. A large input row of a weight is an impulse along the inputs, whose spectrum is flat.",
+            most(&m.weights[0]),
+            most(&m.weights[1]),
+            shared(&m.activations[0], &m.weights[1], LARGEST)
+        ),
     );
+    let left: Vec<String> =
+        m.residuals.iter().map(|(basis, values)| format!("{} with {}", most(values), basis.name())).collect();
     figure(
         "figure-4",
         &format!(
             "Figure 4. What is left to round of the smoothed weights after a branch with the bits of {MEAN_K} Fourier bins per channel: the largest magnitude of every input channel, \
-             sorted. SVD and 16-bit rows take the spikes; the lowest frequencies do not."
+             sorted. The largest of all is {} without a branch, {}.",
+            most(&m.weights[1]),
+            left.join(", ")
         ),
     );
     for (n, d) in [5, 6].iter().zip(&e.layers.distributions) {
         figure(
             &format!("figure-{n}"),
             &format!(
-                "Figure {n}. Magnitudes of {} and of its approximations with 20, 50 and 80% of its parameters.",
+                "Figure {n}. Magnitudes of {}, up to 6 times their root mean square, and of its approximations with 20, 50 and 80% of its parameters.",
                 d.name
             ),
         );

@@ -19,6 +19,9 @@ use specquant_quantize as q;
 use crate::latency::{self, Latency};
 use crate::{Error, Plan, Result, Run, Settings, permute};
 
+/// Raised whenever a change of the program changes what a configuration gives, so that older measurements are not taken for it.
+const REVISION: u32 = 1;
+
 /// Of one configuration.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 pub struct Measured {
@@ -44,6 +47,8 @@ pub struct Answers {
     /// By task: its name, the accuracy of guessing, and for every document whether the best choice was right, per character where lm-eval
     /// has such a metric.
     pub tasks: Vec<(String, f64, Vec<u8>)>,
+    /// Documents that there are, of all tasks.
+    pub available: usize,
 }
 
 impl Answers {
@@ -128,6 +133,7 @@ impl<'a> Lab<'a> {
         let bytes: Vec<u8> = ids.iter().flat_map(|id| id.to_le_bytes()).collect();
         let conditions = json!({
             "specquant_version": env!("CARGO_PKG_VERSION"),
+            "revision": REVISION,
             "kernels": Isa::active().name(),
             "model_sha256": source.fingerprint()?,
             "calibration_sha256": sha256(text(&settings.calibration)?.as_bytes()),
@@ -217,6 +223,7 @@ impl<'a> Lab<'a> {
     /// Removes the checkpoint.
     fn clear(&mut self) -> Result<()> {
         self.checkpoint = None;
+        permute::remove(&self.output.join("permuted"))?;
         permute::remove(&self.output.join("checkpoint"))
     }
 
@@ -274,7 +281,8 @@ impl<'a> Lab<'a> {
                     tasks.push((result.task.to_owned(), result.chance, right));
                 }
             }
-            Ok(Answers { tasks })
+            let available = lab.questions.iter().flat_map(|q| &q.data).map(|d| d.available).sum();
+            Ok(Answers { tasks, available })
         })
     }
 
@@ -284,8 +292,11 @@ impl<'a> Lab<'a> {
     /// When a model cannot be loaded or run.
     pub fn latency(&mut self, run: &Run, plan: &Plan) -> Result<(Latency, bool)> {
         let ks: Vec<usize> = plan.sweep.iter().map(|(k, _)| *k).collect();
-        let machine = json!({ "run": run.identity(), "threads": latency::threads() });
-        self.stored("latency", machine, |lab| {
+        let what = json!({
+            "run": run.identity(), "k": ks, "cpu": latency::cpu(), "threads": latency::threads(),
+            "tokens": [latency::PROMPT, latency::GENERATED], "rounds": latency::ROUNDS,
+        });
+        self.stored("latency", what, |lab| {
             let path = lab.checkpoint(run)?.path.clone();
             Latency::measure(lab.source, &path, &ks, &lab.ids)
         })
@@ -300,7 +311,7 @@ impl Drop for Lab<'_> {
 }
 
 /// A configuration in a few words.
-fn label(run: &Run) -> String {
+pub(crate) fn label(run: &Run) -> String {
     let recipe = &run.recipe;
     let mut words = vec![recipe.name.clone(), recipe.scheme.to_string()];
     if let Some(branch) = &recipe.branch {

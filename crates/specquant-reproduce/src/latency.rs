@@ -13,7 +13,7 @@ pub const PROMPT: usize = 512;
 /// Tokens generated after it.
 pub const GENERATED: usize = 32;
 /// Every model is timed so often, taking turns; the best counts, as others use the machine too.
-const ROUNDS: usize = 5;
+pub(crate) const ROUNDS: usize = 5;
 
 /// Of one model, in seconds.
 #[derive(Debug, Clone, Copy, PartialEq, Serialize, Deserialize)]
@@ -31,8 +31,8 @@ pub struct Latency {
     pub dense: Speed,
     /// With so many bins in every channel's branch.
     pub by_k: Vec<(usize, Speed)>,
-    /// Bytes of the KV cache per token, in full precision and quantized.
-    pub cache_bytes: (f64, f64),
+    /// The processor.
+    pub cpu: String,
     /// Worker threads.
     pub threads: usize,
 }
@@ -40,6 +40,13 @@ pub struct Latency {
 /// Worker threads of this process.
 pub(crate) fn threads() -> usize {
     rayon::current_num_threads()
+}
+
+/// The processor, as the system names it.
+pub(crate) fn cpu() -> String {
+    let info = std::fs::read_to_string("/proc/cpuinfo").unwrap_or_default();
+    let line = info.lines().find(|l| l.starts_with("model name")).and_then(|l| l.split_once(':'));
+    line.map_or_else(|| std::env::consts::ARCH.to_owned(), |(_, name)| name.trim().to_owned())
 }
 
 impl Latency {
@@ -54,7 +61,6 @@ impl Latency {
         }
         let worst = Speed { prefill: f64::INFINITY, decode: f64::INFINITY };
         let mut best = vec![worst; models.len()];
-        let mut cache_bytes = vec![0.0; models.len()];
         // The first round warms up.
         for round in 0..=ROUNDS {
             for (i, model) in models.iter().enumerate() {
@@ -62,7 +68,6 @@ impl Latency {
                 let started = Instant::now();
                 model.next_logits(&mut [(&mut sequence, &ids[..PROMPT.min(ids.len())])])?;
                 let prefill = started.elapsed().as_secs_f64();
-                cache_bytes[i] = sequence.bytes() as f64 / sequence.len() as f64;
                 let started = Instant::now();
                 for id in ids.iter().take(GENERATED) {
                     model.next_logits(&mut [(&mut sequence, std::slice::from_ref(id))])?;
@@ -77,7 +82,7 @@ impl Latency {
         Ok(Latency {
             dense: best[0],
             by_k: ks.iter().copied().zip(best[1..].iter().copied()).collect(),
-            cache_bytes: (cache_bytes[0], cache_bytes.last().copied().unwrap_or(0.0)),
+            cpu: cpu(),
             threads: threads(),
         })
     }

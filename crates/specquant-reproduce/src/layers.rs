@@ -93,7 +93,7 @@ pub struct Magnitudes {
     pub residuals: Vec<(BranchBasis, Vec<f32>)>,
 }
 
-/// How weights and their approximations are distributed, for figures 5 and 6.
+/// How weights and their approximations are distributed up to 6 times their root mean square, for figures 5 and 6.
 #[derive(Debug, Clone, Default, PartialEq, Serialize, Deserialize)]
 pub struct Distribution {
     /// The layer.
@@ -107,12 +107,16 @@ pub struct Distribution {
 }
 
 /// The truncation error of Fourier series, computed directly and by the paper's Eq. 11.
-#[derive(Debug, Clone, Copy, Default, PartialEq, Serialize, Deserialize)]
+#[derive(Debug, Clone, Default, PartialEq, Serialize, Deserialize)]
 pub struct Parseval {
     /// Largest relative difference of ‖w − w'‖² and `1/N Σ_{m=k}^{N-k} |F_m|²`, over channels.
     pub corrected: f64,
-    /// Mean ratio of the bound as printed, `Σ_{m=k}^{N-1} |A_m|²`, to ‖w − w'‖².
+    /// Mean ratio of the bound as printed, `√(Σ_{m=k}^{N-1} |A_m|²)`, to ‖w − w'‖.
     pub printed: f64,
+    /// The layer whose channels were tried.
+    pub layer: String,
+    /// Number of these channels.
+    pub channels: usize,
     /// Energy that a branch with every bin leaves, from f16 alone.
     pub all_bins: f64,
 }
@@ -155,22 +159,27 @@ fn residual(r: &[f32], out: usize, inp: usize, whole: f64) -> Residual {
     let rounded = dequantize(&round_to_nearest(r, out, inp, &scales, &grid), out, inp, &scales, &grid);
     let own = energy(r);
     let most = r.iter().fold(0.0f32, |a, x| a.max(x.abs()));
+    let ratio = |a: f64, b: f64| if b > 0.0 { a / b } else { 0.0 };
     Residual {
-        energy: own / whole,
-        peak: f64::from(most) / (own / r.len() as f64).sqrt(),
-        rounding_error: energy(&difference(r, &rounded)) / whole,
+        energy: ratio(own, whole),
+        peak: ratio(f64::from(most), (own / r.len() as f64).sqrt()),
+        rounding_error: ratio(energy(&difference(r, &rounded)), whole),
     }
 }
 
 /// What a branch stands for of a weight, `[out, inp]`: all channels alike, with the bits of `mean_k` Fourier bins, and directions of its own.
-fn build(weight: &Weight, basis: BranchBasis, mean_k: usize, mean_abs: &[f32]) -> Result<Vec<f32>> {
+fn build(weight: &Weight, basis: BranchBasis, mean_k: usize, input: &Input) -> Result<Vec<f32>> {
     let branch = Branch { basis, mean_k, max_k: 0, ..Branch::default() };
-    let input = Input { mean_abs, hessian: None, sample: &[], rows: 0 };
-    let built = branch::build(std::slice::from_ref(weight), &branch, &input, &[0.0])?;
+    let built = branch::build(std::slice::from_ref(weight), &branch, input, &[0.0])?;
     Ok(built.layers.into_iter().next().map_or_else(Vec::new, |l| l.weight))
 }
 
-/// Bases that need no second moment of the inputs.
+/// An input of which nothing is known: Fourier and SVD look at the weight alone.
+fn unknown(zeros: &[f32]) -> Input<'_> {
+    Input { mean_abs: zeros, hessian: None, sample: &[], rows: 0 }
+}
+
+/// The bases studied.
 const BASES: [BranchBasis; 5] =
     [BranchBasis::Fourier, BranchBasis::FourierTop, BranchBasis::Dct, BranchBasis::Rows, BranchBasis::Svd];
 
@@ -201,7 +210,7 @@ impl Layers {
         let blocks = blocks(source.config().num_layers, settings.quick);
         lab.stored(
             "layers",
-            json!({ "blocks": blocks, "alpha": ALPHA, "mean_k": MEAN_K, "branches": "of each layer" }),
+            json!({ "blocks": blocks, "alpha": ALPHA, "mean_k": MEAN_K, "samples": SAMPLES, "ratios": RATIOS }),
             |_| {
                 let mut found = Layers { spectra: spectra(source)?, ..Layers::default() };
                 found.parseval = parseval(source)?;
@@ -229,12 +238,12 @@ impl Layers {
         for index in 0..=last {
             let mut block = Block::read(source, index, None)?;
             block.linears_mut().into_iter().try_for_each(Linear::widen)?;
-            let stats = observe(&block, config, index, &mut states, 1, false)?;
+            let stats = observe(&block, config, index, &mut states, 1, true)?;
             if !blocks.contains(&index) {
                 continue;
             }
             for (site, stats) in Site::ALL.into_iter().zip(stats) {
-                self.site(index, site, &block.site(site), &stats, config)?;
+                self.site(index, site, &block.site(site), stats, config)?;
             }
         }
         Ok(())
@@ -245,14 +254,13 @@ impl Layers {
         index: usize,
         site: Site,
         linears: &[&Linear],
-        stats: &SiteStats,
+        mut stats: SiteStats,
         config: &ModelConfig,
     ) -> Result<()> {
         let inp = stats.max.len();
         let names: Vec<String> = site.layers().iter().map(|n| format!("model.layers.{index}.{n}")).collect();
         let mut ws = dense(linears);
-        let lambda = factors(stats, &ws, site, config);
-        let mut mean_abs = stats.mean_abs();
+        let lambda = factors(&stats, &ws, site, config);
         let mut drawn = Magnitudes {
             name: format!("{} in block {index}", site.layers().join(" and ")),
             outlier: outlier(&stats.max),
@@ -263,9 +271,11 @@ impl Layers {
         for smoothed in [false, true] {
             if smoothed {
                 ws.iter_mut().for_each(|w| smooth::scale_columns(w, &lambda));
-                mean_abs.iter_mut().zip(&lambda).for_each(|(x, l)| *x /= l);
+                stats.smooth(&lambda);
                 drawn.weights[1] = column_max(&ws, inp);
             }
+            let mean_abs = stats.mean_abs();
+            let input = stats.input(&mean_abs);
             let mut left = BASES.map(|basis| (basis, Vec::new()));
             for (values, name) in ws.iter().zip(&names) {
                 let w = Weight { name, out: values.len() / inp, inp, values, bias: None, clip: None };
@@ -277,7 +287,7 @@ impl Layers {
                     by_basis: Vec::new(),
                 };
                 for (basis, left) in &mut left {
-                    let r = difference(values, &build(&w, *basis, MEAN_K, &mean_abs)?);
+                    let r = difference(values, &build(&w, *basis, MEAN_K, &input)?);
                     study.by_basis.push((*basis, residual(&r, w.out, inp, whole)));
                     left.push(r);
                 }
@@ -351,8 +361,9 @@ fn parseval(source: &Source) -> Result<Parseval> {
     let out = w.len() / inp;
     let weight = Weight { name, out, inp, values: w, bias: None, clip: None };
     let zeros = vec![0.0; inp];
-    let kept = build(&weight, BranchBasis::Fourier, MEAN_K, &zeros)?;
-    let all = build(&weight, BranchBasis::Fourier, inp, &zeros)?;
+    let k = MEAN_K.min(inp / 4);
+    let kept = build(&weight, BranchBasis::Fourier, k, &unknown(&zeros))?;
+    let all = build(&weight, BranchBasis::Fourier, inp, &unknown(&zeros))?;
     let n = inp as f64;
     let (mut corrected, mut printed) = (0.0f64, 0.0);
     for (row, approximation) in w.chunks_exact(inp).zip(kept.chunks_exact(inp)) {
@@ -364,12 +375,12 @@ fn parseval(source: &Source) -> Result<Parseval> {
             sum(f64::cos).powi(2) + sum(f64::sin).powi(2)
         };
         let error = energy(&difference(row, approximation));
-        let by_formula = (MEAN_K..=inp - MEAN_K).map(power).sum::<f64>() / n;
+        let by_formula = (k..=inp - k).map(power).sum::<f64>() / n;
         corrected = corrected.max((error - by_formula).abs() / error);
-        printed += (MEAN_K..inp).map(power).sum::<f64>() / error / out as f64;
+        printed += ((k..inp).map(power).sum::<f64>() / error).sqrt() / out as f64;
     }
     let all_bins = energy(&difference(w, &all)) / energy(w);
-    Ok(Parseval { corrected, printed, all_bins })
+    Ok(Parseval { corrected, printed, layer: name.to_owned(), channels: out, all_bins })
 }
 
 /// Width of a bin of a distribution, and their number.
@@ -395,7 +406,7 @@ fn distribution(source: &Source, name: &str) -> Result<Distribution> {
     for basis in [BranchBasis::Fourier, BranchBasis::Svd] {
         for ratio in RATIOS {
             let mean_k = (ratio * inp as f64 / 2.0) as usize;
-            let built = build(&weight, basis, mean_k, &vec![0.0; inp])?;
+            let built = build(&weight, basis, mean_k, &unknown(&vec![0.0; inp]))?;
             approximations.push((basis, ratio, density(&built, unit)));
         }
     }

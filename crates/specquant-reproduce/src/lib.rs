@@ -21,9 +21,9 @@ pub use layers::{LayerStudy, Layers, Residual, Spectrum};
 pub use plan::*;
 
 use std::fs;
-use std::path::{Path, PathBuf};
+use std::path::PathBuf;
 
-use specquant_eval::write_whole;
+use specquant_eval::{claim_directory, write_whole};
 use specquant_model::{Site, Source};
 
 /// What to measure, and where.
@@ -67,23 +67,6 @@ pub enum Event<'a> {
 /// Tells a report's directory from any other.
 const MARK: &str = ".specquant-reproduction";
 
-/// Makes `output` a report's directory, or finds that it is one.
-fn claim(output: &Path, resume: bool) -> Result<()> {
-    let refuse = |why: &str| Err(Error::Output { path: output.to_owned(), why: why.to_owned() });
-    let io = |cause| Error::Io { path: output.to_owned(), cause };
-    fs::create_dir_all(output).map_err(io)?;
-    let mark = output.join(MARK);
-    if mark.exists() && !resume {
-        return refuse("holds an earlier reproduction; continue that with --resume, or choose another -o");
-    }
-    if !mark.exists() && fs::read_dir(output).map_err(io)?.next().is_some() {
-        return refuse(
-            "is not empty and holds no reproduction; choose another -o, so that nothing of yours is overwritten",
-        );
-    }
-    fs::write(&mark, "").map_err(io)
-}
-
 /// Measures everything and writes the report; returns its path.
 ///
 /// # Errors
@@ -97,7 +80,7 @@ pub fn reproduce(source: &Source, settings: &Settings, tell: &mut dyn FnMut(Even
     for run in &runs {
         specquant_quantize::plan(source, &run.recipe)?;
     }
-    claim(&settings.output, settings.resume)?;
+    claim_directory(&settings.output, MARK, "reproduction", settings.resume)?;
     let asked = match settings.data {
         Some(_) => {
             plan.methods.iter().flat_map(|(_, runs)| runs.iter().flatten()).map(Run::identity).collect()
@@ -123,6 +106,7 @@ pub fn reproduce(source: &Source, settings: &Settings, tell: &mut dyn FnMut(Even
     let mut evidence = report::Evidence {
         plan: &plan,
         results: Vec::new(),
+        failures: Vec::new(),
         answers,
         full: full.0,
         layers: layers.0,
@@ -131,15 +115,25 @@ pub fn reproduce(source: &Source, settings: &Settings, tell: &mut dyn FnMut(Even
     // Timed where its checkpoint is at hand.
     let timed = plan.sweep.last().map(|(_, run)| run.identity());
     for run in runs {
-        let (measured, stored) = lab.measure(run)?;
+        let (measured, mut stored) = match lab.measure(run) {
+            Ok(measured) => measured,
+            // A method that breaks down is a result; the others go on.
+            Err(e) if e.is_breakdown() => {
+                step(false, &format!("{}: {e}", lab::label(run)));
+                evidence.failures.push((lab::label(run), e.to_string()));
+                continue;
+            }
+            Err(e) => return Err(e),
+        };
         let p = &measured.perplexity;
         let news = format!(
             "{}: perplexity {:.2}, {:.3} bits",
             measured.label, p.perplexity, measured.bits_per_weight
         );
         if asked.contains(&run.identity()) {
-            let (found, stored) = lab.answers(Some(run))?;
-            step(stored, &format!("{}: accuracy {:.1}%", measured.label, 100.0 * found.average().mean));
+            let (found, answered) = lab.answers(Some(run))?;
+            stored &= answered;
+            step(answered, &format!("{}: accuracy {:.1}%", measured.label, 100.0 * found.average().mean));
             evidence.answers.push((run.identity(), found));
         }
         evidence.results.push((run.identity(), measured));

@@ -6,6 +6,7 @@ use specquant_quantize::branch::Score;
 use specquant_quantize::rounding::GptqConfig;
 use specquant_quantize::{Branch, Overhead, Recipe, Rounding, SEARCH, Searched, Smooth};
 
+use crate::layers::MEAN_K;
 use crate::{Result, Settings};
 
 /// One configuration of the whole model.
@@ -203,7 +204,7 @@ impl Plan {
         };
         let bases = bases.iter().map(|&basis| {
             let run = with_branch(&spec, &|b| {
-                uniform(b, 16);
+                uniform(b, MEAN_K);
                 b.basis = basis;
             });
             (basis, run)
@@ -274,10 +275,14 @@ pub(crate) mod tests {
                 run.recipe.validate().unwrap();
             }
             let identities: Vec<String> = runs.iter().map(|r| r.identity().to_string()).collect();
-            let mut unique = identities.clone();
-            unique.sort();
-            unique.dedup();
-            assert_eq!(unique.len(), identities.len());
+            let method = |name: &str| {
+                let (_, [_, run, _]) = plan.methods.iter().find(|(n, _)| n == name).unwrap();
+                run.as_ref().unwrap().identity()
+            };
+            for (cell, name) in [(0, "rtn"), (4, "gptq"), (5, "smooth-gptq"), (7, "specquant")] {
+                assert_eq!(plan.grid[cell].run.identity(), method(name), "{name}");
+            }
+            assert_eq!(plan.sweep[0].1.identity(), method("smooth-gptq"));
             // Cells of the grid that are methods of Table 1 by another name, the branch without bins, and the Fourier basis.
             let shared =
                 [&plan.grid[4].run, &plan.grid[5].run, &plan.grid[7].run, &plan.sweep[0].1, &plan.bases[0].1];

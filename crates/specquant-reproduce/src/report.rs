@@ -8,7 +8,8 @@ use specquant_kernels::Isa;
 use specquant_model::{BranchBasis, Source};
 use specquant_quantize::branch::Score;
 
-use crate::claims::{self, change, change_over_seeds, score_name};
+use crate::claims::{self, change, change_over_seeds, score_name, seeds};
+use crate::latency;
 use crate::layers::MEAN_K;
 use crate::{Answers, Latency, Layers, Measured, Plan, Run, SCHEMES, Settings, figures};
 
@@ -18,6 +19,8 @@ pub struct Evidence<'a> {
     pub plan: &'a Plan,
     /// By [`Run::identity`].
     pub results: Vec<(Value, Measured)>,
+    /// Configurations that broke down, and how.
+    pub failures: Vec<(String, String)>,
     /// On the zero-shot tasks, by [`Run::identity`]; null for the model itself.
     pub answers: Vec<(Value, Answers)>,
     /// The model itself.
@@ -45,7 +48,8 @@ impl Evidence<'_> {
 /// A number for a table.
 pub(crate) fn number(v: f64) -> String {
     match v {
-        v if !v.is_finite() => "∞".to_owned(),
+        v if v.is_nan() => "–".to_owned(),
+        v if v.is_infinite() => "∞".to_owned(),
         v if v.abs() >= 1000.0 => format!("{v:.0}"),
         v if v.abs() >= 100.0 => format!("{v:.1}"),
         v => format!("{v:.2}"),
@@ -83,11 +87,11 @@ const PAPER: [(&str, &str); 6] = [
 const PAPER_OWN: &str = "7.33 / 64.75";
 
 fn table1(e: &Evidence) -> String {
-    let mut rows = vec![vec!["full precision".to_owned()]];
+    let mut rows = vec![vec!["source, in f32".to_owned()]];
     for _ in SCHEMES {
         rows[0].extend([number(e.full.perplexity), "0".to_owned()]);
     }
-    rows[0].extend(["16".to_owned(), "–".to_owned(), "6.14 / 68.09".to_owned()]);
+    rows[0].extend(["–".to_owned(), "–".to_owned(), "6.14 / 68.09 (16-16-16)".to_owned()]);
     for (name, runs) in &e.plan.methods {
         let mut row = vec![name.clone()];
         for run in runs {
@@ -103,11 +107,11 @@ fn table1(e: &Evidence) -> String {
     }
     let mut header = vec!["method".to_owned()];
     header.extend(SCHEMES.iter().flat_map(|(s, _)| [format!("{s} ppl"), "KL".to_owned()]));
-    header.extend(["bits/weight", "seconds", "paper: LLaMA-3 8B, 4-4-4"].map(str::to_owned));
+    header.extend(["bits/weight", "seconds", "paper: LLaMA-3 8B, 4-4-4, ppl / accuracy"].map(str::to_owned));
     let header: Vec<&str> = header.iter().map(String::as_str).collect();
     let mut text = table(&header, &rows);
-    text += "\nBits are those of weights, activations and KV cache. KL is the mean divergence of the next-token distribution from full precision's, in nats. \
-             Bits per weight count codes, scales, counts, coefficients and stored directions.";
+    text += "\nBits are those of weights, activations and KV cache. KL is the mean divergence of the next-token distribution from the source's, in nats. \
+             Bits per weight count codes, scales, counts, coefficients and stored directions; they and the seconds of quantization are those of the last setting in the row.";
     text += " AWQ is for weights alone, and SpinQuant learns its rotations against quantized activations; svdquant and smooth-gptq are no rows of the paper.\n\n";
     for (i, (setting, _)) in SCHEMES.iter().enumerate() {
         let mut order: Vec<(&str, &Measured)> = e
@@ -127,6 +131,19 @@ fn table1(e: &Evidence) -> String {
             });
         }
         let _ = writeln!(text, "- {setting}, best first: {}", words.join(" "));
+    }
+    let fallen: Vec<String> = e
+        .results
+        .iter()
+        .filter(|(_, m)| m.fallbacks > 0)
+        .map(|(_, m)| format!("{} ({} layers)", m.label, m.fallbacks))
+        .collect();
+    if !fallen.is_empty() {
+        let _ = writeln!(text, "\nRounded to nearest where GPTQ failed: {}.", fallen.join(", "));
+    }
+    if !e.failures.is_empty() {
+        let list: Vec<String> = e.failures.iter().map(|(label, why)| format!("{label}: {why}")).collect();
+        let _ = writeln!(text, "\nBroke down: {}.", list.join("; "));
     }
     text += "\n≈: the 95% interval of the paired difference to the one before holds zero.\n";
     let alphas =
@@ -149,7 +166,7 @@ fn accuracies(e: &Evidence) -> String {
         let average = a.average();
         format!("{:.2} ± {:.2}", 100.0 * average.mean, 100.0 * average.stderr)
     };
-    let mut rows = vec![vec!["full precision".to_owned(), percent(full), percent(full), percent(full)]];
+    let mut rows = vec![vec!["source, in f32".to_owned(), percent(full), percent(full), percent(full)]];
     for (name, runs) in &e.plan.methods {
         let cell = |run: &Option<Run>| {
             let found = e.answers_of(Some(run.as_ref()?))?;
@@ -163,9 +180,10 @@ fn accuracies(e: &Evidence) -> String {
     let header: Vec<&str> =
         ["average of nine tasks, %"].into_iter().chain(SCHEMES.iter().map(|(s, _)| *s)).collect();
     format!(
-        "\n{}\nAccuracy, per character where lm-eval has such a metric, over {documents} documents; guessing gives {:.1}%. In brackets the difference to full precision, paired over \
+        "\n{}\nAccuracy, per character where lm-eval has such a metric, over the first {documents} of {} documents, equally many of each task; guessing gives {:.1}%. In brackets the difference to the source, paired over \
          documents within each task.\n",
         table(&header, &rows),
+        full.available,
         100.0 * full.chance()
     )
 }
@@ -219,8 +237,8 @@ fn table4(e: &Evidence) -> String {
         ]);
     }
     table(&["k", "size", "prefill time", "decode time", "ppl", "KL", "Δ log-ppl to k = 0"], &rows)
-        + "\nAt 4-4-16, k bins for every channel. Size is the branch's against the 4-bit codes, as in the paper (2.7, 5.5 and 11.2% there; the share grows as the \
-           layers get narrower: a branch has 2k − 1 columns of its own, whatever the width). Times are the best of five turns on this machine, whole model, \
+        + "\nAt 4-4-16, k bins for every channel. Size is the branch's against the 4-bit codes, as in the paper (2.7, 5.5 and 11.2% there): 2k values of 16 bits a channel, \
+           a larger share the narrower the layer. Times are the best of five turns on this machine, whole model, \
            one checkpoint loaded with fewer and fewer bins.\n"
 }
 
@@ -241,14 +259,10 @@ fn k_run(e: &Evidence) -> String {
 }
 
 fn table5(e: &Evidence) -> String {
-    let runs = |score: Score| -> Option<Vec<&Measured>> {
-        let (_, runs) = e.plan.scores.iter().find(|(s, _)| *s == score)?;
-        runs.iter().map(|r| e.of(r)).collect()
-    };
-    let uniform = runs(Score::Uniform);
+    let uniform = seeds(e, Score::Uniform);
     let mut rows = Vec::new();
     for (score, _) in &e.plan.scores {
-        let (Some(found), Some(uniform)) = (runs(*score), &uniform) else { continue };
+        let (Some(found), Some(uniform)) = (seeds(e, *score), &uniform) else { continue };
         let logs = found.iter().map(|m| m.perplexity.perplexity.ln());
         let mean = estimate(logs.collect::<Vec<_>>().into_iter());
         let each: Vec<String> = found.iter().map(|m| ppl(m)).collect();
@@ -261,10 +275,22 @@ fn table5(e: &Evidence) -> String {
             } else {
                 change_over_seeds(&found, uniform).show(1.0, 3)
             },
+            match score {
+                Score::AbsMean => "6.32",
+                Score::AbsMax => "6.45",
+                Score::L2 => "6.31",
+                Score::Entropy => "6.30",
+                _ => "–",
+            }
+            .to_owned(),
         ]);
     }
-    table(&["score", "ppl, geometric mean", "by calibration seed", "Δ log-ppl to uniform"], &rows)
-        + "\nAt 4-4-16, 16 bins a channel on average, 1 to 32, shared by softmax of the standardized score; α = 0.5 everywhere. ± is half of the 95% interval over seeds.\n"
+    table(
+        &["score", "ppl, geometric mean", "by calibration seed", "Δ log-ppl to uniform", "paper: LLaMA-2 7B"],
+        &rows,
+    ) + "\nAt 4-4-16, 16 bins a channel on average, 1 to 32, shared by softmax of the standardized score; α = 0.5 everywhere, 8 calibration sequences, to tell scores apart \
+           and nothing else. ± is half of the 95% interval over seeds. The paper's column is for a \"20% compression ratio\" of which it does not say how it was quantized, and where \
+           the uncompressed model has 6.33; it is not comparable but in its order.\n"
 }
 
 fn bases(e: &Evidence) -> String {
@@ -289,7 +315,8 @@ fn bases(e: &Evidence) -> String {
     let _ = write!(
         text,
         "\nAt 4-4-16, smoothing searched with the branch in place, GPTQ on the residual; the bits of {MEAN_K} Fourier bins per channel, indices and stored directions \
-         included. Energy kept: mean over the layers studied, smoothed with α = 0.5.\n"
+         included. Energy kept: of layers by themselves, each with directions of its own, smoothed with α = 0.5; mean over those studied. In the runs the layers that share an input share \
+         directions.\n"
     );
     let plain = e.plan.grid.iter().find(|c| c.smooth && c.truncate && c.gptq);
     if let (Some(matched), Some(plain)) =
@@ -307,6 +334,48 @@ fn bases(e: &Evidence) -> String {
         );
     }
     text
+}
+
+/// What another draw of calibration tokens changes.
+fn over_seeds(e: &Evidence) -> String {
+    match seeds(e, Score::ActivationAware) {
+        Some(runs) if runs.len() > 1 => {
+            let logs: Vec<f64> = runs.iter().map(|m| m.perplexity.perplexity.ln()).collect();
+            let deviation = estimate(logs.iter().copied()).stderr * (logs.len() as f64).sqrt();
+            format!(
+                "from one to another, log-perplexity varies by {deviation:.3} (standard deviation over {} seeds in Table 5)",
+                logs.len()
+            )
+        }
+        _ => "one draw a configuration".to_owned(),
+    }
+}
+
+/// Spectra by kind of layer.
+fn spectra(e: &Evidence) -> String {
+    let percent = |s: &crate::layers::Spread| format!("{:.2} ± {:.2}%", 100.0 * s.mean, 100.0 * s.deviation);
+    let row = |s: &crate::Spectrum| {
+        let entropy = format!("{:.4} ± {:.4}", s.entropy.mean, s.entropy.deviation);
+        vec![s.kind.clone(), s.channels.to_string(), percent(&s.low), percent(&s.permuted), entropy]
+    };
+    let rows: Vec<Vec<String>> = e.layers.spectra.iter().map(row).collect();
+    table(
+        &["layer", "channels", "energy in the lowest 20%", "inputs in random order", "spectral entropy"],
+        &rows,
+    ) + "\nAlong the inputs of every output channel, all blocks; ± is the standard deviation over channels. Entropy is 1 for equal energy in every bin; white Gaussian noise has 20% \
+           and 1 − 0.42 / ln(bins).\n"
+}
+
+/// How the weights of linear layers are stored.
+fn stored_types(source: &Source) -> Vec<String> {
+    let config = source.config();
+    let names = (0..config.num_layers).flat_map(|i| config.linear_shapes(i));
+    let mut types: Vec<String> = names
+        .filter_map(|(name, _)| Some(format!("{:?}", source.tensor(&format!("{name}.weight")).ok()?.dtype)))
+        .collect();
+    types.sort_unstable();
+    types.dedup();
+    types
 }
 
 /// The whole report.
@@ -327,27 +396,40 @@ pub fn markdown(e: &Evidence, settings: &Settings, source: &Source) -> String {
         let own = e.plan.runs().into_iter().filter(|run| run.k_run.is_none());
         own.filter_map(|run| e.of(run)).map(|m| m.quantize_seconds).sum()
     };
+    let types = stored_types(source);
     let facts = [
-        format!("model: {model}, perplexity {:.3} in f32", e.full.perplexity),
+        format!(
+            "model: {model}, perplexity {:.3} in f32; its linear layers are stored as {}{}",
+            e.full.perplexity,
+            types.join(", "),
+            if types.iter().all(|t| ["F32", "F16", "BF16"].contains(&t.as_str())) {
+                ""
+            } else {
+                ", and everything here is relative to what that widens to, not to the model that it was made from"
+            }
+        ),
         format!("text: {}; {}", name(&settings.text), e.full.protocol),
         format!(
-            "calibration: {}, at random places by seed; {} configurations, quantized in {:.0} minutes together",
+            "calibration: {}, at random places by seed; {} configurations, quantized in {:.0} minutes together, on {} with {} threads now",
             name(&settings.calibration),
-            e.plan.runs().len(),
-            seconds / 60.0
+            e.results.len(),
+            seconds / 60.0,
+            latency::cpu(),
+            latency::threads()
         ),
-        format!("engine: specquant {}, {} kernels; nothing is simulated", env!("CARGO_PKG_VERSION"), Isa::active().name()),
+        format!("engine: specquant {}, {} kernels; every perplexity and accuracy runs through the integer engine; studies of single layers round in f32", env!("CARGO_PKG_VERSION"), Isa::active().name()),
         format!("command: `{}`", settings.command),
         "raw data: a file for each configuration in [measurements](measurements), with everything that it depends on".to_owned(),
     ];
     let mut text = format!(
         "# SpecQuant (arXiv 2511.11663) on {model}\n\nThe paper's tables, figures and claims, measured{}. Differences come with 95% intervals, paired over windows; ≈ marks one \
-         that holds zero.{}\n\n## Claims\n\n{claims}\n",
+         that holds zero. They cover the choice of the text, not that of calibration tokens: {}.{}\n\n## Claims and checks\n\n{claims}\n",
         if settings.quick {
             " quickly (`--quick`: fewer methods, seeds, bins and calibration tokens)"
         } else {
             ""
         },
+        over_seeds(e),
         match (e.results.len(), e.plan.runs().len()) {
             (some, all) if some < all => {
                 format!(" **Unfinished: {some} of {all} configurations are measured; `--resume` goes on.**")
@@ -361,6 +443,7 @@ pub fn markdown(e: &Evidence, settings: &Settings, source: &Source) -> String {
         ("How many bins (Table 4)", table4(e)),
         ("Truncation at load time", k_run(e)),
         ("Importance scores (Table 5)", table5(e)),
+        ("Spectra of the weights", spectra(e)),
         ("Other bases at the same bits", bases(e)),
         ("Figures", figures::markdown(e)),
     ] {

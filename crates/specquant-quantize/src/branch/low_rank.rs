@@ -62,7 +62,10 @@ pub fn low_rank(
     // H Wᵀ Y, without the H where there is none.
     let weighed = |y: MatRef<f64>| {
         let z = product(w.transpose(), y);
-        hessian.map_or_else(|| z.clone(), |h| product(h, z.as_ref()))
+        match hessian {
+            Some(h) => product(h, z.as_ref()),
+            None => z,
+        }
     };
     let mut rng = ChaCha8Rng::seed_from_u64(0);
     let mut y = Mat::from_fn(out, q, |_, _| rng.random::<f64>() - 0.5);
