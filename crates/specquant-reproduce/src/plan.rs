@@ -91,8 +91,8 @@ pub struct Plan {
     pub bases: Vec<(BranchBasis, Run)>,
     /// SpecQuant within the bits of plain 4-bit weights; narrow layers have too few of them.
     pub matched: Option<Run>,
-    /// SpecQuant on a model with permuted MLP units.
-    pub permuted: Vec<Run>,
+    /// SpecQuant on a model with permuted MLP units, and the same without a branch: GPTQ, too, goes through the inputs in their order.
+    pub permuted: Vec<(Run, Run)>,
 }
 
 impl Plan {
@@ -220,7 +220,10 @@ impl Plan {
             bases: bases.collect(),
             matched: Some(with_branch(&spec, &|b| b.overhead = Overhead::Matched)),
             permuted: (0..permutations)
-                .map(|seed| Run { permutation: Some(seed), ..Run::new(spec.clone()) })
+                .map(|seed| {
+                    let permuted = |run: Run| Run { permutation: Some(seed), ..run };
+                    (permuted(Run::new(spec.clone())), permuted(with_branch(&spec, &|b| b.mean_k = 0)))
+                })
                 .collect(),
         })
     }
@@ -235,7 +238,8 @@ impl Plan {
         let all =
             methods(false).chain(self.alphas.iter().map(|(_, r)| r)).chain(self.grid.iter().map(|c| &c.run));
         let all = all.chain(self.sweep.iter().chain(&self.k_run).map(|(_, r)| r));
-        let all = all.chain(self.bases.iter().map(|(_, r)| r)).chain(&self.matched).chain(&self.permuted);
+        let all = all.chain(self.bases.iter().map(|(_, r)| r)).chain(&self.matched);
+        let all = all.chain(self.permuted.iter().flat_map(|(own, without)| [own, without]));
         let all = all.chain(self.scores.iter().flat_map(|(_, runs)| runs));
         let mut runs: Vec<(Value, &Run)> = Vec::new();
         for run in all.chain(methods(true)) {
