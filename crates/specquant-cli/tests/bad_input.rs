@@ -277,7 +277,7 @@ fn nonsense_flags() {
             ["--recipe", "nosuch"],
             &[
                 "\"nosuch\"",
-                "specquant, svdquant, quarot, spinquant, omniquant, awq, gptq, smooth-gptq, smoothquant, rtn",
+                "specquant, svdquant, quarot, spinquant, spinquant-paper, omniquant, omniquant-paper, awq, gptq, smooth-gptq, smoothquant, rtn",
             ],
         ),
         (["--bits", "4"], &["--bits"]),
