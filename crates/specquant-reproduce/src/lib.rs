@@ -16,8 +16,8 @@ mod report;
 
 pub use error::*;
 pub use lab::{Answers, Lab, Measured};
-pub use latency::{Latency, Speed};
-pub use layers::{LayerStudy, Layers, Residual, Spectrum};
+pub use latency::{GENERATED, Latency, PROMPT, Speed};
+pub use layers::{ALPHA, LayerStudy, Layers, MEAN_K, RATIOS, Residual, Spectrum};
 pub use plan::*;
 
 use std::fs;
