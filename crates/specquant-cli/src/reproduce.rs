@@ -25,8 +25,7 @@ pub fn run(args: ReproduceArgs) -> anyhow::Result<ExitCode> {
         command: command(),
     };
     let mut progress: Option<Progress> = None;
-    let report = reproduce(&source, &settings, &mut |event| {
-        let Event::Done { done, of, stored, news } = event;
+    let report = reproduce(&source, &settings, &mut |Event { done, of, stored, news }| {
         let progress = progress.get_or_insert_with(|| Progress::new("measured", of as u64, false));
         if stored {
             progress.skip(done as u64);

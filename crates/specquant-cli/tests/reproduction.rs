@@ -117,7 +117,9 @@ fn what_is_wrong_is_said_before_anything_is_measured() {
     let (long, short) = (path(&text(&lab, "long.txt")), path(&lab.file("short.txt", TEXT)));
     let (out, full) = (path(&lab.out("report")), path(&lab.out("precious")));
     fs::create_dir(&full).unwrap();
-    fs::write(Path::new(&full).join("precious"), "x").unwrap();
+    // Under the name that the command's own checkpoint would have.
+    fs::create_dir(Path::new(&full).join("checkpoint")).unwrap();
+    fs::write(Path::new(&full).join("checkpoint/precious"), "x").unwrap();
     let refused = |text: &str, calibration: &str, out: &str, words: &[&str]| {
         refuse(&lab, ["reproduce", &model, "--text", text, "--calibration", calibration, "-o", out], words)
     };

@@ -106,6 +106,8 @@ pub struct Lab<'a> {
     /// Run when the first model is to be compared with it.
     reference: Option<Reference>,
     checkpoint: Option<Checkpoint>,
+    /// Whether anything was quantized, so that `checkpoint` and `permuted` in the output are ours.
+    worked: bool,
 }
 
 fn text(path: &Path) -> Result<String> {
@@ -141,7 +143,8 @@ impl<'a> Lab<'a> {
             "protocol": protocol,
         });
         let output = settings.output.clone();
-        Ok(Lab { source, output, ids, protocol, questions, conditions, reference: None, checkpoint: None })
+        let (reference, checkpoint, worked) = (None, None, false);
+        Ok(Lab { source, output, ids, protocol, questions, conditions, reference, checkpoint, worked })
     }
 
     /// The measurement `name` as an earlier run left it, or as `measure` makes it, and whether it was there.
@@ -197,6 +200,7 @@ impl<'a> Lab<'a> {
         if let Some(checkpoint) = self.checkpoint.take_if(|c| c.identity == identity) {
             return Ok(self.checkpoint.insert(checkpoint));
         }
+        self.worked = true;
         self.clear()?;
         let permuted =
             run.permutation.map(|seed| permute::write(self.source, &self.output.join("permuted"), seed));
@@ -305,8 +309,10 @@ impl<'a> Lab<'a> {
 
 impl Drop for Lab<'_> {
     fn drop(&mut self) {
-        // What is left is of no use, and would not hinder another run.
-        let _ = self.clear();
+        // What is left is of no use, and would not hinder another run. A directory that was refused is not touched.
+        if self.worked {
+            let _ = self.clear();
+        }
     }
 }
 

@@ -11,8 +11,9 @@ use specquant_quantize::rounding::{
 use specquant_quantize::transforms::smooth;
 use specquant_quantize::{Branch, SiteStats, observe};
 
+use crate::lab::Lab;
 use crate::permute;
-use crate::{Lab, Result, Settings};
+use crate::{Result, Settings};
 
 /// Migration strength of the smoothing in this study.
 pub const ALPHA: f32 = 0.5;
@@ -315,7 +316,8 @@ fn outlier(x: &[f32]) -> f32 {
 /// The blocks whose layers are studied.
 fn blocks(n: usize, quick: bool) -> Vec<usize> {
     let parts = if quick { 2 } else { 4 };
-    let mut blocks: Vec<usize> = (0..=parts).map(|i| i * (n - 1) / parts).chain([n / 2]).collect();
+    let mut blocks: Vec<usize> =
+        (0..=parts).map(|i| i * n.saturating_sub(1) / parts).chain([n / 2]).collect();
     blocks.sort_unstable();
     blocks.dedup();
     blocks

@@ -15,7 +15,7 @@ mod plan;
 mod report;
 
 pub use error::*;
-pub use lab::{Answers, Lab, Measured};
+pub use lab::{Answers, Measured};
 pub use latency::{GENERATED, Latency, PROMPT, Speed};
 pub use layers::{ALPHA, LayerStudy, Layers, MEAN_K, RATIOS, Residual, Spectrum};
 pub use plan::*;
@@ -49,19 +49,16 @@ pub struct Settings {
     pub command: String,
 }
 
-/// What is going on.
-pub enum Event<'a> {
-    /// A configuration, or a study, has been measured.
-    Done {
-        /// Number of steps done, this one included.
-        done: usize,
-        /// Number of steps.
-        of: usize,
-        /// Whether an earlier run has measured it.
-        stored: bool,
-        /// What came out.
-        news: &'a str,
-    },
+/// A configuration, or a study, has been measured.
+pub struct Event<'a> {
+    /// Number of steps done, this one included.
+    pub done: usize,
+    /// Number of steps.
+    pub of: usize,
+    /// Whether an earlier run has measured it.
+    pub stored: bool,
+    /// What came out.
+    pub news: &'a str,
 }
 
 /// Tells a report's directory from any other.
@@ -75,7 +72,7 @@ pub fn reproduce(source: &Source, settings: &Settings, tell: &mut dyn FnMut(Even
     let widths = Site::ALL.map(|site| source.config().site_width(site));
     let mut plan = Plan::new(settings, widths.into_iter().min().unwrap_or(0) / 2 + 1)?;
     plan.matched = plan.matched.filter(|run| specquant_quantize::plan(source, &run.recipe).is_ok());
-    let mut lab = Lab::new(source, settings)?;
+    let mut lab = lab::Lab::new(source, settings)?;
     let runs = plan.runs();
     for run in &runs {
         specquant_quantize::plan(source, &run.recipe)?;
@@ -91,7 +88,7 @@ pub fn reproduce(source: &Source, settings: &Settings, tell: &mut dyn FnMut(Even
     let mut done = 0;
     let mut step = |stored: bool, news: &str| {
         done += 1;
-        tell(Event::Done { done, of, stored, news });
+        tell(Event { done, of, stored, news });
     };
     let full = lab.full_precision()?;
     step(full.1, &format!("full precision: perplexity {:.2}", full.0.perplexity));
