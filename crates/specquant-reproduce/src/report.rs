@@ -3,7 +3,7 @@
 use std::fmt::Write;
 
 use serde_json::Value;
-use specquant_eval::{Perplexity, estimate, svg};
+use specquant_eval::{Perplexity, estimate, markdown_table, svg};
 use specquant_kernels::Isa;
 use specquant_model::{BranchBasis, Source};
 use specquant_quantize::branch::Score;
@@ -64,14 +64,14 @@ fn ppl(m: &Measured) -> String {
     number(m.perplexity.perplexity)
 }
 
-/// A Markdown table.
+/// A table of numbers in Markdown.
 fn table(header: &[&str], rows: &[Vec<String>]) -> String {
-    let mut text =
-        format!("| {} |\n|---{}|\n", header.join(" | "), "|--:".repeat(header.len().saturating_sub(1)));
-    for row in rows {
-        let _ = writeln!(text, "| {} |", row.join(" | "));
-    }
-    text
+    markdown_table(&with_header(header, rows), "--:")
+}
+
+fn with_header(header: &[&str], rows: &[Vec<String>]) -> Vec<Vec<String>> {
+    let header = header.iter().map(|c| (*c).to_owned()).collect();
+    [header].into_iter().chain(rows.iter().cloned()).collect()
 }
 
 /// The paper's Table 1, setting 4-4-4, LLaMA-3 8B: perplexity and accuracy.
@@ -389,8 +389,7 @@ pub fn markdown(e: &Evidence, settings: &Settings, source: &Source) -> String {
         .iter()
         .map(|c| vec![c.id.to_owned(), c.claim.to_owned(), c.found.clone(), c.verdict.words().to_owned()])
         .collect();
-    let claims =
-        table(&["", "claim", "measured", "verdict"], &rows).replace("|--:|--:|--:|", "|---|---|---|");
+    let claims = markdown_table(&with_header(&["", "claim", "measured", "verdict"], &rows), "---");
     let seconds: f64 = {
         // Runs of one checkpoint share its time.
         let own = e.plan.runs().into_iter().filter(|run| run.k_run.is_none());

@@ -59,6 +59,19 @@ fn cell(text: &str) -> String {
     text.replace(['\n', '\r'], " ").replace('&', "&amp;").replace('<', "&lt;").replace('|', "\\|")
 }
 
+/// A table in Markdown. align: of all columns but the first, `"--:"` for numbers, `"---"` for text.
+pub fn markdown_table(table: &Table, align: &str) -> String {
+    let mut text = String::new();
+    for (i, row) in table.iter().enumerate() {
+        let cells: Vec<String> = row.iter().map(|c| cell(c)).collect();
+        text += &format!("| {} |\n", cells.join(" | "));
+        if i == 0 {
+            text += &format!("|---{}|\n", format!("|{align}").repeat(row.len().saturating_sub(1)));
+        }
+    }
+    text
+}
+
 impl Comparison {
     /// "Avg9" for all nine tasks.
     fn average_name(&self) -> String {
@@ -254,13 +267,7 @@ impl Comparison {
             [("Summary", Some(self.summary())), ("Tasks, %", self.by_task()), ("Every pair", self.pairs())];
         for (name, table) in tables.into_iter().filter_map(|(n, t)| Some((n, t?))) {
             text += &format!("\n## {name}\n\n");
-            for (i, row) in table.iter().enumerate() {
-                let cells: Vec<String> = row.iter().map(|c| cell(c)).collect();
-                text += &format!("| {} |\n", cells.join(" | "));
-                if i == 0 {
-                    text += &format!("|---{}|\n", "|--:".repeat(row.len() - 1));
-                }
-            }
+            text += &markdown_table(&table, "--:");
         }
         text += "\n± in the columns Δ is half of the 95% confidence interval of the paired difference; ≈ marks one that holds zero, and ? where one window or document gives none. Elsewhere ± is \
                  the standard error, over windows or documents, which the models share.\n\n## How this was measured\n\n";
