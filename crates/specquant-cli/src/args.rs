@@ -85,7 +85,7 @@ pub struct QuantizeArgs {
     /// Directory to write; it must not exist, but for --overwrite
     #[arg(short, long, value_name = "DST")]
     pub output: PathBuf,
-    /// A built-in recipe (specquant, svdquant, quarot, spinquant[-paper], omniquant[-paper], awq, gptq, smooth-gptq, smoothquant, rtn) or a TOML file
+    /// A built-in recipe (spectral, specquant, svdquant, quarot, spinquant[-paper], omniquant[-paper], awq, gptq, smooth-gptq, smoothquant, rtn) or a TOML file
     #[arg(short, long, value_name = "NAME|FILE", default_value = "specquant")]
     pub recipe: String,
     /// Replace a SpecQuant checkpoint, or an empty directory, at DST
@@ -120,6 +120,9 @@ pub struct Overrides {
     /// Migration strength of smoothing: a number in [0, 1], "search", or "off" [smooth.smoothing_strength]
     #[arg(long, value_name = "ALPHA")]
     pub smoothing_strength: Option<Strength>,
+    /// Principal directions of every input that keep 8 bits, for recipes with [input] [input.keep]
+    #[arg(long, value_name = "R")]
+    pub keep: Option<usize>,
     /// Directions of the 16-bit branch: fourier, fourier-top, dct, rows, svd, wsvd [branch.basis]
     #[arg(long, value_name = "BASIS", value_parser = basis)]
     pub basis: Option<BranchBasis>,

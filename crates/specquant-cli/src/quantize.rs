@@ -30,6 +30,8 @@ pub fn recipe(name: &str, flags: &Overrides) -> anyhow::Result<Recipe> {
         search_tokens => r.calibration.search_tokens,
         seed => r.seed,
     }
+    // A ratio that was asked for is not searched.
+    r.search_act_clip &= flags.act_clip.is_none();
     if flags.calibration.is_some() {
         r.calibration.file.clone_from(&flags.calibration);
     }
@@ -49,6 +51,15 @@ pub fn recipe(name: &str, flags: &Overrides) -> anyhow::Result<Recipe> {
             })
         }
         None => {}
+    }
+    if let Some(keep) = flags.keep {
+        let Some(input) = &mut r.input else {
+            anyhow::bail!(
+                "--keep: the recipe {} does not transform inputs; choose spectral, or add [input] rotation = \"dct\" to a recipe file",
+                r.name
+            );
+        };
+        input.keep = keep;
     }
     branch(&mut r, flags)?;
     match flags.embeddings {

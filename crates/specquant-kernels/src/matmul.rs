@@ -41,19 +41,27 @@ const FLOAT_DEPTH: usize = 128;
 /// # Panics
 /// If the input widths differ or `y` or the buffers of `a` have the wrong length.
 pub fn matmul_int(a: &QuantizedActs, w: &PackedWeights, y: &mut [f32]) {
-    matmul_int_with(Isa::active(), a, w, y);
+    matmul_int_with(Isa::active(), a, w, y, false);
+}
+
+/// Adds the product of [`matmul_int`] to `y`.
+///
+/// # Panics
+/// As [`matmul_int`].
+pub fn add_matmul_int(a: &QuantizedActs, w: &PackedWeights, y: &mut [f32]) {
+    matmul_int_with(Isa::active(), a, w, y, true);
 }
 
 /// [`matmul_int`] on a given instruction set, for tests.
 #[doc(hidden)]
-pub fn matmul_int_with(isa: Isa, a: &QuantizedActs, w: &PackedWeights, y: &mut [f32]) {
+pub fn matmul_int_with(isa: Isa, a: &QuantizedActs, w: &PackedWeights, y: &mut [f32], accumulate: bool) {
     let (out, inp) = (w.out_features(), w.in_features());
     assert_eq!(a.cols, inp, "activations have {} columns, the weights {inp} inputs", a.cols);
     assert_eq!(a.stride, inp.next_multiple_of(8), "stride of the activations");
     assert_eq!(a.codes.len(), a.rows * a.stride, "codes of the activations");
     assert!(a.scale.len() == a.rows && a.zero.len() == a.rows, "scales of the activations");
     assert_eq!(y.len(), a.rows * out, "y must be [rows, out]");
-    with_token!(isa, kernel => for_rects(y, a.rows, out, inp, |rect| int_rect(kernel, a, w, rect)));
+    with_token!(isa, kernel => for_rects(y, a.rows, out, inp, |rect| int_rect(kernel, a, w, rect, accumulate)));
 }
 
 /// Product of float activations with quantized weights, whose codes are widened to f32 (for 16-bit activations).
@@ -63,16 +71,31 @@ pub fn matmul_int_with(isa: Isa, a: &QuantizedActs, w: &PackedWeights, y: &mut [
 /// # Panics
 /// If `x` or `y` has the wrong length.
 pub fn matmul_float(x: &[f32], rows: usize, w: &PackedWeights, y: &mut [f32]) {
-    matmul_float_with(Isa::active(), x, rows, w, y);
+    matmul_float_with(Isa::active(), x, rows, w, y, false);
+}
+
+/// Adds the product of [`matmul_float`] to `y`.
+///
+/// # Panics
+/// As [`matmul_float`].
+pub fn add_matmul_float(x: &[f32], rows: usize, w: &PackedWeights, y: &mut [f32]) {
+    matmul_float_with(Isa::active(), x, rows, w, y, true);
 }
 
 /// [`matmul_float`] on a given instruction set, for tests.
 #[doc(hidden)]
-pub fn matmul_float_with(isa: Isa, x: &[f32], rows: usize, w: &PackedWeights, y: &mut [f32]) {
+pub fn matmul_float_with(
+    isa: Isa,
+    x: &[f32],
+    rows: usize,
+    w: &PackedWeights,
+    y: &mut [f32],
+    accumulate: bool,
+) {
     let (out, inp) = (w.out_features(), w.in_features());
     assert_eq!(x.len(), rows * inp, "x must be [rows, in]");
     assert_eq!(y.len(), rows * out, "y must be [rows, out]");
-    with_token!(isa, kernel => for_rects(y, rows, out, inp, |rect| float_rect(kernel, x, w, rect)));
+    with_token!(isa, kernel => for_rects(y, rows, out, inp, |rect| float_rect(kernel, x, w, rect, accumulate)));
 }
 
 /// Name of the kernel that multiplies these bit widths, `{isa}-{operands}-{variant}`: `avx2-u4s4-i16acc`. More than 8
@@ -185,10 +208,11 @@ fn for_rects(y: &mut [f32], rows: usize, out: usize, inp: usize, f: impl Fn(Rect
     if rects.len() == 1 { rects.into_iter().for_each(f) } else { rects.into_par_iter().for_each(f) }
 }
 
-/// For each panel of a rectangle: `sum_panel(panel, sums)`, then the sums times the tokens' scales are the result.
+/// For each panel of a rectangle: `sum_panel(panel, sums)`, then the sums times the tokens' scales are the result, or are added to it.
 fn for_panels(
     rect: &mut Rect,
     out: usize,
+    accumulate: bool,
     scale: impl Fn(usize) -> f32,
     mut sum_panel: impl FnMut(usize, &mut [[f32; PANEL]]),
 ) {
@@ -201,8 +225,11 @@ fn for_panels(
         sum_panel((rect.col + col) / PANEL, sums);
         for (t, (y, sum)) in rect.y.iter_mut().zip(&*sums).enumerate() {
             let s = scale(rect.row + t);
-            for (y, v) in y[col..width.min(col + PANEL)].iter_mut().zip(sum) {
-                *y = s * v;
+            let y = y[col..width.min(col + PANEL)].iter_mut().zip(sum);
+            if accumulate {
+                y.for_each(|(y, v)| *y += s * v);
+            } else {
+                y.for_each(|(y, v)| *y = s * v);
             }
         }
     }
@@ -214,7 +241,7 @@ fn blocks(start: usize, size: usize, depth: usize) -> impl Iterator<Item = (usiz
     (start..start + size).step_by(even).map(move |k| (k, (k + even).min(start + size)))
 }
 
-fn int_rect(kernel: impl Kernel, a: &QuantizedActs, w: &PackedWeights, mut rect: Rect) {
+fn int_rect(kernel: impl Kernel, a: &QuantizedActs, w: &PackedWeights, mut rect: Rect, accumulate: bool) {
     let (row, rows) = (rect.row, rect.y.len());
     let zero = &a.zero[row..][..rows];
     let mut scratch = Vec::new();
@@ -223,6 +250,7 @@ fn int_rect(kernel: impl Kernel, a: &QuantizedActs, w: &PackedWeights, mut rect:
     for_panels(
         &mut rect,
         w.out_features(),
+        accumulate,
         |t| a.scale[t],
         |panel, sums| {
             for g in 0..w.groups() {
@@ -244,7 +272,7 @@ fn int_rect(kernel: impl Kernel, a: &QuantizedActs, w: &PackedWeights, mut rect:
     );
 }
 
-fn float_rect(kernel: impl Kernel, x: &[f32], w: &PackedWeights, mut rect: Rect) {
+fn float_rect(kernel: impl Kernel, x: &[f32], w: &PackedWeights, mut rect: Rect, accumulate: bool) {
     let (row, rows, stride) = (rect.row, rect.y.len(), w.in_features());
     let mut scratch = Vec::new();
     let mut acc = [[0.; PANEL]; ROWS];
@@ -252,6 +280,7 @@ fn float_rect(kernel: impl Kernel, x: &[f32], w: &PackedWeights, mut rect: Rect)
     for_panels(
         &mut rect,
         w.out_features(),
+        accumulate,
         |_| 1.,
         |panel, sums| {
             for g in 0..w.groups() {
@@ -350,7 +379,7 @@ mod tests {
         let (x, dense) = (a.dequantize(), w.dequantize());
         let want = naive(&x, &dense, rows, out, inp);
         let mut scalar = vec![f32::NAN; rows * out];
-        matmul_int_with(Isa::Scalar, a, w, &mut scalar);
+        matmul_int_with(Isa::Scalar, a, w, &mut scalar, false);
         for isa in Isa::available() {
             let what = format!(
                 "{} u{}s{} {rows}x{inp}x{out} group {}",
@@ -360,12 +389,18 @@ mod tests {
                 w.group_size()
             );
             let mut y = vec![f32::NAN; rows * out];
-            matmul_int_with(isa, a, w, &mut y);
+            matmul_int_with(isa, a, w, &mut y, false);
             assert!(y.iter().zip(&scalar).all(|(a, b)| a.to_bits() == b.to_bits()), "{what}");
             assert_close(&y, &want, &what);
+            // Added to itself, exactly twice as much.
+            matmul_int_with(isa, a, w, &mut y, true);
+            assert!(y.iter().zip(&scalar).all(|(a, b)| *a == 2.0 * b), "{what}");
             y.fill(f32::NAN);
-            matmul_float_with(isa, &x, rows, w, &mut y);
+            matmul_float_with(isa, &x, rows, w, &mut y, false);
             assert_close(&y, &want, &what);
+            let once = y.clone();
+            matmul_float_with(isa, &x, rows, w, &mut y, true);
+            assert!(y.iter().zip(&once).all(|(a, b)| *a == 2.0 * b), "{what}");
         }
     }
 
@@ -408,7 +443,7 @@ mod tests {
                         };
                         for isa in Isa::available() {
                             let mut y = vec![0.; rows * out];
-                            matmul_int_with(isa, &a, &w, &mut y);
+                            matmul_int_with(isa, &a, &w, &mut y, false);
                             let want = (top * code * inp as i32) as f32;
                             assert!(
                                 y.iter().all(|&y| y == want),

@@ -5,7 +5,7 @@ use specquant_kernels as kernels;
 use specquant_kernels::KvCache;
 
 use crate::linear::{Linear, forward_shared};
-use crate::{ModelConfig, Result, Rotations};
+use crate::{InputTransform, ModelConfig, Result, Rotations};
 
 /// A place in the block whose input feeds linear layers: the unit of smoothing, of activation statistics and of Hessians.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash)]
@@ -73,6 +73,44 @@ pub struct Block {
     pub window: Option<usize>,
     /// Transforms of activations that the weights are made for.
     pub rotations: Rotations,
+    /// Transforms of the layers' inputs, in the order of [`Site::ALL`].
+    pub inputs: [Option<InputTransform>; 4],
+    /// What cached keys and values are the difference from.
+    pub kv_center: Option<KvCenter>,
+}
+
+/// A mean key, as the cache has them, and a mean value, `[kv_heads * head_dim]` each.
+///
+/// What is left without them has a smaller range and so a finer step. The mean key may be forgotten: `q · (k − c)` is `q · k` less what is the same for all
+/// keys of a query, and softmax does not see that. The weights of values sum to 1, so their mean is added to what attention returns.
+#[derive(Debug, Clone, PartialEq)]
+pub struct KvCenter {
+    /// Of keys after RoPE and rotation.
+    pub keys: Vec<f32>,
+    /// Of values.
+    pub values: Vec<f32>,
+}
+
+impl KvCenter {
+    /// k, v: `[rows, kv_heads * head_dim]`.
+    fn subtract(&self, k: &mut [f32], v: &mut [f32]) {
+        for (x, center) in [(k, &self.keys), (v, &self.values)] {
+            for row in x.chunks_exact_mut(center.len()) {
+                row.iter_mut().zip(center).for_each(|(x, c)| *x -= c);
+            }
+        }
+    }
+
+    /// attended: `[rows, heads * head_dim]`.
+    fn add_back(&self, attended: &mut [f32], config: &ModelConfig) {
+        let group = config.num_heads / config.num_kv_heads;
+        for row in attended.chunks_exact_mut(config.num_heads * config.head_dim) {
+            for (head, x) in row.chunks_exact_mut(config.head_dim).enumerate() {
+                let center = &self.values[head / group * config.head_dim..];
+                x.iter_mut().zip(center).for_each(|(x, c)| *x += c);
+            }
+        }
+    }
 }
 
 /// Rotation angles of consecutive rows, `[rows, head_dim / 2]` each.
@@ -141,7 +179,7 @@ impl Block {
     /// Adds the block's output to the residual stream.
     ///
     /// x: `[rows, hidden]`, the spans' tokens one after another; rope: one row a token; `observe` sees the input of every
-    /// [`Site`], `[rows, in]`, as its layers see it before it is quantized.
+    /// [`Site`], `[rows, in]`, before its transform and its quantizer.
     ///
     /// # Errors
     /// When a mapped weight cannot be widened.
@@ -173,8 +211,12 @@ impl Block {
         let mut normed = vec![0.0; x.len()];
         kernels::rms_norm(x, &self.input_norm, config.rms_norm_eps, &mut normed);
         observe(Site::Qkv, &normed);
-        let [mut q, mut k, v] =
-            forward_shared([&self.q, &self.k, &self.v], &normed, x.len() / config.hidden_size)?;
+        let [mut q, mut k, mut v] = self.linear_outputs(
+            [&self.q, &self.k, &self.v],
+            Site::Qkv,
+            &normed,
+            x.len() / config.hidden_size,
+        )?;
         position(&mut q, self.q_norm.as_deref(), config, config.num_heads, rope);
         position(&mut k, self.k_norm.as_deref(), config, config.num_kv_heads, rope);
         if let Some(rotation) = &self.rotations.qk {
@@ -184,7 +226,9 @@ impl Block {
             }
         }
         let mut attended = vec![0.0; q.len()];
+        self.kv_center.iter().for_each(|center| center.subtract(&mut k, &mut v));
         self.attend(config, &q, &k, &v, spans, &mut attended);
+        self.kv_center.iter().for_each(|center| center.add_back(&mut attended, config));
         if let Some(rotation) = &self.rotations.heads {
             let rows = x.len() / config.hidden_size;
             rotation.apply_across(&mut attended, rows, config.head_dim);
@@ -206,19 +250,32 @@ impl Block {
     ) -> Result<()> {
         let rows = x.len() / config.hidden_size;
         observe(Site::O, attended);
-        add(x, &self.o.forward(attended, rows)?);
+        let [o] = self.linear_outputs([&self.o], Site::O, attended, rows)?;
+        add(x, &o);
 
         let mut normed = vec![0.0; x.len()];
         kernels::rms_norm(x, &self.post_norm, config.rms_norm_eps, &mut normed);
         observe(Site::GateUp, &normed);
-        let [mut gate, up] = forward_shared([&self.gate, &self.up], &normed, rows)?;
+        let [mut gate, up] = self.linear_outputs([&self.gate, &self.up], Site::GateUp, &normed, rows)?;
         kernels::silu_mul(&mut gate, &up);
         if let Some(rotation) = &self.rotations.down {
             rotation.apply(&mut gate, rows);
         }
         observe(Site::Down, &gate);
-        add(x, &self.down.forward(&gate, rows)?);
+        let [down] = self.linear_outputs([&self.down], Site::Down, &gate, rows)?;
+        add(x, &down);
         Ok(())
+    }
+
+    /// The layers of a site on their input, `[rows, in]`; `[rows, out]` each.
+    fn linear_outputs<const N: usize>(
+        &self,
+        layers: [&Linear; N],
+        site: Site,
+        x: &[f32],
+        rows: usize,
+    ) -> Result<[Vec<f32>; N]> {
+        forward_shared(layers, x, rows, self.inputs[site as usize].as_ref())
     }
 
     /// q: `[rows, heads * head_dim]`; k, v: `[rows, kv_heads * head_dim]`; out as q. Each span attends to its own cache only.

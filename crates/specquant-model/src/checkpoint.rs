@@ -12,10 +12,16 @@
 //! | `P.branch_counts` | U16 `[out]` | items (Fourier bins, or single rows of the basis) that each output channel keeps; absent where all keep as many |
 //! | `P.branch_indices` | U16 `[Σcounts]` | which items, for the basis `fourier-top`; the first ones otherwise |
 //! | `P.branch_coeffs` | F16 `[Σcounts, 2 or 1]` | (cos, sin) of a Fourier bin, or the coefficient of a row, channel by channel, the most important first |
+//! | `P.kept_packed` | I8 `[out, r]` | the columns that read the r kept coordinates of a transformed input; `weight_packed` has the others |
+//! | `P.kept_scale` | F16 `[out, 1]` | as `weight_scale` |
 //! | `P.bias` | F32 `[out]` | where the model has one |
 //!
 //! and for the layers that read one input (`model.layers.N.qkv`, `.o`, `.gate_up`, `.down`) what a basis that is not computed consists of:
-//! `branch_basis` F16 `[r, in]` (`svd`, `wsvd`) or `branch_inputs` I32 `[r]` (`rows`).
+//! `branch_basis` F16 `[r, in]` (`svd`, `wsvd`) or `branch_inputs` I32 `[r]` (`rows`). Where `input_rotation` is given, the input goes through
+//! the Householder reflections of the vectors `reflections` I8 `[r, in]`, which need no scale; its first r coordinates are divided by `kept_norm`
+//! F32 `[r]`, the others rotated. `act_clip` F32 `[1]` is the input's own clip ratio, in place of the scheme's.
+//! `model.layers.N.self_attn.k_center` and `.v_center` F32 `[kv_heads · head_dim]` are subtracted from keys (after RoPE and rotation) and values before they are
+//! cached.
 //!
 //! Everything else keeps its Hugging Face name: norms in F32 (smoothing and rotations are folded into the weights), embeddings and
 //! `lm_head` in 16 bit or as `weight_packed` I8 + `weight_scale`.
@@ -25,7 +31,7 @@ use std::path::Path;
 use half::f16;
 use serde::{Deserialize, Serialize};
 
-use crate::{Error, OnlineRotations, Result, Scheme};
+use crate::{Error, OnlineRotations, Result, RotationKind, Scheme};
 
 /// Version of this layout.
 pub const FORMAT_VERSION: u32 = 2;
@@ -109,6 +115,9 @@ pub struct QuantizationConfig {
     /// Rotations that could not be folded into weights.
     #[serde(default)]
     pub online_rotations: OnlineRotations,
+    /// Rotation of the input of every linear layer, behind its kept coordinates; absent without.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub input_rotation: Option<RotationKind>,
     /// The whole recipe, as the quantizer was given it.
     pub recipe: serde_json::Value,
 }

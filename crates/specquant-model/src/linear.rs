@@ -7,7 +7,7 @@ use rayon::prelude::*;
 use specquant_kernels as kernels;
 use specquant_kernels::{Basis, BranchCoeffs, PackedDense, PackedWeights};
 
-use crate::{Result, TensorView};
+use crate::{InputTransform, Result, SplitInput, TensorView};
 
 /// Output channels widened at a time: 128 × 4096 f32 are 2 MiB, about a core's L2.
 const PANEL: usize = 128;
@@ -44,10 +44,20 @@ pub struct Branch {
     pub coeffs: BranchCoeffs,
 }
 
+/// The columns of a weight that read the kept coordinates of an [`InputTransform`].
+pub struct Kept {
+    /// `[out, r]`.
+    pub weights: PackedWeights,
+    /// Bits of an activation code; 16 leaves the coordinates in f32.
+    pub act_bits: u8,
+}
+
 /// `y = Q_a(x) Q_w(R)ᵀ + (x Pᵀ) Cᵀ + b` (arXiv 2511.11663, Eq. 16).
 pub struct QuantLinear {
-    /// The rounded residual, `[out, in]`.
+    /// The rounded residual, `[out, in]`; without the kept coordinates.
     pub weights: PackedWeights,
+    /// What reads the kept coordinates.
+    pub kept: Option<Kept>,
     /// Bits of an activation code; 16 leaves the input in f32.
     pub act_bits: u8,
     /// Clip ratio of the activation quantizer.
@@ -131,7 +141,9 @@ impl Linear {
     pub fn in_features(&self) -> usize {
         match self {
             Linear::Dense(l) => l.inp,
-            Linear::Quantized(l) => l.weights.in_features(),
+            Linear::Quantized(l) => {
+                l.weights.in_features() + l.kept.as_ref().map_or(0, |k| k.weights.in_features())
+            }
         }
     }
 
@@ -187,19 +199,43 @@ impl Linear {
     /// # Errors
     /// When a mapped weight cannot be widened.
     pub fn forward(&self, x: &[f32], rows: usize) -> Result<Vec<f32>> {
-        let mut outputs = forward_shared([self], x, rows)?;
+        self.forward_transformed(x, rows, None)
+    }
+
+    /// As [`Linear::forward`], with the transform that the layer was made for.
+    ///
+    /// # Errors
+    /// When a mapped weight cannot be widened.
+    pub fn forward_transformed(
+        &self,
+        x: &[f32],
+        rows: usize,
+        transform: Option<&InputTransform>,
+    ) -> Result<Vec<f32>> {
+        let mut outputs = forward_shared([self], x, rows, transform)?;
         Ok(std::mem::take(&mut outputs[0]))
     }
 }
 
 /// Runs layers that read the same input, x: `[rows, in]`, and returns their outputs, `[rows, out]` each.
 ///
-/// The input is quantized once per (bits, clip), and projected once on a basis that the layers share, on as many of its rows as any of
-/// them uses.
+/// The input is transformed once, quantized once per (bits, clip), and projected once on a basis that the layers share, on as many of its
+/// rows as any of them uses.
 ///
 /// # Errors
 /// When a mapped weight cannot be widened.
-pub fn forward_shared<const N: usize>(layers: [&Linear; N], x: &[f32], rows: usize) -> Result<[Vec<f32>; N]> {
+pub fn forward_shared<const N: usize>(
+    layers: [&Linear; N],
+    x: &[f32],
+    rows: usize,
+    transform: Option<&InputTransform>,
+) -> Result<[Vec<f32>; N]> {
+    debug_assert!(layers.iter().all(|l| x.len() == rows * l.in_features()));
+    let split = transform.map(|t| t.apply(x.to_vec(), rows));
+    let (kept, x) = match &split {
+        Some(SplitInput { kept, rest }) => (kept.as_slice(), rest.as_slice()),
+        None => (&[][..], x),
+    };
     let inp = x.len() / rows;
     let branch = |l: &&Linear| match l {
         Linear::Quantized(q) => q.branch.as_ref().map(|b| (Arc::as_ptr(&b.basis), b.coeffs.rank())),
@@ -208,9 +244,9 @@ pub fn forward_shared<const N: usize>(layers: [&Linear; N], x: &[f32], rows: usi
     let branches = layers.each_ref().map(branch);
     let mut projected: Option<(*const Basis, Vec<f32>)> = None;
     let mut codes: Option<((u8, u32), kernels::QuantizedActs)> = None;
+    let mut kept_codes: Option<kernels::QuantizedActs> = None;
     let mut outputs = [const { Vec::new() }; N];
     for (layer, y) in layers.into_iter().zip(&mut outputs) {
-        debug_assert_eq!(inp, layer.in_features());
         *y = vec![0.0; rows * layer.out_features()];
         let bias = match layer {
             Linear::Dense(l) => {
@@ -228,6 +264,18 @@ pub fn forward_shared<const N: usize>(layers: [&Linear; N], x: &[f32], rows: usi
                     };
                     kernels::matmul_int(&acts, &l.weights, y);
                     codes = Some((key, acts));
+                }
+                match &l.kept {
+                    Some(Kept { weights, act_bits: 16 }) => {
+                        kernels::add_matmul_float(kept, rows, weights, y);
+                    }
+                    Some(Kept { weights, act_bits }) => {
+                        let acts = kept_codes.get_or_insert_with(|| {
+                            kernels::quantize_acts(kept, rows, kept.len() / rows, *act_bits, 1.0)
+                        });
+                        kernels::add_matmul_int(acts, weights, y);
+                    }
+                    None => (),
                 }
                 if let Some(Branch { basis, coeffs }) = &l.branch {
                     let this = Arc::as_ptr(basis);

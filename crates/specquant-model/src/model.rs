@@ -6,11 +6,13 @@ use rayon::prelude::*;
 use specquant_kernels as kernels;
 use specquant_kernels::{KvCache, KvFormat};
 
-use crate::block::{Block, RopeTable, Site, Span};
+use crate::block::{Block, KvCenter, RopeTable, Site, Span};
 use crate::checkpoint::QuantizationConfig;
 use crate::linear::Linear;
-use crate::stored_linear::{StoredLinear, Truncation, read_basis, read_linear};
-use crate::{Error, ModelConfig, Result, Rotations, Scheme, Source, TensorView};
+use crate::stored_linear::{
+    StoredLinear, Truncation, read_act_clip, read_basis, read_linear, read_transform,
+};
+use crate::{Error, InputTransform, ModelConfig, Result, Rotations, Scheme, Source, TensorView};
 
 /// Rows of logits computed at a time: `64 × 49152` f32 are 12 MiB, which the allocator keeps.
 const LOGIT_ROWS: usize = 64;
@@ -41,7 +43,8 @@ impl Embedding {
         let config = source.config();
         let (vocab, hidden) = (config.vocab_size, config.hidden_size);
         if source.has("model.embed_tokens.weight_packed") {
-            let stored = StoredLinear::read(source, "model.embed_tokens", [vocab, hidden], 8, hidden, None)?;
+            let stored =
+                StoredLinear::read(source, "model.embed_tokens", [vocab, hidden], 0, &INT8_ROWS, None)?;
             return Ok(Embedding::Int8 {
                 codes: source.tensor("model.embed_tokens.weight_packed")?,
                 scales: stored.scales,
@@ -107,14 +110,14 @@ impl Head {
         let name = if config.tie_word_embeddings { "model.embed_tokens" } else { "lm_head" };
         let (vocab, hidden) = (config.vocab_size, config.hidden_size);
         let linear = if source.has(&format!("{name}.weight_packed")) {
-            StoredLinear::read(source, name, [vocab, hidden], 8, hidden, None)?.to_linear(
+            StoredLinear::read(source, name, [vocab, hidden], 0, &INT8_ROWS, None)?.to_linear(
                 name,
                 &INT8_ROWS,
                 None,
                 Truncation::None,
             )?
         } else {
-            read_linear(source, None, name, [vocab, hidden], None)?
+            read_linear(source, None, name, [vocab, hidden], None, 0)?
         };
         Ok(Head { norm: norm(source, "model.norm.weight", hidden)?, linear })
     }
@@ -143,28 +146,46 @@ impl Block {
         let (hidden, inner) = (c.hidden_size, c.intermediate_size);
         let (wide, narrow) = (c.num_heads * c.head_dim, c.num_kv_heads * c.head_dim);
         let prefix = format!("model.layers.{index}");
-        let [qkv, o, gate_up, down] =
-            Site::ALL.map(|site| read_basis(source, quant, &prefix, site, c.site_width(site)));
-        let (qkv, o, gate_up, down) = (qkv?, o?, gate_up?, down?);
-        let linear = |name: &str, shape, basis: &Option<_>| {
-            read_linear(source, quant, &format!("{prefix}.{name}"), shape, basis.as_ref())
+        let center = |name: &str| norm(source, &format!("{prefix}.self_attn.{name}"), narrow);
+        let kv_center = match source.has(&format!("{prefix}.self_attn.k_center")) {
+            true => Some(KvCenter { keys: center("k_center")?, values: center("v_center")? }),
+            false => None,
+        };
+        let (mut inputs, mut bases) = ([const { None }; 4], [const { None }; 4]);
+        let mut schemes = [quant.map(|q| q.scheme); 4];
+        for site in Site::ALL {
+            let (i, n) = (site as usize, c.site_width(site));
+            inputs[i] = read_transform(source, quant, &prefix, site, n)?;
+            let kept = inputs[i].as_ref().map_or(0, InputTransform::kept);
+            bases[i] = read_basis(source, quant, &prefix, site, n - kept)?;
+            if let Some(scheme) = &mut schemes[i] {
+                scheme.act_clip = read_act_clip(source, &prefix, site)?.unwrap_or(scheme.act_clip);
+            }
+        }
+        let linear = |name: &str, shape, site: Site| {
+            let i = site as usize;
+            let kept = inputs[i].as_ref().map_or(0, InputTransform::kept);
+            let quant = schemes[i].as_ref().zip(quant.map(|q| q.branch_basis));
+            read_linear(source, quant, &format!("{prefix}.{name}"), shape, bases[i].as_ref(), kept)
         };
         let vector = |name: &str, width| norm(source, &format!("{prefix}.{name}.weight"), width);
         let head_norm = |name: &str| c.qk_norm.then(|| vector(name, c.head_dim)).transpose();
         Ok(Block {
             input_norm: vector("input_layernorm", hidden)?,
-            q: linear("self_attn.q_proj", [wide, hidden], &qkv)?,
-            k: linear("self_attn.k_proj", [narrow, hidden], &qkv)?,
-            v: linear("self_attn.v_proj", [narrow, hidden], &qkv)?,
-            o: linear("self_attn.o_proj", [hidden, wide], &o)?,
+            q: linear("self_attn.q_proj", [wide, hidden], Site::Qkv)?,
+            k: linear("self_attn.k_proj", [narrow, hidden], Site::Qkv)?,
+            v: linear("self_attn.v_proj", [narrow, hidden], Site::Qkv)?,
+            o: linear("self_attn.o_proj", [hidden, wide], Site::O)?,
             q_norm: head_norm("self_attn.q_norm")?,
             k_norm: head_norm("self_attn.k_norm")?,
             post_norm: vector("post_attention_layernorm", hidden)?,
-            gate: linear("mlp.gate_proj", [inner, hidden], &gate_up)?,
-            up: linear("mlp.up_proj", [inner, hidden], &gate_up)?,
-            down: linear("mlp.down_proj", [hidden, inner], &down)?,
+            gate: linear("mlp.gate_proj", [inner, hidden], Site::GateUp)?,
+            up: linear("mlp.up_proj", [inner, hidden], Site::GateUp)?,
+            down: linear("mlp.down_proj", [hidden, inner], Site::Down)?,
             window: c.sliding_window.get(index).copied().flatten(),
             rotations: quant.map_or_else(Rotations::default, |q| Rotations::new(&q.online_rotations, c)),
+            inputs,
+            kv_center,
         })
     }
 }

@@ -1,7 +1,7 @@
 //! Orthonormal transforms that run on activations because they could not be folded into weights (QuaRot, arXiv 2404.00456).
 
 use serde::{Deserialize, Serialize};
-use specquant_kernels::Hadamard;
+use specquant_kernels::{Dct, Hadamard, Reflections};
 
 use crate::ModelConfig;
 
@@ -9,8 +9,10 @@ use crate::ModelConfig;
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "kebab-case")]
 pub enum RotationKind {
-    /// Walsh-Hadamard, see [`specquant_kernels::Hadamard`].
+    /// Walsh-Hadamard, see [`specquant_kernels::Hadamard`]; some widths have one in blocks only.
     Hadamard,
+    /// The cosine transform, see [`specquant_kernels::Dct`], which every width has.
+    Dct,
 }
 
 /// Where a model rotates activations at run time. The weights that read them are rotated likewise, so that nothing changes but the
@@ -33,21 +35,184 @@ pub struct OnlineRotations {
 #[derive(Debug, Clone, Default)]
 pub struct Rotations {
     /// Of `down_proj`'s input, `[intermediate]`.
-    pub down: Option<Hadamard>,
+    pub down: Option<Rotation>,
     /// Of `o_proj`'s input, `[heads]`, for every position within a head.
     pub heads: Option<Hadamard>,
     /// Of each head of q and k, `[head_dim]`.
-    pub qk: Option<Hadamard>,
+    pub qk: Option<Rotation>,
 }
 
 impl Rotations {
     /// Of a model's widths.
     pub fn new(online: &OnlineRotations, config: &ModelConfig) -> Self {
-        let plan = |kind: Option<RotationKind>, n| kind.map(|RotationKind::Hadamard| Hadamard::new(n));
+        let plan = |kind: Option<RotationKind>, n| kind.map(|kind| Rotation::new(kind, n));
         Rotations {
             down: plan(online.down, config.intermediate_size),
-            heads: plan(online.heads, config.num_heads),
+            // Mixing whole heads is done by Hadamard matrices alone.
+            heads: online.heads.map(|_| Hadamard::new(config.num_heads)),
             qk: plan(online.qk, config.head_dim),
+        }
+    }
+}
+
+/// What the input of some layers goes through in front of them: a change of coordinates whose first few carry most of the energy and are
+/// quantized to more bits than the others, and a rotation of the others, which spreads what is left of the outliers. The weights went
+/// through the same, so that nothing changes but the rounding.
+///
+/// Without it those few directions would set the range, and so the step, of all others (ResQ, arXiv 2412.14363, which folds such a change of
+/// coordinates into the residual stream; here every input has its own, fitted behind its norm).
+#[derive(Debug, Clone)]
+pub struct InputTransform {
+    /// x becomes x H: r reflections for r coordinates to keep.
+    reflections: Reflections,
+    /// What the kept coordinates are divided by, `[r]`.
+    norms: Vec<f32>,
+    /// Of the coordinates after the first r.
+    rotation: Rotation,
+}
+
+/// A rotation of some width.
+#[derive(Debug, Clone)]
+pub enum Rotation {
+    /// See [`RotationKind::Hadamard`].
+    Hadamard(Hadamard),
+    /// See [`RotationKind::Dct`].
+    Dct(Dct),
+}
+
+impl Rotation {
+    /// Of vectors of `n` values, n > 0.
+    pub fn new(kind: RotationKind, n: usize) -> Self {
+        match kind {
+            RotationKind::Hadamard => Rotation::Hadamard(Hadamard::new(n)),
+            RotationKind::Dct => Rotation::Dct(Dct::new(n)),
+        }
+    }
+
+    /// x ↦ x Q for every row, in place. x: `[rows, n]`.
+    pub fn apply(&self, x: &mut [f32], rows: usize) {
+        match self {
+            Rotation::Hadamard(hadamard) => hadamard.apply(x, rows),
+            Rotation::Dct(dct) => dct.apply(x, rows),
+        }
+    }
+}
+
+/// A transformed input in its two parts.
+#[derive(Debug, Clone, PartialEq)]
+pub struct SplitInput {
+    /// The coordinates that are kept at more bits, `[rows, r]`.
+    pub kept: Vec<f32>,
+    /// The others, `[rows, n - r]`.
+    pub rest: Vec<f32>,
+}
+
+impl InputTransform {
+    /// The reflections, then a rotation of the coordinates that are not kept. norms: what the kept ones are divided by, `[r]`, positive.
+    ///
+    /// # Panics
+    /// If there is not one norm for every reflection.
+    pub fn new(reflections: Reflections, norms: Vec<f32>, rotation: RotationKind) -> Self {
+        assert_eq!(norms.len(), reflections.len(), "a norm for every kept coordinate");
+        let rotation = Rotation::new(rotation, reflections.width() - reflections.len());
+        InputTransform { reflections, norms, rotation }
+    }
+
+    /// Number r of kept coordinates.
+    pub fn kept(&self) -> usize {
+        self.reflections.len()
+    }
+
+    /// Width n of the input.
+    pub fn width(&self) -> usize {
+        self.reflections.width()
+    }
+
+    /// The change of coordinates that comes first.
+    pub fn reflections(&self) -> &Reflections {
+        &self.reflections
+    }
+
+    /// What the kept coordinates of an input are divided by, `[r]`, so that one step fits them all.
+    pub fn norms(&self) -> &[f32] {
+        &self.norms
+    }
+
+    /// Resident bytes.
+    pub fn bytes(&self) -> usize {
+        self.reflections.bytes() + size_of_val(&self.norms[..])
+    }
+
+    /// Inputs x `[rows, n]`.
+    ///
+    /// # Panics
+    /// If x is not `[rows, n]`.
+    pub fn apply(&self, x: Vec<f32>, rows: usize) -> SplitInput {
+        let mut split = self.split(x, rows);
+        for row in split.kept.chunks_exact_mut(self.kept().max(1)) {
+            row.iter_mut().zip(&self.norms).for_each(|(x, norm)| *x /= norm);
+        }
+        split
+    }
+
+    /// Rows of a weight W `[out, n]` that reads such inputs.
+    ///
+    /// # Panics
+    /// If w is not `[out, n]`.
+    pub fn apply_to_weight(&self, w: Vec<f32>, out: usize) -> SplitInput {
+        let mut split = self.split(w, out);
+        for row in split.kept.chunks_exact_mut(self.kept().max(1)) {
+            row.iter_mut().zip(&self.norms).for_each(|(w, norm)| *w *= norm);
+        }
+        split
+    }
+
+    fn split(&self, mut x: Vec<f32>, rows: usize) -> SplitInput {
+        let (n, r) = (self.width(), self.kept());
+        self.reflections.apply(&mut x, rows);
+        let mut kept = Vec::with_capacity(rows * r);
+        if r > 0 {
+            let mut rest = Vec::with_capacity(rows * (n - r));
+            for row in x.chunks_exact(n) {
+                kept.extend_from_slice(&row[..r]);
+                rest.extend_from_slice(&row[r..]);
+            }
+            x = rest;
+        }
+        self.rotation.apply(&mut x, rows);
+        SplitInput { kept, rest: x }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// Whatever is kept and however the rest is rotated, inputs and weights that went through it multiply to what they did.
+    #[test]
+    fn products_are_unchanged() {
+        let value = |i: usize| ((i * 7919 + 13) % 1009) as f32 / 504.5 - 1.0;
+        let (rows, out, n) = (3, 5, 60);
+        let x: Vec<f32> = (0..rows * n).map(value).collect();
+        let w: Vec<f32> = (0..out * n).map(|i| value(i + 17)).collect();
+        let product = |x: &[f32], w: &[f32], n: usize| {
+            let mut y = vec![0.0; rows * out];
+            if n > 0 {
+                specquant_kernels::matmul_nt(x, w, &mut y, rows, n, out, false);
+            }
+            y
+        };
+        let want = product(&x, &w, n);
+        for (kind, keep) in [(RotationKind::Dct, 0), (RotationKind::Dct, 7), (RotationKind::Hadamard, 4)] {
+            let vectors = (0..keep * n).map(|i| (value(i + 5) * 127.0).round()).collect();
+            let norms = (0..keep).map(|i| 0.5 + i as f32).collect();
+            let transform = InputTransform::new(Reflections::new(n, vectors), norms, kind);
+            let (a, b) = (transform.apply(x.clone(), rows), transform.apply_to_weight(w.clone(), out));
+            assert_eq!((a.kept.len(), b.rest.len()), (rows * keep, out * (n - keep)));
+            let (kept, rest) = (product(&a.kept, &b.kept, keep), product(&a.rest, &b.rest, n - keep));
+            for ((kept, rest), want) in kept.iter().zip(&rest).zip(&want) {
+                assert!((kept + rest - want).abs() < 1e-4, "{kind:?} {keep}: {kept} + {rest}, not {want}");
+            }
         }
     }
 }

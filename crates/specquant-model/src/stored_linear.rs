@@ -3,18 +3,20 @@
 use std::sync::Arc;
 
 use half::f16;
-use specquant_kernels::{Basis, BranchCoeffs, PackedWeights};
+use specquant_kernels::{Basis, BranchCoeffs, PackedWeights, Reflections};
 
 use crate::checkpoint::{StoredTensor, le_bytes, scales_fit_f16};
-use crate::linear::{Branch, DenseLinear, DenseWeight, Linear, QuantLinear};
-use crate::{BranchBasis, Dtype, Error, QuantizationConfig, Result, Scheme, Site, Source, TensorView};
+use crate::linear::{Branch, DenseLinear, DenseWeight, Kept, Linear, QuantLinear};
+use crate::{
+    BranchBasis, Dtype, Error, InputTransform, QuantizationConfig, Result, Scheme, Site, Source, TensorView,
+};
 
 /// A quantized linear layer as it lies on disk.
 #[derive(Debug, Clone, PartialEq)]
 pub struct StoredLinear {
     /// Output features.
     pub out: usize,
-    /// Input features.
+    /// Input features, without the kept coordinates.
     pub inp: usize,
     /// Bits of a code, 2 to 8; the largest of [`StoredLinear::channel_bits`].
     pub bits: u8,
@@ -26,11 +28,25 @@ pub struct StoredLinear {
     pub codes: Vec<i8>,
     /// `[out, in / group_size]`.
     pub scales: Vec<f32>,
+    /// The columns that read kept coordinates.
+    pub kept: Option<StoredKept>,
     /// The part in 16 bits.
     pub branch: Option<StoredBranch>,
     /// `[out]`.
     pub bias: Option<Vec<f32>>,
 }
+
+/// The columns of a weight that read the kept coordinates of its [`InputTransform`].
+#[derive(Debug, Clone, PartialEq)]
+pub struct StoredKept {
+    /// `[out, r]`, 8 bits.
+    pub codes: Vec<i8>,
+    /// `[out]`.
+    pub scales: Vec<f32>,
+}
+
+/// Bits of kept coordinates and of the weights that read them.
+pub const KEPT_BITS: u8 = 8;
 
 /// The coefficients of a layer's branch as they lie on disk.
 #[derive(Debug, Clone, PartialEq)]
@@ -190,13 +206,22 @@ impl StoredLinear {
                 tensors.push(tensor("weight_bits", safetensors::Dtype::U8, vec![self.out], bits));
             }
         }
-        let scale_shape = vec![self.out, self.inp / self.group_size];
-        tensors.push(if scales_fit_f16(&self.scales) {
-            let half: Vec<f16> = self.scales.iter().map(|&s| f16::from_f32(s)).collect();
-            StoredTensor::f16(name("weight_scale"), scale_shape, &half)
-        } else {
-            StoredTensor::f32(name("weight_scale"), scale_shape, &self.scales)
-        });
+        let scales = |suffix: &str, scales: &[f32]| {
+            let (name, shape) = (name(suffix), vec![self.out, scales.len() / self.out]);
+            if scales_fit_f16(scales) {
+                let half: Vec<f16> = scales.iter().map(|&s| f16::from_f32(s)).collect();
+                StoredTensor::f16(name, shape, &half)
+            } else {
+                StoredTensor::f32(name, shape, scales)
+            }
+        };
+        tensors.push(scales("weight_scale", &self.scales));
+        if let Some(kept) = &self.kept {
+            let bytes = kept.codes.iter().map(|&c| c as u8).collect();
+            let shape = vec![self.out, kept.codes.len() / self.out];
+            tensors.push(tensor("kept_packed", safetensors::Dtype::I8, shape, bytes));
+            tensors.push(scales("kept_scale", &kept.scales));
+        }
         if let Some(branch) = &self.branch {
             let u16s = |suffix: &str, values: &[u16]| {
                 tensor(
@@ -222,7 +247,7 @@ impl StoredLinear {
         tensors
     }
 
-    /// Reads the layer named `prefix` of shape `[out, inp]`, checking every length and range.
+    /// Reads the layer named `prefix` of shape `[out, inp]`, of whose inputs the first `kept` are kept, checking every length and range.
     ///
     /// # Errors
     /// [`Error::Checkpoint`] names the tensor and what is wrong with it.
@@ -230,11 +255,13 @@ impl StoredLinear {
         source: &Source,
         prefix: &str,
         [out, inp]: [usize; 2],
-        bits: u8,
-        group_size: usize,
+        kept: usize,
+        scheme: &Scheme,
         basis: Option<BranchBasis>,
     ) -> Result<Self> {
         let reader = Reader { source, prefix };
+        let inp = inp - kept;
+        let (bits, group_size) = (scheme.weight_bits, scheme.group(inp));
         let packed = reader.tensor("weight_packed")?;
         let mut channel_bits = Vec::new();
         let mut codes = Vec::new(); // as long as the tensor turns out to be
@@ -263,15 +290,19 @@ impl StoredLinear {
             reader.expect(&packed, "weight_packed", Dtype::U8, &[out, width])?;
             packed.bytes().chunks(width.max(1)).for_each(|row| unpack_row(row, bits, inp, &mut codes));
         }
-        let scales = reader.tensor("weight_scale")?;
-        if scales.shape != [out, inp / group_size] {
-            let why = format!("has shape {:?} instead of [{out}, {}]", scales.shape, inp / group_size);
-            return Err(reader.fail("weight_scale", why));
-        }
-        let scales = scales.to_f32()?;
+        let scales = reader.scales("weight_scale", [out, inp / group_size])?;
+        let kept = match kept {
+            0 => None,
+            r => {
+                let view = reader.tensor("kept_packed")?;
+                reader.expect(&view, "kept_packed", Dtype::I8, &[out, r])?;
+                let codes = view.bytes().iter().map(|&b| b as i8).collect();
+                Some(StoredKept { codes, scales: reader.scales("kept_scale", [out, 1])? })
+            }
+        };
         let branch = reader.branch(out, basis)?;
         let bias = read_bias(source, prefix, out)?;
-        Ok(StoredLinear { out, inp, bits, channel_bits, group_size, codes, scales, branch, bias })
+        Ok(StoredLinear { out, inp, bits, channel_bits, group_size, codes, scales, kept, branch, bias })
     }
 
     /// The layer in the kernels' layout. basis: the directions that its branch refers to.
@@ -289,6 +320,12 @@ impl StoredLinear {
         let weights =
             PackedWeights::pack(&self.codes, &self.scales, self.out, self.inp, self.bits, self.group_size)
                 .map_err(named)?;
+        let kept = self.kept.as_ref().map(|kept| {
+            let r = kept.codes.len() / self.out;
+            let weights = PackedWeights::pack(&kept.codes, &kept.scales, self.out, r, KEPT_BITS, r)?;
+            Ok(Kept { weights, act_bits: scheme.act_bits.max(KEPT_BITS) })
+        });
+        let kept = kept.transpose().map_err(named)?;
         let branch = match (&self.branch, basis) {
             (None, _) => None,
             (Some(branch), Some(basis)) => Some(Branch {
@@ -303,6 +340,7 @@ impl StoredLinear {
         };
         Ok(Linear::Quantized(QuantLinear {
             weights,
+            kept,
             act_bits: scheme.act_bits,
             act_clip: scheme.act_clip,
             branch,
@@ -344,6 +382,14 @@ impl Reader<'_> {
         }
         let (got, want) = (view.dtype.name(), dtype.name());
         Err(self.fail(suffix, format!("is {got} {:?} instead of {want} {shape:?}", view.shape)))
+    }
+
+    fn scales(&self, suffix: &str, shape: [usize; 2]) -> Result<Vec<f32>> {
+        let view = self.tensor(suffix)?;
+        if view.shape != shape {
+            return Err(self.fail(suffix, format!("has shape {:?} instead of {shape:?}", view.shape)));
+        }
+        view.to_f32()
     }
 
     fn u16s(&self, suffix: &str, len: usize) -> Result<Vec<u16>> {
@@ -453,6 +499,54 @@ pub(crate) fn read_basis(
     Ok(Some(Arc::new(basis)))
 }
 
+/// The tensors of a site's transform, whose reflections have vectors of whole numbers up to 127: none where it keeps nothing.
+pub fn transform_tensors(transform: &InputTransform, prefix: &str, site: Site) -> Vec<StoredTensor> {
+    let reflections = transform.reflections();
+    if reflections.is_empty() {
+        return Vec::new();
+    }
+    let name = |suffix: &str| format!("{prefix}.{}.{suffix}", site.name());
+    let vectors = StoredTensor {
+        name: name("reflections"),
+        dtype: safetensors::Dtype::I8,
+        shape: vec![reflections.len(), reflections.width()],
+        bytes: reflections.vectors().iter().map(|&v| v as i8 as u8).collect(),
+    };
+    vec![vectors, StoredTensor::f32(name("kept_norm"), vec![transform.kept()], transform.norms())]
+}
+
+/// The transform of a site's input, `n` wide; none where the checkpoint has none.
+pub(crate) fn read_transform(
+    source: &Source,
+    quant: Option<&QuantizationConfig>,
+    prefix: &str,
+    site: Site,
+    n: usize,
+) -> Result<Option<InputTransform>> {
+    let Some(kind) = quant.and_then(|q| q.input_rotation) else { return Ok(None) };
+    let prefix = format!("{prefix}.{}", site.name());
+    let reader = Reader { source, prefix: &prefix };
+    let (mut vectors, mut norms) = (Vec::new(), Vec::new());
+    if source.has(&reader.name("reflections")) {
+        let view = reader.tensor("reflections")?;
+        let r = view.shape.first().copied().unwrap_or(0);
+        reader.expect(&view, "reflections", Dtype::I8, &[r, n])?;
+        if r >= n {
+            return Err(reader.fail("reflections", format!("keeps {r} of {n} coordinates")));
+        }
+        vectors = view.bytes().iter().map(|&b| f32::from(b as i8)).collect();
+        let view = reader.tensor("kept_norm")?;
+        reader.expect(&view, "kept_norm", Dtype::F32, &[r])?;
+        norms = view.to_f32()?;
+        if let Some(i) = norms.iter().position(|norm| *norm <= 0.0) {
+            return Err(
+                reader.fail("kept_norm", format!("holds {} at {i}, where norms are positive", norms[i]))
+            );
+        }
+    }
+    Ok(Some(InputTransform::new(Reflections::new(n, vectors), norms, kind)))
+}
+
 /// Reads `prefix.bias`, `[out]`, if there is one.
 pub(crate) fn read_bias(source: &Source, prefix: &str, out: usize) -> Result<Option<Vec<f32>>> {
     let name = format!("{prefix}.bias");
@@ -470,23 +564,42 @@ pub(crate) fn read_bias(source: &Source, prefix: &str, out: usize) -> Result<Opt
     Ok(Some(view.to_f32()?))
 }
 
+/// The tensor of a site's own clip ratio of activations.
+pub fn act_clip_tensor(clip: f32, prefix: &str, site: Site) -> StoredTensor {
+    StoredTensor::f32(format!("{prefix}.{}.act_clip", site.name()), vec![1], &[clip])
+}
+
+/// A site's own clip ratio of activations, if it has one.
+pub(crate) fn read_act_clip(source: &Source, prefix: &str, site: Site) -> Result<Option<f32>> {
+    let prefix = format!("{prefix}.{}", site.name());
+    let reader = Reader { source, prefix: &prefix };
+    if !source.has(&reader.name("act_clip")) {
+        return Ok(None);
+    }
+    let view = reader.tensor("act_clip")?;
+    reader.expect(&view, "act_clip", Dtype::F32, &[1])?;
+    match view.to_f32()?.first() {
+        Some(&clip) if clip > 0.0 && clip <= 1.0 => Ok(Some(clip)),
+        other => Err(reader.fail("act_clip", format!("is {other:?}, where a clip ratio lies in (0, 1]"))),
+    }
+}
+
 /// The linear layer `prefix` of shape `[out, inp]`: quantized where the source holds codes, dense on the memory map otherwise.
 pub(crate) fn read_linear(
     source: &Source,
-    quant: Option<&QuantizationConfig>,
+    quant: Option<(&Scheme, Option<BranchBasis>)>,
     prefix: &str,
     [out, inp]: [usize; 2],
     basis: Option<&Arc<Basis>>,
+    kept: usize,
 ) -> Result<Linear> {
-    if let Some(quant) = quant.filter(|_| source.has(&format!("{prefix}.weight_packed"))) {
-        let (scheme, kind) = (&quant.scheme, quant.branch_basis);
-        return StoredLinear::read(source, prefix, [out, inp], scheme.weight_bits, scheme.group(inp), kind)?
-            .to_linear(
-                &format!("{}: {prefix}", source.path().display()),
-                scheme,
-                basis,
-                source.truncation(),
-            );
+    if let Some((scheme, kind)) = quant.filter(|_| source.has(&format!("{prefix}.weight_packed"))) {
+        return StoredLinear::read(source, prefix, [out, inp], kept, scheme, kind)?.to_linear(
+            &format!("{}: {prefix}", source.path().display()),
+            scheme,
+            basis,
+            source.truncation(),
+        );
     }
     let weight = source.tensor(&format!("{prefix}.weight"))?;
     if weight.shape != [out, inp] {

@@ -5,11 +5,15 @@ use std::sync::Arc;
 
 use serde::Serialize;
 use specquant_kernels::Basis;
-use specquant_model::{Block, Linear, ModelConfig, Site, StoredLinear, Truncation};
+use specquant_kernels::matmul_nt;
+use specquant_model::{
+    Block, InputTransform, KEPT_BITS, Linear, ModelConfig, Site, StoredKept, StoredLinear, Truncation,
+    storable_scales,
+};
 
 use crate::layer::{self, Input, RoundingReport, Weight};
 use crate::recipe::{Recipe, Rounding, Searched, SmoothMethod};
-use crate::rounding::{Factor, factorize};
+use crate::rounding::{self, ClipSearch, Factor, Grid, factorize};
 use crate::transforms::{awq, smooth};
 use crate::{Result, SiteStats};
 
@@ -25,6 +29,12 @@ pub struct LayerReport {
     /// Migration strength; absent without smoothing.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub smoothing_strength: Option<f32>,
+    /// Kept coordinates of the input; absent without.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub kept: Option<usize>,
+    /// Clip ratio of the input, where it has its own.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub act_clip: Option<f32>,
     /// Mean number of items (Fourier bins, directions) of the branch; absent without one.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub mean_k: Option<f64>,
@@ -174,6 +184,8 @@ pub struct QuantizedBlock {
     pub layers: Vec<(LayerReport, StoredLinear)>,
     /// The bases of the branches, in the order of [`Site::ALL`].
     pub bases: [Option<Arc<Basis>>; 4],
+    /// The clip ratios of activations that were searched, in the order of [`Site::ALL`].
+    pub act_clips: [Option<f32>; 4],
 }
 
 /// Quantizes the block in place. `block` holds owned dense weights; `stats` is in the order of [`Site::ALL`]; clips: learned clip ratios, by the
@@ -190,28 +202,64 @@ pub fn quantize_block(
     config: &ModelConfig,
 ) -> Result<QuantizedBlock> {
     let strengths = smooth_block(block, stats, recipe, config)?;
-    let (mut done, mut bases) = (Vec::new(), [const { None }; 4]);
+    let (mut done, mut bases, mut act_clips) = (Vec::new(), [const { None }; 4], [None; 4]);
     for (i, site) in Site::ALL.into_iter().enumerate() {
-        let stats = &stats[i];
+        let whole = &stats[i];
+        let names: Vec<String> = site.layers().iter().map(|name| format!("{prefix}.{name}")).collect();
+        let names: Vec<&str> = names.iter().map(String::as_str).collect();
+        let linears = block.site(site);
+        let sample = whole.input(&[]);
+        let full_outputs = outputs(&linears, &sample)?;
+        let change = recipe.input.as_ref().map(|change| whole.transform(change));
+        let stats = change.as_ref().map_or(whole, |(_, rest)| rest);
         let mean_abs = stats.mean_abs();
         let input = stats.input(&mean_abs);
         let factor: Option<Factor> = match (&recipe.rounding, input.hessian) {
             (Rounding::Gptq(gptq), Some(hessian)) => Some(factorize(hessian, gptq)),
             _ => None,
         };
-        let names: Vec<String> = site.layers().iter().map(|name| format!("{prefix}.{name}")).collect();
-        let names: Vec<&str> = names.iter().map(String::as_str).collect();
-        let linears = block.site(site);
-        let wants = outputs(&linears, &input)?;
-        let wants: Vec<&[f32]> = wants.iter().map(Vec::as_slice).collect();
         let mut weights = weights(&linears, &names);
         weights.iter_mut().for_each(|w| w.clip = clips.get(w.name).map(Vec::as_slice));
+        let mut parts = Vec::new();
+        if let Some((transform, _)) = &change {
+            parts.extend(weights.iter().map(|w| Parts::of(w, transform, &input)));
+            for (w, part) in weights.iter_mut().zip(&parts) {
+                (w.inp, w.values) = (part.inp, &part.rest);
+            }
+        }
+        let wants: Vec<&[f32]> = match parts.is_empty() {
+            true => full_outputs.iter().map(Vec::as_slice).collect(),
+            false => parts.iter().map(|part| part.want.as_slice()).collect(),
+        };
         let outs: usize = weights.iter().map(|w| w.out).sum();
-        let (basis, finished) = layer::finish(&weights, recipe, &input, factor.as_ref(), &wants)?;
+        let (basis, mut finished) = layer::finish(&weights, recipe, &input, factor.as_ref(), &wants)?;
+        let transform = change.as_ref().map(|(transform, _)| transform);
+        let kept = transform.map(InputTransform::kept).filter(|&r| r > 0);
+        let reflection_bits = transform.map_or(0, |t| (8 * t.width() + 32) * t.kept());
+        let mut quantized = Vec::new();
+        for (l, done) in finished.iter_mut().enumerate() {
+            done.stored.kept = parts.get_mut(l).and_then(|part| part.kept.take());
+            quantized.push(done.stored.to_linear(
+                names[l],
+                &recipe.scheme,
+                basis.as_ref(),
+                Truncation::None,
+            )?);
+        }
+        let errors = |quantized: &[Linear]| -> Result<Vec<f64>> {
+            let error = |(linear, want): (&Linear, &Vec<f32>)| {
+                let got = linear.forward_transformed(sample.sample, sample.rows, transform)?;
+                Ok(layer::relative_error(&got, want))
+            };
+            quantized.iter().zip(&full_outputs).map(error).collect()
+        };
+        if recipe.search_act_clip && recipe.scheme.act_bits < 16 {
+            act_clips[i] = Some(search_act_clip(&mut quantized, errors)?);
+        }
+        let errors = errors(&quantized)?;
         for (l, layer::Done { stored, rounding, temperature }) in finished.into_iter().enumerate() {
-            let quantized = stored.to_linear(names[l], &recipe.scheme, basis.as_ref(), Truncation::None)?;
-            let (out, inp) = (stored.out, stored.inp);
-            let shared = basis.as_ref().map_or(0, |b| layer::shared_bits(b) * out / outs);
+            let (out, inp) = (stored.out, quantized[l].in_features());
+            let shared = (basis.as_ref().map_or(0, |b| layer::shared_bits(b)) + reflection_bits) * out / outs;
             let items = stored.branch.as_ref().map(|b| {
                 let total: usize = b.counts.iter().map(|&k| usize::from(k)).sum();
                 (total as f64 / out as f64, b.counts.iter().copied().max().unwrap_or(0))
@@ -221,18 +269,75 @@ pub fn quantize_block(
                 shape: [out, inp],
                 bits_per_weight: (stored.stored_bits() + shared) as f64 / (out * inp) as f64,
                 smoothing_strength: strengths[i],
+                kept,
+                act_clip: act_clips[i],
                 mean_k: items.map(|(mean, _)| mean),
                 max_k: items.map(|(_, most)| most),
                 temperature: items.map(|_| temperature),
-                relative_error: layer::output_error(&quantized, input.sample, wants[l], input.rows)?,
+                relative_error: errors[l],
                 rounding,
             };
-            *block.site_mut(site)[l] = quantized;
             done.push((report, stored));
         }
+        block.site_mut(site).into_iter().zip(quantized).for_each(|(to, linear)| *to = linear);
+        block.inputs[i] = change.map(|(transform, _)| transform);
         bases[i] = basis;
     }
-    Ok(QuantizedBlock { layers: done, bases })
+    Ok(QuantizedBlock { layers: done, bases, act_clips })
+}
+
+/// Clip ratios of activations that are tried. A rotated input is nearly Gaussian, for which 16 steps are best over ± 2.7 standard deviations, and the
+/// largest of 500 values lies about 3.1 from the mean.
+const ACT_CLIPS: [f32; 8] = [1.0, 0.95, 0.9, 0.85, 0.8, 0.75, 0.7, 0.65];
+
+/// Gives the layers of a site the clip ratio of least error, and returns it. errors: of every layer.
+fn search_act_clip(layers: &mut [Linear], errors: impl Fn(&[Linear]) -> Result<Vec<f64>>) -> Result<f32> {
+    let set = |layers: &mut [Linear], clip: f32| {
+        for layer in layers {
+            if let Linear::Quantized(layer) = layer {
+                layer.act_clip = clip;
+            }
+        }
+    };
+    let mut best = (f64::INFINITY, 1.0);
+    for clip in ACT_CLIPS {
+        set(layers, clip);
+        let error: f64 = errors(layers)?.into_iter().sum();
+        if error < best.0 {
+            best = (error, clip);
+        }
+    }
+    set(layers, best.1);
+    Ok(best.1)
+}
+
+/// A weight behind an [`InputTransform`].
+struct Parts {
+    /// Columns of `rest`.
+    inp: usize,
+    /// `[out, inp]`, to be rounded.
+    rest: Vec<f32>,
+    /// What reads the kept coordinates, rounded to nearest: they hardly correlate with the others, so that nothing could make up for it.
+    kept: Option<StoredKept>,
+    /// What `rest` puts out on the sampled tokens, `[rows, out]`.
+    want: Vec<f32>,
+}
+
+impl Parts {
+    /// input: of the coordinates that are not kept.
+    fn of(w: &Weight, transform: &InputTransform, input: &Input) -> Self {
+        let split = transform.apply_to_weight(w.values.to_vec(), w.out);
+        let (r, inp) = (transform.kept(), w.inp - transform.kept());
+        let kept = (r > 0).then(|| {
+            let grid = Grid { bits: KEPT_BITS, group_size: 0 };
+            let whole = ClipSearch { enabled: false, ..ClipSearch::default() };
+            let scales = storable_scales(rounding::weight_scales(&split.kept, w.out, r, &grid, &whole));
+            StoredKept { codes: rounding::round_to_nearest(&split.kept, w.out, r, &scales, &grid), scales }
+        });
+        let mut want = vec![0.0; input.rows * w.out];
+        matmul_nt(input.sample, &split.rest, &mut want, input.rows, inp, w.out, false);
+        Parts { inp, rest: split.rest, kept, want }
+    }
 }
 
 #[cfg(test)]

@@ -174,6 +174,7 @@ pub fn quantize(
         group_size,
         codes,
         scales,
+        kept: None,
         branch: branch.filter(|b| !b.stored.coeffs.is_empty()).map(|b| b.stored.clone()),
         bias: w.bias.map(<[f32]>::to_vec),
     };
@@ -187,13 +188,17 @@ pub fn quantize(
 /// # Errors
 /// When the layer cannot be packed.
 pub fn output_error(layer: &Linear, x: &[f32], want: &[f32], rows: usize) -> Result<f64> {
-    let got = layer.forward(x, rows)?;
+    Ok(relative_error(&layer.forward(x, rows)?, want))
+}
+
+/// ‖got − want‖² / ‖want‖².
+pub fn relative_error(got: &[f32], want: &[f32]) -> f64 {
     let (mut error, mut energy) = (0.0, 0.0);
     for (g, w) in got.iter().zip(want) {
         error += f64::from(g - w).powi(2);
         energy += f64::from(*w).powi(2);
     }
-    Ok(if energy > 0.0 { error / energy } else { error })
+    if energy > 0.0 { error / energy } else { error }
 }
 
 /// The sum of [`output_error`] over quick versions of the layers: nearest rounding, a coarse clip grid, a branch without refinement.

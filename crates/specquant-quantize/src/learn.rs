@@ -37,7 +37,7 @@ impl Learn {
             return refuse(NOT_BUILT);
         }
         match self {
-            Learn::SpinQuant(_) if recipe.rotate.is_none() => {
+            Learn::SpinQuant(_) if recipe.rotate.is_none_or(|r| !r.residual) => {
                 refuse("spinquant learns rotations: add [rotate] kind = \"hadamard\"")
             }
             Learn::OmniQuant(_)
@@ -64,7 +64,7 @@ mod run {
 
     use specquant_kernels::Hadamard;
     use specquant_learn::{BlockWeights, Start, omniquant, spinquant};
-    use specquant_model::{Block, ModelConfig, OnlineRotations, Site, Source};
+    use specquant_model::{Block, ModelConfig, OnlineRotations, RotationKind, Site, Source};
 
     use super::{OmniQuantConfig, SpinQuantConfig};
     use crate::Result;
@@ -97,7 +97,7 @@ mod run {
             ..config.clone()
         };
         let random = |n, stream: usize| {
-            Orthogonal::random_hadamard(n, recipe.seed.wrapping_add(stream as u64)).matrix()
+            Orthogonal::random(RotationKind::Hadamard, n, recipe.seed.wrapping_add(stream as u64)).matrix()
         };
         let start = Start {
             r1: random(hidden, 0),
@@ -125,7 +125,7 @@ mod run {
         states: &[Vec<f32>],
     ) -> Result<HashMap<String, Vec<f32>>> {
         let before = full.to_vec();
-        let full_stats = observe(block, model, index, full, 1, false)?;
+        let (full_stats, _) = observe(block, model, index, full, 1, false)?;
         let scheme = &recipe.scheme;
         let config = OmniQuantConfig {
             weight_bits: scheme.weight_bits,

@@ -8,10 +8,10 @@ use std::path::Path;
 
 use serde::Serialize;
 use serde_json::json;
-use specquant_kernels::{KvCache, KvFormat};
+use specquant_kernels::{KvCache, KvFormat, KvSide};
 use specquant_model::{
-    Block, FORMAT_VERSION, Linear, ModelConfig, OnlineRotations, QuantizationConfig, RopeTable, Site, Source,
-    Span, StoredTensor, basis_tensors,
+    Block, FORMAT_VERSION, KvCenter, Linear, ModelConfig, OnlineRotations, QuantizationConfig, RopeTable,
+    Site, Source, Span, StoredTensor, act_clip_tensor, basis_tensors, transform_tensors,
 };
 
 use crate::block::{LayerReport, quantize_block};
@@ -89,25 +89,26 @@ pub fn run(
     let half_dtype = HalfType::of(source.tensor("model.embed_tokens.weight")?.dtype);
 
     let rotation = Rotation::new(source, recipe, texts, progress)?;
+    let residual = rotation.as_ref().and_then(|r| r.residual.as_ref());
     let mut norm = source.tensor("model.norm.weight")?.to_f32()?;
     let vocabulary = |from: &str, name: &str, change: &dyn Fn(&mut [f32])| {
         vocabulary_tensors(source, from, name, recipe.embeddings, half_dtype, change)
     };
     let mut ends = vocabulary("model.embed_tokens", "model.embed_tokens", &|x| {
-        rotation.iter().for_each(|r| r.residual.rotate_rows(x));
+        residual.iter().for_each(|r| r.rotate_rows(x));
     })?;
     // A rotated head has the final norm folded in, so it is no longer the embedding.
-    let tied = config.tie_word_embeddings && rotation.is_none();
+    let tied = config.tie_word_embeddings && residual.is_none();
     if !tied {
         let from = if config.tie_word_embeddings { "model.embed_tokens" } else { "lm_head" };
         ends.extend(vocabulary(from, "lm_head", &|x| {
-            if let Some(rotation) = &rotation {
+            if let Some(residual) = residual {
                 rotate::fold_norm(x, &norm);
-                rotation.residual.rotate_rows(x);
+                residual.rotate_rows(x);
             }
         })?);
     }
-    if rotation.is_some() {
+    if residual.is_some() {
         norm.fill(1.0);
     }
     ends.push(StoredTensor::f32("model.norm.weight".to_owned(), vec![norm.len()], &norm));
@@ -119,7 +120,7 @@ pub fn run(
         .iter()
         .map(|ids| {
             let mut x = embedding.lookup(ids, config.hidden_size)?;
-            rotation.iter().for_each(|r| r.residual.rotate_rows(&mut x));
+            residual.iter().for_each(|r| r.rotate_rows(&mut x));
             x.chunks_exact_mut(config.hidden_size)
                 .for_each(|row| round_row(row, recipe.embeddings, half_dtype));
             Ok(x)
@@ -160,6 +161,7 @@ pub fn run(
         specquant_version: report.specquant_version.clone(),
         scheme: recipe.scheme,
         branch_basis: recipe.branch.as_ref().map(|b| b.basis),
+        input_rotation: recipe.input.map(|input| input.rotation),
         online_rotations: rotation.as_ref().map_or_else(OnlineRotations::default, |r| r.online),
         recipe: json!(recipe),
     };
@@ -178,7 +180,7 @@ pub fn run(
 
 /// What a recipe's rotation comes to in a model.
 struct Rotation {
-    residual: Orthogonal,
+    residual: Option<Orthogonal>,
     /// Of the heads of v: one for all layers, or one for each.
     heads: Vec<Orthogonal>,
     online: OnlineRotations,
@@ -199,11 +201,13 @@ impl Rotation {
             let online = OnlineRotations { heads: None, ..online };
             let mut tell = |step, of, loss| progress(Event::Learning { step, of, loss });
             let (residual, heads) = learn::rotations(source, recipe, settings, &online, texts, &mut tell)?;
-            return Ok(Some(Rotation { residual, heads, online }));
+            return Ok(Some(Rotation { residual: Some(residual), heads, online }));
         }
         Ok(Some(Rotation {
-            residual: Orthogonal::random_hadamard(config.hidden_size, recipe.seed),
-            heads: vec![Orthogonal::hadamard(config.head_dim)],
+            residual: rotate
+                .residual
+                .then(|| Orthogonal::random(rotate.kind, config.hidden_size, recipe.seed)),
+            heads: vec![Orthogonal::plain(rotate.kind, config.head_dim)],
             online,
         }))
     }
@@ -228,7 +232,7 @@ fn one_block(
     let mut block = Block::read(source, index, None)?;
     block.linears_mut().into_iter().try_for_each(Linear::widen)?;
     if let Some(r) = rotation {
-        rotate::rotate_block(&mut block, config, &r.residual, r.head(index), &r.online);
+        rotate::rotate_block(&mut block, config, r.residual.as_ref(), r.head(index), &r.online);
     }
     let mut reports = Vec::new();
     let mut tensors = Vec::new();
@@ -241,8 +245,9 @@ fn one_block(
         };
         // Statistics come from the full-precision block on the quantized blocks' outputs; the states themselves stay.
         let sampled = recipe.calibration.search_tokens;
-        let mut stats =
+        let (mut stats, center) =
             observe(&block, config, index, &mut states.to_vec(), sampled, recipe.needs_hessian())?;
+        block.kv_center = recipe.kv_center.then_some(center);
         let done = quantize_block(&mut block, &prefix, &mut stats, &clips, recipe, config)?;
         for (report, stored) in done.layers {
             tensors.extend(stored.tensors(&report.name));
@@ -250,6 +255,12 @@ fn one_block(
         }
         for (site, basis) in Site::ALL.into_iter().zip(done.bases) {
             tensors.extend(basis.iter().flat_map(|b| basis_tensors(b, &prefix, site)));
+        }
+        for (site, clip) in Site::ALL.into_iter().zip(done.act_clips) {
+            tensors.extend(clip.map(|clip| act_clip_tensor(clip, &prefix, site)));
+        }
+        for (site, input) in Site::ALL.into_iter().zip(&block.inputs) {
+            tensors.extend(input.iter().flat_map(|input| transform_tensors(input, &prefix, site)));
         }
     } else {
         let names = block.linears().map(|(name, _)| name);
@@ -264,7 +275,12 @@ fn one_block(
             }
         }
     }
-    run_block(&block, config, recipe.scheme.kv_format(), states, &mut |_, _| ())?;
+    run_block(&block, config, recipe.scheme.kv_format(), states, &mut |_, _| (), &mut |_| ())?;
+    if let Some(KvCenter { keys, values }) = &block.kv_center {
+        for (name, center) in [("k_center", keys), ("v_center", values)] {
+            tensors.push(StoredTensor::f32(format!("{prefix}.self_attn.{name}"), vec![center.len()], center));
+        }
+    }
     let norms = [
         ("input_layernorm", Some(&block.input_norm)),
         ("post_attention_layernorm", Some(&block.post_norm)),
@@ -279,7 +295,7 @@ fn one_block(
     Ok((tensors, reports))
 }
 
-/// Moves whole sequences through block `index` in full precision, and returns what its inputs were like. states: `[tokens, hidden]` each;
+/// Moves whole sequences through block `index` in full precision, and returns what its inputs were like, and its mean key and value. states: `[tokens, hidden]` each;
 /// sampled: tokens to keep.
 ///
 /// # Errors
@@ -291,27 +307,42 @@ pub fn observe(
     states: &mut [Vec<f32>],
     sampled: usize,
     with_hessian: bool,
-) -> Result<[SiteStats; 4]> {
+) -> Result<([SiteStats; 4], KvCenter)> {
     let rows = states.iter().map(|s| s.len() / config.hidden_size).sum();
     let mut stats =
         Site::ALL.map(|site| SiteStats::new(config.site_width(site), rows, sampled, with_hessian));
     let mut observed = Ok(());
-    run_block(block, config, KvFormat::F32, states, &mut |site, x| {
+    let mut observe = |site, x: &[f32]| {
         if observed.is_ok() {
             observed = stats[site as usize].add(x, &format!("model.layers.{index} {site:?}"));
         }
+    };
+    let width = config.num_kv_heads * config.head_dim;
+    let (mut keys, mut values) = (vec![0.0f64; width], vec![0.0f64; width]);
+    run_block(block, config, KvFormat::F32, states, &mut observe, &mut |cache| {
+        for (side, sums) in [(KvSide::Keys, &mut keys), (KvSide::Values, &mut values)] {
+            for (head, sums) in sums.chunks_exact_mut(config.head_dim).enumerate() {
+                let mut buffer = Vec::new();
+                for row in cache.tile(side, head, 0..cache.len(), &mut buffer).chunks_exact(config.head_dim) {
+                    sums.iter_mut().zip(row).for_each(|(sum, v)| *sum += f64::from(*v));
+                }
+            }
+        }
     })?;
     observed?;
-    Ok(stats)
+    let mean = |sums: Vec<f64>| sums.into_iter().map(|sum| (sum / rows.max(1) as f64) as f32).collect();
+    Ok((stats, KvCenter { keys: mean(keys), values: mean(values) }))
 }
 
-/// Runs whole sequences through one block, a few at a time, each with a fresh cache. states: `[tokens, hidden]` each.
+/// Runs whole sequences through one block, a few at a time, each with a fresh cache, which `finished` sees at the end. states: `[tokens, hidden]`
+/// each.
 fn run_block(
     block: &Block,
     config: &ModelConfig,
     kv: KvFormat,
     states: &mut [Vec<f32>],
     observe: &mut dyn FnMut(Site, &[f32]),
+    finished: &mut dyn FnMut(&KvCache),
 ) -> Result<()> {
     let hidden = config.hidden_size;
     let longest = states.iter().map(|s| s.len() / hidden).max().unwrap_or(1).max(1);
@@ -325,6 +356,7 @@ fn run_block(
         let mut spans: Vec<Span> =
             rows.iter().zip(&mut caches).map(|(&rows, cache)| Span { rows, cache }).collect();
         block.forward(config, &rope, &mut x, &mut spans, observe)?;
+        caches.iter().for_each(&mut *finished);
         let mut rest = x.as_slice();
         for state in batch {
             let (head, tail) = rest.split_at(state.len());
@@ -333,4 +365,29 @@ fn run_block(
         }
     }
     Ok(())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::testing::{TINY, dense_block, forward, ids, relative, tiny};
+
+    /// GQA, norms on q and k and a sliding window all meet a center here.
+    #[test]
+    fn a_center_of_keys_and_values_changes_nothing() {
+        for name in TINY {
+            let source = tiny(name);
+            let config = source.config();
+            let embedding = specquant_model::Embedding::read(&source).unwrap();
+            let mut plain = embedding.lookup(&ids(config), config.hidden_size).unwrap();
+            let (mut block, mut centered) = (dense_block(&source, 0), plain.clone());
+            let (_, center) = observe(&block, config, 0, &mut [plain.clone()], 1, false).unwrap();
+            assert!(center.keys.iter().chain(&center.values).any(|v| v.abs() > 1e-4), "{name}");
+            forward(&block, config, &mut plain, &mut |_, _| ());
+            block.kv_center = Some(center);
+            forward(&block, config, &mut centered, &mut |_, _| ());
+            let difference = relative(&centered, &plain);
+            assert!(difference < 1e-5, "{name}: {difference}");
+        }
+    }
 }

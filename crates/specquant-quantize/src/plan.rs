@@ -41,12 +41,23 @@ fn problems(source: &Source, recipe: &Recipe, shapes: &[(String, [usize; 2])]) -
         ));
     }
     let scheme = &recipe.scheme;
+    let keep = recipe.input.map_or(0, |input| input.keep);
     for (name, [_, inp]) in shapes {
         let (inp, name) = (*inp, name.trim_start_matches("model.layers.0."));
+        if keep >= inp {
+            problems.push(format!(
+                "  {name}: input.keep = {keep} leaves nothing of its {inp} inputs; lower it (--keep)"
+            ));
+            continue;
+        }
+        let inp = inp - keep;
         let group = scheme.group(inp);
         if !inp.is_multiple_of(group) || (group < inp && !group.is_multiple_of(8)) {
-            let fits: Vec<String> =
-                (16..inp.min(257)).step_by(8).filter(|g| inp % g == 0).map(|g| g.to_string()).collect();
+            let fits: Vec<String> = (16..inp.min(257))
+                .step_by(8)
+                .filter(|g| inp.is_multiple_of(*g))
+                .map(|g| g.to_string())
+                .collect();
             problems.push(format!("  {name}: group size {group} does not divide its {inp} inputs into groups of a multiple of 8; these would: {}, or 0", fits.join(", ")));
         }
         let bins = inp / 2 + 1;
@@ -62,15 +73,18 @@ fn problems(source: &Source, recipe: &Recipe, shapes: &[(String, [usize; 2])]) -
             != (Recipe {
                 rotate: None,
                 smooth: None,
+                input: None,
+                kv_center: false,
+                search_act_clip: false,
                 branch: None,
                 rounding: Rounding::Rtn {},
                 ..recipe.clone()
             })
     {
-        problems.push(format!("  {scheme} leaves the weights alone, so rotation, smoothing, branch and GPTQ have nothing to do: use --recipe rtn"));
+        problems.push(format!("  {scheme} leaves the weights alone, so rotations, smoothing, branch and GPTQ have nothing to do: use --recipe rtn"));
     }
     for (site, b) in Site::ALL.into_iter().flat_map(|site| recipe.branch.iter().map(move |b| (site, b))) {
-        let (outs, inp) = (site_outputs(shapes, site), config.site_width(site));
+        let (outs, inp) = (site_outputs(shapes, site), config.site_width(site).saturating_sub(keep));
         if b.mean_k > 0 && branch::items(b, outs, inp) == 0 {
             problems.push(format!(
                 "  {}: {} Fourier bins per channel are too few bits for a branch of the basis {}; raise --mean-k",
@@ -118,7 +132,10 @@ pub fn plan(source: &Source, recipe: &Recipe) -> Result<Plan> {
 
     // Bits of a site's layers with the basis that they share.
     let bits = |site: Site| {
-        let (outs, inp) = (site_outputs(&shapes, site), config.site_width(site));
+        let (outs, whole) = (site_outputs(&shapes, site), config.site_width(site));
+        let keep = recipe.input.map_or(0, |input| input.keep);
+        let inp = whole - keep;
+        let kept = if keep > 0 { outs * (8 * keep + 16) + keep * (8 * whole + 32) } else { 0 };
         let code_bits = match scheme.weight_bits {
             bits @ ..=4 => (usize::from(bits) * inp).next_multiple_of(8),
             16 => 16 * inp,
@@ -127,11 +144,11 @@ pub fn plan(source: &Source, recipe: &Recipe) -> Result<Plan> {
         let groups = if scheme.weight_bits == 16 { 0 } else { inp / scheme.group(inp) };
         let plain = recipe.branch.as_ref().filter(|b| b.overhead == Overhead::Plain);
         let branch = plain.map_or(0, |b| branch::bits(b, outs, inp));
-        (outs * (code_bits + 16 * groups) + branch) as f64
+        (outs * (code_bits + 16 * groups) + kept + branch) as f64
     };
     let block_weights: usize = shapes.iter().map(|(_, [out, inp])| out * inp).sum();
     let block_bits: f64 = Site::ALL.into_iter().map(bits).sum();
-    let tied = config.tie_word_embeddings && recipe.rotate.is_none();
+    let tied = config.tie_word_embeddings && recipe.rotate.is_none_or(|r| !r.residual);
     let vocab_weights = config.vocab_size * config.hidden_size * if tied { 1 } else { 2 };
     let vocab_bytes = vocab_weights * if recipe.embeddings == Embeddings::Int8 { 1 } else { 2 };
     let tokens = recipe.calibration.samples * recipe.calibration.sequence_length;

@@ -15,7 +15,8 @@ use crate::rounding::{ClipSearch, GptqConfig};
 use crate::{Error, Result};
 
 /// The built-in recipes: name and text.
-pub const BUILT_IN: [(&str, &str); 12] = [
+pub const BUILT_IN: [(&str, &str); 13] = [
+    ("spectral", include_str!("../recipes/spectral.toml")),
     ("specquant", include_str!("../recipes/specquant.toml")),
     ("svdquant", include_str!("../recipes/svdquant.toml")),
     ("quarot", include_str!("../recipes/quarot.toml")),
@@ -39,12 +40,23 @@ pub struct Recipe {
     /// Bit widths, granularity and run-time clip ratios.
     #[serde(default)]
     pub scheme: Scheme,
-    /// Rotation of the residual stream and of the inputs of `o_proj` and `down_proj`; none if absent. It comes before smoothing.
+    /// Rotation of the residual stream, of heads, and of the inputs of `o_proj` and `down_proj`; none if absent. It comes before smoothing.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub rotate: Option<Rotate>,
     /// Smoothing; none if absent.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub smooth: Option<Smooth>,
+    /// Change of coordinates of every layer's input at run time; none if absent. It comes after smoothing, before the branch.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub input: Option<InputChange>,
+    /// Whether every input gets the clip ratio of activations under which its quantized layers are nearest to full precision on the calibration text, in place
+    /// of the scheme's.
+    #[serde(default)]
+    pub search_act_clip: bool,
+    /// Whether keys and values are cached as their difference from the mean ones of the calibration text. Attention is the same without the mean of
+    /// the keys, which moves all scores of a query alike; the mean of the values is added to what it returns.
+    #[serde(default)]
+    pub kv_center: bool,
     /// The 16-bit branch; none if absent.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub branch: Option<Branch>,
@@ -111,9 +123,24 @@ impl std::str::FromStr for Searched {
 pub struct Rotate {
     /// Kind of the orthonormal transforms.
     pub kind: RotationKind,
+    /// Whether the residual stream is rotated, folded into weights, and with it the inputs of `o_proj` and `down_proj` at run time. Otherwise only the
+    /// heads of v are, folded as well.
+    #[serde(default = "yes")]
+    pub residual: bool,
     /// Whether the heads of q and k are rotated too, after RoPE, which spreads outliers of the KV cache.
     #[serde(default = "yes")]
     pub qk: bool,
+}
+
+/// The change of coordinates of every layer's input.
+#[derive(Debug, Clone, Copy, PartialEq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct InputChange {
+    /// Rotation of the coordinates that are not kept.
+    pub rotation: RotationKind,
+    /// Directions of every input that keep 8 bits, in the activation and in the weight.
+    #[serde(default)]
+    pub keep: usize,
 }
 
 /// Per-channel smoothing: the factors λ that inputs are divided by.
@@ -288,7 +315,9 @@ impl Recipe {
 
     /// Whether anything needs the second moment of the inputs.
     pub fn needs_hessian(&self) -> bool {
-        matches!(self.rounding, Rounding::Gptq(_)) || self.branch_needs_hessian()
+        matches!(self.rounding, Rounding::Gptq(_))
+            || self.branch_needs_hessian()
+            || self.input.is_some_and(|input| input.keep > 0)
     }
 
     fn parse(text: &str, origin: &str) -> Result<Self> {
@@ -309,7 +338,9 @@ impl Recipe {
         {
             return refuse(format!("smooth.smoothing_strength = {a}: choose 0 to 1, or \"search\""));
         }
-        if let (Some(_), Some(Smooth { all_sites: true, .. })) = (self.rotate, self.smooth) {
+        if let (Some(Rotate { residual: true, .. }), Some(Smooth { all_sites: true, .. })) =
+            (self.rotate, self.smooth)
+        {
             return refuse(
                 "rotate and smooth.all_sites = true: the inputs of o_proj and down_proj are rotated after the layers that smoothing would \
                  fold into; set smooth.all_sites = false"

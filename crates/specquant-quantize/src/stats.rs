@@ -1,7 +1,12 @@
 //! What calibration learns about the inputs of linear layers.
 
+use specquant_kernels::Reflections;
+use specquant_model::InputTransform;
+
 use crate::layer::Input;
+use crate::recipe::InputChange;
 use crate::rounding::Hessian;
+use crate::transforms::keep;
 use crate::{Error, Result};
 
 /// What calibration learns about the input of a [`Site`](specquant_model::Site).
@@ -92,6 +97,42 @@ impl SiteStats {
         if let Some(hessian) = &mut self.hessian {
             hessian.rescale(&lambda.iter().map(|l| 1.0 / l).collect::<Vec<_>>());
         }
+    }
+
+    /// The transform of this input that `change` asks for, and the statistics of what it does not keep.
+    pub fn transform(&self, change: &InputChange) -> (InputTransform, SiteStats) {
+        let n = self.max.len();
+        let (vectors, norms, hessian) = match (&self.hessian, change.keep.min(n - 1)) {
+            (Some(hessian), r @ 1..) => {
+                let keep::Fit { vectors, kept, rest } = keep::fit(hessian.normalized(), n, r);
+                // H is twice the second moment. A coordinate that is never active may keep its scale.
+                let norm = |h: f64| if h > 0.0 { (h / 2.0).sqrt() as f32 } else { 1.0 };
+                let norms = kept.into_iter().map(norm).collect();
+                (vectors, norms, Some(Hessian::from_matrix(n - r, rest)))
+            }
+            (hessian, _) => (Vec::new(), Vec::new(), hessian.clone()),
+        };
+        let transform = InputTransform::new(Reflections::new(n, vectors), norms, change.rotation);
+        let rest = n - transform.kept();
+        let rotation = InputTransform::new(Reflections::new(rest, Vec::new()), Vec::new(), change.rotation);
+        let sample = transform.apply(self.sample.clone(), self.sampled_rows()).rest;
+        let of_sample = |f: &dyn Fn(f32, f32) -> f32| {
+            let mut values = vec![0.0f32; rest];
+            for row in sample.chunks_exact(rest) {
+                values.iter_mut().zip(row).for_each(|(value, x)| *value = f(*value, x.abs()));
+            }
+            values
+        };
+        let sum = of_sample(&|sum, x| sum + x).into_iter().map(f64::from).collect();
+        let stats = SiteStats {
+            max: of_sample(&f32::max),
+            sum,
+            rows: self.sampled_rows(),
+            hessian: hessian.map(|h| h.rotated(|x| rotation.apply(x, rest).rest)),
+            sample,
+            stride: self.stride,
+        };
+        (transform, stats)
     }
 
     /// Mean magnitudes, `[in]`.

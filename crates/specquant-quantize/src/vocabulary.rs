@@ -90,6 +90,7 @@ pub fn vocabulary_tensors(
         codes: codes.concat(),
         scales,
         channel_bits: Vec::new(),
+        kept: None,
         branch: None,
         bias: None,
     };

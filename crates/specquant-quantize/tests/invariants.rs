@@ -253,8 +253,10 @@ fn methods_compose() {
     let dir = tempfile::tempdir().unwrap();
     let texts = texts(1);
     for (i, basis) in BranchBasis::ALL.into_iter().enumerate() {
-        let base = if i % 2 == 0 { "quarot" } else { "smoothquant" };
+        let base = ["quarot", "smoothquant", "spectral"][i % 3];
         let mut recipe = recipe(base, "W4A8KV8");
+        // Of 64 inputs, so that the others can pay for a branch.
+        recipe.input.iter_mut().for_each(|input| input.keep = 8);
         let mut branch = Recipe::load("specquant").unwrap().branch.unwrap();
         (branch.basis, branch.score, branch.temperature) =
             (basis, branch::Score::Uniform, Searched::Fixed(0.0));

@@ -239,7 +239,7 @@ impl Layers {
         for index in 0..=last {
             let mut block = Block::read(source, index, None)?;
             block.linears_mut().into_iter().try_for_each(Linear::widen)?;
-            let stats = observe(&block, config, index, &mut states, 1, true)?;
+            let (stats, _) = observe(&block, config, index, &mut states, 1, true)?;
             if !blocks.contains(&index) {
                 continue;
             }

@@ -231,6 +231,7 @@ mod tests {
                     group_size: w.inp,
                     codes: vec![0; w.out * w.inp],
                     scales: vec![1.0; w.out],
+                    kept: None,
                     branch: Some(l.stored.clone()),
                     bias: None,
                 };

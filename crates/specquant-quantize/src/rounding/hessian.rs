@@ -90,6 +90,15 @@ impl Hessian {
         }
     }
 
+    /// The Hessian of inputs `x Q`, for a `rotate` that takes rows `[rows, dim]` to rows Q, in f32.
+    pub fn rotated(&self, rotate: impl Fn(Vec<f32>) -> Vec<f32>) -> Self {
+        let n = self.dim;
+        let rows: Vec<f32> = self.normalized().into_iter().map(|v| v as f32).collect();
+        let once = rotate(rows); // H Q
+        let twice = rotate((0..n * n).map(|at| once[at % n * n + at / n]).collect()); // Qᵀ H Q, transposed
+        Self::from_matrix(n, twice.into_iter().map(f64::from).collect())
+    }
+
     /// Input channels.
     pub fn dim(&self) -> usize {
         self.dim

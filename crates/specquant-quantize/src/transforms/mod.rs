@@ -1,5 +1,6 @@
 //! What is done to a layer's input and weight before they are rounded, leaving their product unchanged.
 
 pub mod awq;
+pub mod keep;
 pub mod rotate;
 pub mod smooth;

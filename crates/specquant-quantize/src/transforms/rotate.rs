@@ -13,18 +13,18 @@ use rand::Rng;
 use rand_chacha::{ChaCha8Rng, rand_core::SeedableRng};
 use rayon::prelude::*;
 use specquant_kernels::Hadamard;
-use specquant_model::{Block, Linear, ModelConfig, OnlineRotations, Rotations};
+use specquant_model::{Block, Linear, ModelConfig, OnlineRotations, Rotation, RotationKind, Rotations};
 
 use crate::recipe::Rotate;
 
 /// An orthonormal Q [n, n].
 pub enum Orthogonal {
     /// x becomes x diag(signs) H.
-    Hadamard {
+    Signed {
         /// ±1, `[n]`.
         signs: Vec<f32>,
         /// H.
-        plan: Hadamard,
+        plan: Rotation,
     },
     /// x becomes x Q.
     Dense {
@@ -36,22 +36,22 @@ pub enum Orthogonal {
 }
 
 impl Orthogonal {
-    /// The Hadamard transform of width `n`.
-    pub fn hadamard(n: usize) -> Self {
-        Orthogonal::Hadamard { signs: vec![1.0; n], plan: Hadamard::new(n) }
+    /// The transform of width `n`.
+    pub fn plain(kind: RotationKind, n: usize) -> Self {
+        Orthogonal::Signed { signs: vec![1.0; n], plan: Rotation::new(kind, n) }
     }
 
     /// The same with random signs.
-    pub fn random_hadamard(n: usize, seed: u64) -> Self {
+    pub fn random(kind: RotationKind, n: usize, seed: u64) -> Self {
         let mut rng = ChaCha8Rng::seed_from_u64(seed);
         let signs = (0..n).map(|_| if rng.random::<bool>() { 1.0 } else { -1.0 }).collect();
-        Orthogonal::Hadamard { signs, plan: Hadamard::new(n) }
+        Orthogonal::Signed { signs, plan: Rotation::new(kind, n) }
     }
 
     /// Width n.
     pub fn width(&self) -> usize {
         match self {
-            Orthogonal::Hadamard { signs, .. } => signs.len(),
+            Orthogonal::Signed { signs, .. } => signs.len(),
             Orthogonal::Dense { n, .. } => *n,
         }
     }
@@ -68,7 +68,7 @@ impl Orthogonal {
     /// X Q for X `[rows, n]`, in place: what reads or is the residual stream.
     pub fn rotate_rows(&self, x: &mut [f32]) {
         match self {
-            Orthogonal::Hadamard { signs, plan } => {
+            Orthogonal::Signed { signs, plan } => {
                 let n = signs.len();
                 x.par_chunks_exact_mut(n)
                     .for_each(|row| row.iter_mut().zip(signs).for_each(|(v, s)| *v *= s));
@@ -103,12 +103,13 @@ fn transposed(w: &[f32], rows: usize, cols: usize) -> Vec<f32> {
     t
 }
 
-/// The rotations that a recipe leaves to run time. A width without a Hadamard matrix (9 heads) is not mixed.
+/// The rotations that a recipe leaves to run time. A width without a Hadamard matrix (9 heads) is not mixed by it; heads are by nothing else.
 pub fn online(rotate: &Rotate, config: &ModelConfig) -> OnlineRotations {
-    let kind = |n| (Hadamard::new(n).block() > 1).then_some(rotate.kind);
+    let mixes = |kind, n| kind == RotationKind::Dct || Hadamard::new(n).block() > 1;
+    let kind = |n| Some(rotate.kind).filter(|&kind| mixes(kind, n));
     OnlineRotations {
-        down: kind(config.intermediate_size),
-        heads: kind(config.num_heads),
+        down: kind(config.intermediate_size).filter(|_| rotate.residual),
+        heads: Some(RotationKind::Hadamard).filter(|&kind| rotate.residual && mixes(kind, config.num_heads)),
         qk: kind(config.head_dim).filter(|_| rotate.qk),
     }
 }
@@ -118,16 +119,8 @@ pub fn fold_norm(w: &mut [f32], norm: &[f32]) {
     w.par_chunks_exact_mut(norm.len()).for_each(|row| row.iter_mut().zip(norm).for_each(|(w, n)| *w *= n));
 }
 
-/// Rotates a block whose weights are dense and owned, so that it maps the rotated residual stream as it mapped the plain one. head: of
-/// every head of v.
-pub fn rotate_block(
-    block: &mut Block,
-    config: &ModelConfig,
-    residual: &Orthogonal,
-    head: &Orthogonal,
-    online: &OnlineRotations,
-) {
-    let rotations = Rotations::new(online, config);
+/// The rotation of the residual stream, with the norms folded.
+fn rotate_residual(block: &mut Block, residual: &Orthogonal) {
     for (norm, layers) in [
         (&mut block.input_norm, vec![&mut block.q, &mut block.k, &mut block.v]),
         (&mut block.post_norm, vec![&mut block.gate, &mut block.up]),
@@ -143,6 +136,21 @@ pub fn rotate_block(
         if let Some(bias) = bias {
             residual.rotate_rows(bias);
         }
+    }
+}
+
+/// Rotates a block whose weights are dense and owned, so that it maps the rotated residual stream as it mapped the plain one. residual: of
+/// that stream, if it is rotated; head: of every head of v.
+pub fn rotate_block(
+    block: &mut Block,
+    config: &ModelConfig,
+    residual: Option<&Orthogonal>,
+    head: &Orthogonal,
+    online: &OnlineRotations,
+) {
+    let rotations = Rotations::new(online, config);
+    if let Some(residual) = residual {
+        rotate_residual(block, residual);
     }
     if let Some((w, bias)) = block.v.dense_mut() {
         let out = config.num_kv_heads * config.head_dim;
@@ -172,7 +180,7 @@ pub fn rotate_block(
 mod tests {
     use super::*;
     use crate::testing::{TINY, dense_block, forward, ids, logits, relative, tiny};
-    use specquant_model::{Embedding, Head, RotationKind};
+    use specquant_model::{Embedding, Head};
 
     /// GQA, biases, norms on q and k, a sliding window and a tied head all meet a rotation here.
     #[test]
@@ -180,14 +188,15 @@ mod tests {
         for (i, name) in TINY.into_iter().enumerate() {
             let source = tiny(name);
             let config = source.config();
-            let rotate = Rotate { kind: RotationKind::Hadamard, qk: true };
-            let hadamard = Orthogonal::random_hadamard(config.hidden_size, 3);
+            let kind = if i % 3 == 0 { RotationKind::Dct } else { RotationKind::Hadamard };
+            let rotate = Rotate { kind, residual: true, qk: true };
+            let hadamard = Orthogonal::random(kind, config.hidden_size, 3);
             // As learned rotations come: dense, in every other model.
             let residual = match i % 2 {
                 0 => Orthogonal::Dense { n: config.hidden_size, matrix: hadamard.matrix() },
                 _ => hadamard,
             };
-            let (head, online) = (Orthogonal::hadamard(config.head_dim), online(&rotate, config));
+            let (head, online) = (Orthogonal::plain(kind, config.head_dim), online(&rotate, config));
             let mut plain =
                 Embedding::read(&source).unwrap().lookup(&ids(config), config.hidden_size).unwrap();
             let mut rotated = plain.clone();
@@ -195,7 +204,7 @@ mod tests {
             for index in 0..config.num_layers {
                 let mut block = dense_block(&source, index);
                 forward(&block, config, &mut plain, &mut |_, _| ());
-                rotate_block(&mut block, config, &residual, &head, &online);
+                rotate_block(&mut block, config, Some(&residual), &head, &online);
                 assert!(block.rotations.down.is_some() && block.rotations.qk.is_some());
                 forward(&block, config, &mut rotated, &mut |_, _| ());
                 let mut expected = plain.clone();
