@@ -86,7 +86,7 @@ pub struct QuantizeArgs {
     #[arg(short, long, value_name = "DST")]
     pub output: PathBuf,
     /// A built-in recipe (spectral, specquant, svdquant, quarot, spinquant[-paper], omniquant[-paper], awq, gptq, smooth-gptq, smoothquant, rtn) or a TOML file
-    #[arg(short, long, value_name = "NAME|FILE", default_value = "specquant")]
+    #[arg(short, long, value_name = "NAME|FILE", default_value = "spectral")]
     pub recipe: String,
     /// Replace a SpecQuant checkpoint, or an empty directory, at DST
     #[arg(long)]
@@ -111,6 +111,9 @@ pub struct Overrides {
     /// Inputs that share a weight scale; 0 for a scale per output channel [scheme.group_size]
     #[arg(long, value_name = "N")]
     pub group_size: Option<usize>,
+    /// What 4-bit codes of weights and activations stand for [scheme.levels]
+    #[arg(long, value_name = "LEVELS")]
+    pub levels: Option<LevelsArg>,
     /// Clip ratio of activations, in (0, 1] [scheme.act_clip]
     #[arg(long, value_name = "RATIO")]
     pub act_clip: Option<f32>,
@@ -165,6 +168,15 @@ pub struct Overrides {
     /// Worker threads; all cores by default. The result does not depend on it [threads]
     #[arg(long, value_name = "N")]
     pub threads: Option<usize>,
+}
+
+/// What 4-bit codes stand for.
+#[derive(Clone, Copy, PartialEq, ValueEnum)]
+pub enum LevelsArg {
+    /// Evenly spaced numbers
+    Uniform,
+    /// 16 numbers that suit a Gaussian
+    Gaussian,
 }
 
 /// Who pays for the bits of a branch.
@@ -465,7 +477,7 @@ pub struct DemoArgs {
     #[arg(short, long, value_name = "DST", default_value = "specquant-demo")]
     pub output: PathBuf,
     /// A built-in recipe or a TOML file
-    #[arg(short, long, value_name = "NAME|FILE", default_value = "specquant")]
+    #[arg(short, long, value_name = "NAME|FILE", default_value = "spectral")]
     pub recipe: String,
     #[command(flatten)]
     pub overrides: Overrides,

@@ -76,6 +76,18 @@ fn check(source: &Source) -> anyhow::Result<()> {
     Ok(())
 }
 
+/// Columns of the table of layers: title, key of report.json, decimals.
+const COLUMNS: [(&str, &str, usize); 8] = [
+    ("bits", "bits_per_weight", 3),
+    ("kept", "kept", 0),
+    ("clip", "act_clip", 2),
+    ("k mean", "mean_k", 1),
+    ("k max", "max_k", 0),
+    ("alpha", "smoothing_strength", 2),
+    ("T", "temperature", 2),
+    ("error", "relative_error", 5),
+];
+
 pub fn run(args: InspectArgs) -> anyhow::Result<ExitCode> {
     let source = Source::open(&args.model)?;
     let types = types(&source)?;
@@ -137,26 +149,22 @@ pub fn run(args: InspectArgs) -> anyhow::Result<ExitCode> {
             report["calibration_tokens"],
             quant.specquant_version
         )?;
-        let mut rows = vec![
-            ["layer", "shape", "bits", "k mean", "k max", "alpha", "T", "error"].map(str::to_owned).to_vec(),
-        ];
-        let number =
-            |v: &Value, digits: usize| v.as_f64().map_or("-".to_owned(), |v| format!("{v:.digits$}"));
-        for layer in report["layers"].as_array().into_iter().flatten() {
+        let layers = || report["layers"].as_array().into_iter().flatten();
+        // What no layer has is no column.
+        let columns: Vec<_> =
+            COLUMNS.iter().filter(|(_, key, _)| layers().any(|l| l.get(key).is_some())).collect();
+        let mut head = vec!["layer".to_owned(), "shape".to_owned()];
+        head.extend(columns.iter().map(|(title, ..)| (*title).to_owned()));
+        let mut rows = vec![head];
+        for layer in layers() {
             let fallback = if layer.get("fallback").is_some() { " (nearest)" } else { "" };
-            rows.push(vec![
-                format!(
-                    "{}{fallback}",
-                    layer["name"].as_str().unwrap_or("?").trim_start_matches("model.layers.")
-                ),
-                format!("{}x{}", layer["shape"][0], layer["shape"][1]),
-                number(&layer["bits_per_weight"], 3),
-                number(&layer["mean_k"], 1),
-                number(&layer["max_k"], 0),
-                number(&layer["smoothing_strength"], 2),
-                number(&layer["temperature"], 2),
-                number(&layer["relative_error"], 5),
-            ]);
+            let name = layer["name"].as_str().unwrap_or("?").trim_start_matches("model.layers.");
+            let mut row =
+                vec![format!("{name}{fallback}"), format!("{}x{}", layer["shape"][0], layer["shape"][1])];
+            row.extend(columns.iter().map(|(_, key, digits)| {
+                layer[key].as_f64().map_or("-".to_owned(), |v| format!("{v:.digits$}"))
+            }));
+            rows.push(row);
         }
         write!(out, "{}", table(&rows))?;
     }

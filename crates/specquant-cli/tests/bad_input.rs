@@ -277,7 +277,7 @@ fn nonsense_flags() {
             ["--recipe", "nosuch"],
             &[
                 "\"nosuch\"",
-                "specquant, svdquant, quarot, spinquant, spinquant-paper, omniquant, omniquant-paper, awq, gptq, smooth-gptq, smoothquant, rtn",
+                "spectral, specquant, svdquant, quarot, spinquant, spinquant-paper, omniquant, omniquant-paper, awq, gptq, smooth-gptq, smoothquant, rtn",
             ],
         ),
         (["--bits", "4"], &["--bits"]),
@@ -413,6 +413,52 @@ fn a_damaged_checkpoint_of_ours() {
         edit_json(&model.join("config.json"), |c| c["quantization_config"][key] = value);
         refuse(&lab, generate(&model), &[&[model.to_str().unwrap(), again], words].concat());
     }
+}
+
+#[test]
+fn a_damaged_transform_of_inputs() {
+    let lab = Lab::new();
+    let fresh = lab.quantized(&lab.model("llama-sharded"), "fresh", &["--recipe", "spectral", "--keep", "8"]);
+    let site = "model.layers.1.gate_up";
+    let again = "quantize the model again";
+    for (name, edit, words) in [
+        (
+            format!("{site}.reflections"),
+            &(|t: &mut Tensor| (t.shape, t.bytes) = (vec![4, 96], vec![1; 384])) as &dyn Fn(&mut Tensor),
+            &["kept_norm", "F32 [8]", "[4]"][..],
+        ),
+        (format!("{site}.reflections"), &|t| t.dtype = Dtype::U8, &["reflections", "U8", "I8"]),
+        (
+            format!("{site}.reflections"),
+            &|t| (t.shape, t.bytes) = (vec![96, 96], vec![1; 9216]),
+            &["reflections", "keeps 96 of 96"],
+        ),
+        (format!("{site}.kept_norm"), &|t| t.bytes[..4].fill(0), &["kept_norm", "positive"]),
+        (format!("{site}.act_clip"), &|t| t.bytes.copy_from_slice(&2f32.to_le_bytes()), &["act_clip", "2.0"]),
+        (
+            "model.layers.1.mlp.up_proj.kept_packed".to_owned(),
+            &|t| (t.shape, t.bytes) = (vec![176, 4], vec![1; 704]),
+            &["kept_packed", "[176, 8]"],
+        ),
+        (
+            "model.layers.1.self_attn.v_center".to_owned(),
+            &|t| (t.shape, t.bytes) = (vec![4], vec![0; 16]),
+            &["v_center", "shape [4]"],
+        ),
+    ] {
+        let model = lab.path().join("copy");
+        let _ = fs::remove_dir_all(&model);
+        fs::create_dir(&model).unwrap();
+        for (name, content) in tree(&fresh) {
+            fs::write(model.join(name), content).unwrap();
+        }
+        edit_tensor(&shard_of(&model, &name), &name, edit);
+        refuse(&lab, generate(&model), &[words, &[again]].concat());
+    }
+    let too_many = ["--recipe", "spectral", "--keep", "96"];
+    refuse_quantize(&lab, &lab.model("llama-sharded"), &too_many, &["q_proj", "input.keep = 96", "--keep"]);
+    let without = ["--recipe", "gptq", "--keep", "8"];
+    refuse_quantize(&lab, &lab.model("llama-sharded"), &without, &["--keep", "gptq", "spectral"]);
 }
 
 #[test]

@@ -168,7 +168,16 @@ fn quantize_reports_and_a_dry_run_writes_nothing() {
     let out = lab.out("quantized");
     let run = |flags: &[&str]| {
         let mut command = specquant();
-        command.arg("quantize").arg("-m").arg(&model).arg("-o").arg(&out).args(QUICK).args(FIXED).args(flags);
+        command
+            .arg("quantize")
+            .arg("-m")
+            .arg(&model)
+            .arg("-o")
+            .arg(&out)
+            .args(QUICK)
+            .args(FIXED)
+            .args(published(flags))
+            .args(flags);
         command
     };
     let before = tree(lab.path());
@@ -214,7 +223,15 @@ fn one_seed_gives_one_checkpoint() {
         let out = lab.out(name);
         let common = ["--samples", "2", "--sequence-length", "64", "--search-tokens", "32", "--seed", "7"];
         let mut command = specquant();
-        command.arg("quantize").arg("-m").arg(model).arg("-o").arg(&out).args(common).args(flags);
+        command
+            .arg("quantize")
+            .arg("-m")
+            .arg(model)
+            .arg("-o")
+            .arg(&out)
+            .args(common)
+            .args(published(flags))
+            .args(flags);
         command.assert().success();
         out
     };
@@ -240,7 +257,7 @@ fn a_recipe_file_equals_its_flags() {
     let text = lab.file("text.txt", TEXT);
     let text = text.to_str().unwrap();
     let flags = [
-        "--scheme W4A8KV4 --group-size 16 --act-clip 0.9 --kv-clip 0.97 --smoothing-strength 0.4 --mean-k 3",
+        "--recipe specquant --scheme W4A8KV4 --group-size 16 --act-clip 0.9 --kv-clip 0.97 --smoothing-strength 0.4 --mean-k 3",
         "--max-k 6 --score entropy --temperature 0.5 --embeddings int8 --samples 3 --sequence-length 48",
         "--search-tokens 40 --seed 5 --threads 1 --calibration",
     ];

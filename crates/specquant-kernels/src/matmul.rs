@@ -159,6 +159,8 @@ struct IntBlock<'a> {
     /// Whole chunks; their depth is a multiple of 8, and every token has as many codes.
     w: &'a [Chunk],
     nibbles: bool,
+    /// What nibbles stand for.
+    levels: &'a [i8; 16],
     /// Largest activation code and largest magnitude of a weight code: what decides when a narrow sum could overflow.
     a_max: i32,
     w_max: i32,
@@ -175,6 +177,8 @@ struct FloatBlock<'a> {
     depth: usize,
     w: &'a [Chunk],
     nibbles: bool,
+    /// What nibbles stand for.
+    levels: &'a [i8; 16],
 }
 
 /// A rectangle of y: some columns of some rows.
@@ -261,8 +265,9 @@ fn int_rect(kernel: impl Kernel, a: &QuantizedActs, w: &PackedWeights, mut rect:
                         rows,
                         w: w.chunks(panel, k, end),
                         nibbles: w.nibbles(),
+                        levels: w.levels(),
                         a_max: code_max(a.bits),
-                        w_max: weight_max(w.bits()),
+                        w_max: w.largest(),
                     };
                     kernel.int_block(&block, &mut scratch, acc);
                 }
@@ -293,6 +298,7 @@ fn float_rect(kernel: impl Kernel, x: &[f32], w: &PackedWeights, mut rect: Rect,
                         depth: end - k,
                         w: w.chunks(panel, k, end),
                         nibbles: w.nibbles(),
+                        levels: w.levels(),
                     };
                     // Blocks sum on their own first: the error grows with a block's depth, not with the whole one.
                     acc.fill([0.; PANEL]);
@@ -418,6 +424,26 @@ mod tests {
         }
         let w = random_weights(&mut rng, 48, 128, 4, 32);
         check_all(&random_acts(&mut rng, 150, 128, 4), &w);
+    }
+
+    #[test]
+    fn levels_are_looked_up() {
+        let mut rng = Lcg(2);
+        for (inp, out, group) in [(7, 16, 7), (576, 40, 576), (128, 48, 32), (4096, 18, 4096)] {
+            let codes: Vec<i8> =
+                (0..out * inp).map(|_| crate::GAUSSIAN_LEVELS[rng.below(16) as usize]).collect();
+            let scales = vec![0.02; out * inp / group];
+            let w = PackedWeights::pack_levels(&codes, &scales, out, inp, group, &crate::GAUSSIAN_LEVELS);
+            let w = w.unwrap();
+            assert_eq!(w.unpack(), codes);
+            for rows in [1, 3, 5, 17] {
+                let x: Vec<f32> = (0..rows * inp).map(|_| rng.float()).collect();
+                check_all(&crate::quantize_acts_gaussian(&x, rows, inp, 0.9), &w);
+                check_all(&random_acts(&mut rng, rows, inp, 4), &w);
+                check_all(&random_acts(&mut rng, rows, inp, 8), &w);
+            }
+        }
+        assert_eq!(i16_steps(126, 127), 1);
     }
 
     #[test]

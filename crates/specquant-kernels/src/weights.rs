@@ -3,7 +3,8 @@
 //! A *panel* is 16 output channels. Its codes stand in *chunks* of 64 bytes:
 //!
 //! - 5 to 8 bits: a chunk holds 4 consecutive inputs (a *quad*) of 16 channels, byte `4c + i` is input `i` of channel `c`, signed.
-//! - 2 to 4 bits: a chunk holds two quads, the first in the low nibbles and the second in the high nibbles, as `code + 8`.
+//! - 2 to 4 bits: a chunk holds two quads, the first in the low nibbles and the second in the high nibbles, each a number of 16 levels: −8 … 7, or
+//!   any others ([`PackedWeights::pack_levels`]); kernels look them up as they unpack.
 //!
 //! So a chunk is a 512-bit register whose 32-bit lanes are channels: what `vpdpbusd` and `vpmaddubsw` + `vpmaddwd` sum into.
 //! Inputs are padded to a multiple of 8 with code 0, channels to a multiple of 16. Scales and sums of codes stand as
@@ -19,6 +20,14 @@ pub(crate) const PANEL: usize = 16;
 #[repr(C, align(64))]
 pub(crate) struct Chunk(pub(crate) [u8; 64]);
 
+/// The levels of plain 4-bit codes.
+pub const UNIFORM_LEVELS: [i8; 16] = [-8, -7, -6, -5, -4, -3, -2, -1, 0, 1, 2, 3, 4, 5, 6, 7];
+
+/// The 16 levels that represent a Gaussian weight with the least squared error (Max, IRE Trans. Inf. Theory 6, 1960: ± 0.1284, 0.3881, 0.6568, 0.9424,
+/// 1.2562, 1.6181, 2.0690, 2.7326 standard deviations), in units of 1/127 of the largest. Evenly spaced ones have 1.21 times their error.
+pub const GAUSSIAN_LEVELS: [i8; 16] =
+    [-127, -96, -75, -58, -44, -31, -18, -6, 6, 18, 31, 44, 58, 75, 96, 127];
+
 /// Weight matrix `[out, in]` of signed integer codes with one scale per output channel and group of inputs.
 #[derive(Debug, Clone, PartialEq)]
 pub struct PackedWeights {
@@ -26,6 +35,8 @@ pub struct PackedWeights {
     inp: usize,
     bits: u8,
     group_size: usize,
+    /// What nibbles stand for.
+    levels: [i8; 16],
     chunks: Vec<Chunk>,
     scales: Vec<[f32; PANEL]>,
     /// Sum of the codes per channel and group: what an activation zero point is multiplied with.
@@ -49,6 +60,47 @@ impl PackedWeights {
         if !(2..=8).contains(&bits) {
             return Err(KernelError::Bits { what: "weights", bits });
         }
+        let max = ((1i32 << (bits - 1)) - 1) as i8;
+        if let Some(i) = codes.iter().position(|&q| q > max || q < -max - 1) {
+            return Err(KernelError::CodeRange {
+                code: codes[i],
+                row: i / inp.max(1),
+                col: i % inp.max(1),
+                bits,
+            });
+        }
+        Self::build(codes, scales, [out, inp], bits, group_size, UNIFORM_LEVELS)
+    }
+
+    /// As [`pack`](Self::pack) at 4 bits, for codes that are 16 other numbers than −8 … 7: `levels`, in rising order.
+    pub fn pack_levels(
+        codes: &[i8],
+        scales: &[f32],
+        out: usize,
+        inp: usize,
+        group_size: usize,
+        levels: &[i8; 16],
+    ) -> Result<Self, KernelError> {
+        if let Some(i) = codes.iter().position(|q| levels.binary_search(q).is_err()) {
+            return Err(KernelError::CodeRange {
+                code: codes[i],
+                row: i / inp.max(1),
+                col: i % inp.max(1),
+                bits: 4,
+            });
+        }
+        Self::build(codes, scales, [out, inp], 4, group_size, *levels)
+    }
+
+    /// Codes are in range.
+    fn build(
+        codes: &[i8],
+        scales: &[f32],
+        [out, inp]: [usize; 2],
+        bits: u8,
+        group_size: usize,
+        levels: [i8; 16],
+    ) -> Result<Self, KernelError> {
         if group_size == 0
             || inp == 0
             || !inp.is_multiple_of(group_size)
@@ -57,17 +109,13 @@ impl PackedWeights {
             return Err(KernelError::GroupSize { group_size, inp });
         }
         // Beyond it, products with 8-bit activations could overflow an i32.
-        let limit = i32::MAX as usize / (255 << (bits - 1));
+        let limit = i32::MAX as usize / (255 * largest(bits, &levels) as usize);
         if group_size > limit {
             return Err(KernelError::Depth { group_size, bits, limit });
         }
         let groups = inp / group_size;
         check_len("codes", codes.len(), out, inp)?;
         check_len("scales", scales.len(), out, groups)?;
-        let max = ((1i32 << (bits - 1)) - 1) as i8;
-        if let Some(i) = codes.iter().position(|&q| q > max || q < -max - 1) {
-            return Err(KernelError::CodeRange { code: codes[i], row: i / inp, col: i % inp, bits });
-        }
         if let Some(index) = scales.iter().position(|s| !s.is_finite() || *s < 0.) {
             return Err(KernelError::NotFinite { what: "scale", index, value: scales[index].to_string() });
         }
@@ -78,10 +126,12 @@ impl PackedWeights {
             inp,
             bits,
             group_size,
+            levels,
             chunks: Vec::new(),
             scales: vec![[0.; PANEL]; panels * groups],
             colsums: vec![[0; PANEL]; panels * groups],
         };
+        // Padding: a level near zero; there are no activations to multiply it with.
         let empty = Chunk([if w.nibbles() { 0x88 } else { 0 }; 64]);
         w.chunks = vec![empty; panels * w.panel_chunks()];
         for n in 0..out {
@@ -91,7 +141,10 @@ impl PackedWeights {
                 let (chunk, byte, shift) = w.place(panel, c, k);
                 let b = &mut w.chunks[chunk].0[byte];
                 match shift {
-                    Some(s) => *b = *b & !(15 << s) | ((q + 8) as u8) << s,
+                    Some(s) => {
+                        let number = levels.binary_search(&q).unwrap_or_default() as u8;
+                        *b = *b & !(15 << s) | number << s;
+                    }
                     None => *b = q as u8,
                 }
             }
@@ -109,7 +162,7 @@ impl PackedWeights {
             codes.extend((0..self.inp).map(|k| {
                 let (chunk, byte, shift) = self.place(n / PANEL, n % PANEL, k);
                 let b = self.chunks[chunk].0[byte];
-                shift.map_or(b as i8, |s| (b >> s & 15) as i8 - 8)
+                shift.map_or(b as i8, |s| self.levels[usize::from(b >> s & 15)])
             }));
         }
         codes
@@ -138,6 +191,16 @@ impl PackedWeights {
     /// Bit width of a code.
     pub fn bits(&self) -> u8 {
         self.bits
+    }
+
+    /// What nibbles stand for.
+    pub(crate) fn levels(&self) -> &[i8; 16] {
+        &self.levels
+    }
+
+    /// Largest magnitude that a code can have.
+    pub(crate) fn largest(&self) -> i32 {
+        largest(self.bits, &self.levels)
     }
 
     /// Inputs that share a scale; [`in_features`](Self::in_features) for one scale per channel.
@@ -185,6 +248,12 @@ impl PackedWeights {
         let shift = if k % 8 < 4 { 0 } else { 4 };
         (chunk, 4 * c + k % 4, self.nibbles().then_some(shift))
     }
+}
+
+/// Largest magnitude of a code; of fewer than 4 bits only some of the levels are used.
+fn largest(bits: u8, levels: &[i8; 16]) -> i32 {
+    let of_levels = levels.iter().fold(0, |m, l| m.max(i32::from(*l).abs()));
+    if bits == 4 { of_levels } else { 1 << (bits - 1) }
 }
 
 fn check_len(what: &'static str, got: usize, rows: usize, cols: usize) -> Result<(), KernelError> {

@@ -6,6 +6,7 @@
 //! | tensor | dtype, shape | meaning |
 //! |---|---|---|
 //! | `P.weight_packed` | U8 `[out, ceil(bits · in / 8)]` | up to 4 bits: code + 2^(bits−1), the first input in the lowest bits |
+//! | | | with `scheme.levels = "gaussian"` the code is the number of a level of [`specquant_kernels::GAUSSIAN_LEVELS`], less 8 |
 //! | `P.weight_packed` | I8 `[out, in]` | 5 to 8 bits |
 //! | `P.weight_bits` | U8 `[out]` | where channels differ: the bits of each; then `weight_packed` is U8 `[bytes]`, row after row |
 //! | `P.weight_scale` | F16 `[out, groups]` | weight = code × scale; F32 where f16 would lose precision |
@@ -34,7 +35,7 @@ use serde::{Deserialize, Serialize};
 use crate::{Error, OnlineRotations, Result, RotationKind, Scheme};
 
 /// Version of this layout.
-pub const FORMAT_VERSION: u32 = 2;
+pub const FORMAT_VERSION: u32 = 3;
 
 /// What the directions of a branch are.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]

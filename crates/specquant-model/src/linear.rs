@@ -7,7 +7,7 @@ use rayon::prelude::*;
 use specquant_kernels as kernels;
 use specquant_kernels::{Basis, BranchCoeffs, PackedDense, PackedWeights};
 
-use crate::{InputTransform, Result, SplitInput, TensorView};
+use crate::{InputTransform, Levels, Result, SplitInput, TensorView};
 
 /// Output channels widened at a time: 128 × 4096 f32 are 2 MiB, about a core's L2.
 const PANEL: usize = 128;
@@ -60,6 +60,8 @@ pub struct QuantLinear {
     pub kept: Option<Kept>,
     /// Bits of an activation code; 16 leaves the input in f32.
     pub act_bits: u8,
+    /// What activation codes stand for.
+    pub act_levels: Levels,
     /// Clip ratio of the activation quantizer.
     pub act_clip: f32,
     /// The branch, fed by the unquantized input.
@@ -219,7 +221,7 @@ impl Linear {
 
 /// Runs layers that read the same input, x: `[rows, in]`, and returns their outputs, `[rows, out]` each.
 ///
-/// The input is transformed once, quantized once per (bits, clip), and projected once on a basis that the layers share, on as many of its
+/// The input is transformed once, quantized once per (bits, levels, clip), and projected once on a basis that the layers share, on as many of its
 /// rows as any of them uses.
 ///
 /// # Errors
@@ -243,7 +245,7 @@ pub fn forward_shared<const N: usize>(
     };
     let branches = layers.each_ref().map(branch);
     let mut projected: Option<(*const Basis, Vec<f32>)> = None;
-    let mut codes: Option<((u8, u32), kernels::QuantizedActs)> = None;
+    let mut codes: Option<((u8, Levels, u32), kernels::QuantizedActs)> = None;
     let mut kept_codes: Option<kernels::QuantizedActs> = None;
     let mut outputs = [const { Vec::new() }; N];
     for (layer, y) in layers.into_iter().zip(&mut outputs) {
@@ -257,9 +259,12 @@ pub fn forward_shared<const N: usize>(
                 if l.act_bits == 16 {
                     kernels::matmul_float(x, rows, &l.weights, y);
                 } else {
-                    let key = (l.act_bits, l.act_clip.to_bits());
+                    let key = (l.act_bits, l.act_levels, l.act_clip.to_bits());
                     let acts = match codes.take() {
                         Some((k, acts)) if k == key => acts,
+                        _ if l.act_levels == Levels::Gaussian => {
+                            kernels::quantize_acts_gaussian(x, rows, inp, l.act_clip)
+                        }
                         _ => kernels::quantize_acts(x, rows, inp, l.act_bits, l.act_clip),
                     };
                     kernels::matmul_int(&acts, &l.weights, y);

@@ -12,7 +12,7 @@ use crate::linear::Linear;
 use crate::stored_linear::{
     StoredLinear, Truncation, read_act_clip, read_basis, read_linear, read_transform,
 };
-use crate::{Error, InputTransform, ModelConfig, Result, Rotations, Scheme, Source, TensorView};
+use crate::{Error, InputTransform, Levels, ModelConfig, Result, Rotations, Scheme, Source, TensorView};
 
 /// Rows of logits computed at a time: `64 × 49152` f32 are 12 MiB, which the allocator keeps.
 const LOGIT_ROWS: usize = 64;
@@ -31,8 +31,15 @@ pub enum Embedding {
 }
 
 /// The int8-per-row form of embeddings and head.
-const INT8_ROWS: Scheme =
-    Scheme { weight_bits: 8, act_bits: 16, kv_bits: 16, group_size: 0, act_clip: 1.0, kv_clip: None };
+const INT8_ROWS: Scheme = Scheme {
+    weight_bits: 8,
+    act_bits: 16,
+    kv_bits: 16,
+    levels: Levels::Uniform,
+    group_size: 0,
+    act_clip: 1.0,
+    kv_clip: None,
+};
 
 impl Embedding {
     /// Reads `model.embed_tokens`.

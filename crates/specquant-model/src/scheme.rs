@@ -8,6 +8,18 @@ use specquant_kernels::KvFormat;
 
 use crate::Error;
 
+/// What the codes of 4-bit weights and activations stand for. Other widths are uniform.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum Levels {
+    /// Evenly spaced numbers, as in nearly all of the literature: −8 … 7 for weights, 0 … 15 less a zero point for activations.
+    #[default]
+    Uniform,
+    /// 16 numbers of up to 8 bits, nearer to each other around zero, which represent a Gaussian with the least error
+    /// ([`specquant_kernels::GAUSSIAN_LEVELS`]); weights and activations that are rotated are nearly that. CPUs multiply bytes in any case.
+    Gaussian,
+}
+
 /// Bit widths and granularity of a quantized model. 16 means "not quantized".
 #[derive(Debug, Clone, Copy, PartialEq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
@@ -18,6 +30,9 @@ pub struct Scheme {
     pub act_bits: u8,
     /// Bits of a KV cache code: 2 to 8, asymmetric per token and head, K after RoPE; 16 stores f16.
     pub kv_bits: u8,
+    /// What 4-bit codes of weights and activations stand for.
+    #[serde(default, skip_serializing_if = "is_uniform")]
+    pub levels: Levels,
     /// Inputs that share a weight scale; 0 is a scale per output channel.
     #[serde(default)]
     pub group_size: usize,
@@ -30,6 +45,10 @@ pub struct Scheme {
     pub kv_clip: Option<f32>,
 }
 
+fn is_uniform(levels: &Levels) -> bool {
+    *levels == Levels::Uniform
+}
+
 fn one() -> f32 {
     1.0
 }
@@ -37,7 +56,15 @@ fn one() -> f32 {
 impl Default for Scheme {
     /// `W4A4KV4`, the paper's headline setting.
     fn default() -> Self {
-        Scheme { weight_bits: 4, act_bits: 4, kv_bits: 4, group_size: 0, act_clip: one(), kv_clip: None }
+        Scheme {
+            weight_bits: 4,
+            act_bits: 4,
+            kv_bits: 4,
+            levels: Levels::Uniform,
+            group_size: 0,
+            act_clip: one(),
+            kv_clip: None,
+        }
     }
 }
 
@@ -71,6 +98,11 @@ impl Scheme {
     /// Group size of a linear with `inp` inputs: `inp` itself for per-channel scales.
     pub fn group(&self, inp: usize) -> usize {
         if self.group_size == 0 { inp } else { self.group_size }
+    }
+
+    /// What codes of `bits` stand for.
+    pub fn levels(&self, bits: u8) -> Levels {
+        if bits == 4 { self.levels } else { Levels::Uniform }
     }
 
     /// Clip ratio of the KV cache, given or by its bits.

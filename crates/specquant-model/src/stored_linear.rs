@@ -3,12 +3,13 @@
 use std::sync::Arc;
 
 use half::f16;
-use specquant_kernels::{Basis, BranchCoeffs, PackedWeights, Reflections};
+use specquant_kernels::{Basis, BranchCoeffs, GAUSSIAN_LEVELS, PackedWeights, Reflections};
 
 use crate::checkpoint::{StoredTensor, le_bytes, scales_fit_f16};
 use crate::linear::{Branch, DenseLinear, DenseWeight, Kept, Linear, QuantLinear};
 use crate::{
-    BranchBasis, Dtype, Error, InputTransform, QuantizationConfig, Result, Scheme, Site, Source, TensorView,
+    BranchBasis, Dtype, Error, InputTransform, Levels, QuantizationConfig, Result, Scheme, Site, Source,
+    TensorView,
 };
 
 /// A quantized linear layer as it lies on disk.
@@ -22,6 +23,8 @@ pub struct StoredLinear {
     pub bits: u8,
     /// Bits of each channel's codes, `[out]`, at most 4; empty where all have [`StoredLinear::bits`].
     pub channel_bits: Vec<u8>,
+    /// What 4-bit codes stand for.
+    pub levels: Levels,
     /// Inputs that share a scale.
     pub group_size: usize,
     /// `[out, in]`.
@@ -176,6 +179,11 @@ fn unpack_row(bytes: &[u8], bits: u8, inp: usize, codes: &mut Vec<i8>) {
     }
 }
 
+/// The code under which a Gaussian level is stored: its number, less 8.
+fn level_code(level: &i8) -> i8 {
+    GAUSSIAN_LEVELS.binary_search(level).unwrap_or_default() as i8 - 8
+}
+
 /// Bytes of a packed row.
 fn row_bytes(inp: usize, bits: u8) -> usize {
     (inp * usize::from(bits)).div_ceil(8)
@@ -194,7 +202,14 @@ impl StoredLinear {
         } else {
             let mut bytes = Vec::new();
             for (channel, row) in self.codes.chunks(self.inp).enumerate() {
-                pack_row(row, self.channel_bits.get(channel).copied().unwrap_or(self.bits), &mut bytes);
+                let bits = self.channel_bits.get(channel).copied().unwrap_or(self.bits);
+                match self.levels {
+                    Levels::Uniform => pack_row(row, bits, &mut bytes),
+                    // The number of the level, as a code.
+                    Levels::Gaussian => {
+                        pack_row(&row.iter().map(level_code).collect::<Vec<_>>(), bits, &mut bytes)
+                    }
+                }
             }
             let shape = match self.channel_bits.is_empty() {
                 true => vec![self.out, row_bytes(self.inp, self.bits)],
@@ -290,6 +305,10 @@ impl StoredLinear {
             reader.expect(&packed, "weight_packed", Dtype::U8, &[out, width])?;
             packed.bytes().chunks(width.max(1)).for_each(|row| unpack_row(row, bits, inp, &mut codes));
         }
+        let levels = if channel_bits.is_empty() { scheme.levels(bits) } else { Levels::Uniform };
+        if levels == Levels::Gaussian {
+            codes.iter_mut().for_each(|code| *code = GAUSSIAN_LEVELS[(*code + 8) as usize & 15]);
+        }
         let scales = reader.scales("weight_scale", [out, inp / group_size])?;
         let kept = match kept {
             0 => None,
@@ -302,7 +321,19 @@ impl StoredLinear {
         };
         let branch = reader.branch(out, basis)?;
         let bias = read_bias(source, prefix, out)?;
-        Ok(StoredLinear { out, inp, bits, channel_bits, group_size, codes, scales, kept, branch, bias })
+        Ok(StoredLinear {
+            out,
+            inp,
+            bits,
+            channel_bits,
+            levels,
+            group_size,
+            codes,
+            scales,
+            kept,
+            branch,
+            bias,
+        })
     }
 
     /// The layer in the kernels' layout. basis: the directions that its branch refers to.
@@ -317,9 +348,14 @@ impl StoredLinear {
         truncation: Truncation,
     ) -> Result<Linear> {
         let named = |cause| Error::Kernel { name: prefix.to_owned(), cause };
-        let weights =
-            PackedWeights::pack(&self.codes, &self.scales, self.out, self.inp, self.bits, self.group_size)
-                .map_err(named)?;
+        let (codes, scales, group_size) = (&self.codes, &self.scales, self.group_size);
+        let weights = match self.levels {
+            Levels::Uniform => PackedWeights::pack(codes, scales, self.out, self.inp, self.bits, group_size),
+            Levels::Gaussian => {
+                PackedWeights::pack_levels(codes, scales, self.out, self.inp, group_size, &GAUSSIAN_LEVELS)
+            }
+        };
+        let weights = weights.map_err(named)?;
         let kept = self.kept.as_ref().map(|kept| {
             let r = kept.codes.len() / self.out;
             let weights = PackedWeights::pack(&kept.codes, &kept.scales, self.out, r, KEPT_BITS, r)?;
@@ -342,6 +378,7 @@ impl StoredLinear {
             weights,
             kept,
             act_bits: scheme.act_bits,
+            act_levels: scheme.levels(scheme.act_bits),
             act_clip: scheme.act_clip,
             branch,
             bias: self.bias.clone(),

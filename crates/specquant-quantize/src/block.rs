@@ -329,7 +329,7 @@ impl Parts {
         let split = transform.apply_to_weight(w.values.to_vec(), w.out);
         let (r, inp) = (transform.kept(), w.inp - transform.kept());
         let kept = (r > 0).then(|| {
-            let grid = Grid { bits: KEPT_BITS, group_size: 0 };
+            let grid = Grid { bits: KEPT_BITS, ..Grid::default() };
             let whole = ClipSearch { enabled: false, ..ClipSearch::default() };
             let scales = storable_scales(rounding::weight_scales(&split.kept, w.out, r, &grid, &whole));
             StoredKept { codes: rounding::round_to_nearest(&split.kept, w.out, r, &scales, &grid), scales }

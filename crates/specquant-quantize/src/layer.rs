@@ -137,7 +137,7 @@ pub fn quantize(
             true => Cow::Borrowed(&residual),
             false => rows.iter().flat_map(|row| &residual[row * w.inp..(row + 1) * w.inp]).copied().collect(),
         };
-        let grid = Grid { bits, group_size };
+        let grid = Grid { bits, group_size, levels: scheme.levels };
         let found = channel_scales(w, &part, &rows, &grid, clip, input);
         let part_scales = storable_scales(found);
         if let Some(i) = part_scales.iter().position(|s| !s.is_finite()) {
@@ -171,6 +171,7 @@ pub fn quantize(
         inp: w.inp,
         bits: scheme.weight_bits,
         channel_bits,
+        levels: scheme.levels(scheme.weight_bits),
         group_size,
         codes,
         scales,
@@ -322,7 +323,8 @@ fn refine(
             let linear =
                 stored.to_linear(w.name, &recipe.scheme, Some(&candidate.basis), Truncation::None)?;
             error += output_error(&linear, input.sample, wants[i], input.rows)?;
-            let grid = Grid { bits: stored.bits, group_size: stored.group_size };
+            let grid =
+                Grid { bits: stored.bits, group_size: stored.group_size, levels: recipe.scheme.levels };
             let rounded = rounding::dequantize(&stored.codes, w.out, w.inp, &stored.scales, &grid);
             rest.push(w.values.iter().zip(rounded).map(|(w, q)| w - q).collect::<Vec<f32>>());
         }
@@ -375,7 +377,7 @@ fn narrow_channels(
         None => input.mean_abs.iter().map(|x| f64::from(*x).powi(2)).collect(),
     };
     let errors = |bits: u8| -> Vec<f64> {
-        let grid = Grid { bits, group_size: scheme.group(w.inp) };
+        let grid = Grid { bits, group_size: scheme.group(w.inp), levels: scheme.levels };
         let scales = rounding::weight_scales(&residual, w.out, w.inp, &grid, &search_clip(recipe));
         let codes = rounding::round_to_nearest(&residual, w.out, w.inp, &scales, &grid);
         let rounded = rounding::dequantize(&codes, w.out, w.inp, &scales, &grid);

@@ -7,7 +7,7 @@
 use std::path::{Path, PathBuf};
 
 use serde::{Deserialize, Serialize};
-use specquant_model::{BranchBasis, RotationKind, Scheme};
+use specquant_model::{BranchBasis, Levels, RotationKind, Scheme};
 
 use crate::branch::Score;
 use crate::learn::Learn;
@@ -349,6 +349,18 @@ impl Recipe {
         }
         if let Some(branch) = &self.branch {
             branch.validate(self.scheme.weight_bits)?;
+        }
+        if self.scheme.levels == Levels::Gaussian {
+            let why = match (&self.branch, &self.learn) {
+                (Some(Branch { overhead: Overhead::Matched, .. }), _) => {
+                    "branch.overhead = \"matched\" gives some channels 3 bits, for which there are no levels"
+                }
+                (_, Some(_)) => "what [learn] learns is learned for evenly spaced codes",
+                _ => "",
+            };
+            if !why.is_empty() {
+                return refuse(format!("scheme.levels = \"gaussian\": {why}; set levels = \"uniform\""));
+            }
         }
         if let Some(learn) = &self.learn {
             learn.validate(self)?;

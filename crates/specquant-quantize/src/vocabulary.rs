@@ -90,6 +90,7 @@ pub fn vocabulary_tensors(
         codes: codes.concat(),
         scales,
         channel_bits: Vec::new(),
+        levels: specquant_model::Levels::Uniform,
         kept: None,
         branch: None,
         bias: None,

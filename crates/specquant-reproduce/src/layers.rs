@@ -153,7 +153,7 @@ fn difference(a: &[f32], b: &[f32]) -> Vec<f32> {
 
 /// r: `[out, inp]`; whole: energy of the weight.
 fn residual(r: &[f32], out: usize, inp: usize, whole: f64) -> Residual {
-    let grid = Grid { bits: 4, group_size: 0 };
+    let grid = Grid::default();
     let clip =
         ClipSearch { enabled: true, grid: 20, max_shrink: 0.5, norm: 2.0, objective: ClipObjective::Weight };
     let scales = weight_scales(r, out, inp, &grid, &clip);

@@ -16,6 +16,12 @@ use tempfile::TempDir;
 /// Flags that make a calibration tiny.
 pub const QUICK: [&str; 8] =
     ["--samples", "2", "--sequence-length", "64", "--search-tokens", "32", "--threads", "2"];
+/// What quantizes by the published method, unless the flags name another recipe: most tests are about its parts.
+pub fn published(flags: &[&str]) -> &'static [&'static str] {
+    let named = flags.iter().any(|flag| *flag == "--recipe" || *flag == "-r");
+    if named { &[] } else { &["--recipe", "specquant"] }
+}
+
 /// A few hundred bytes, so a few hundred tokens.
 pub const TEXT: &str = "The harbour was quiet before the storm. Two boats lay at the wall, and their ropes creaked.\n\
     An old man mended his nets; he had done so for forty years, and he did not look up when the rain began.\n\
@@ -78,7 +84,7 @@ impl Lab {
         let out = self.out(name);
         let mut command = specquant();
         command.arg("quantize").arg("-m").arg(model).arg("-o").arg(&out);
-        command.args(QUICK).args(flags).assert().success();
+        command.args(QUICK).args(published(flags)).args(flags).assert().success();
         out
     }
 }
@@ -223,6 +229,6 @@ pub fn refuse_quantize(lab: &Lab, model: &Path, flags: &[&str], words: &[&str]) 
     let out = lab.out("quantized");
     let mut args: Vec<&OsStr> = ["quantize", "--json", "-m"].map(OsStr::new).to_vec();
     args.extend([model.as_os_str(), OsStr::new("-o"), out.as_os_str()]);
-    args.extend(QUICK.iter().chain(flags).map(OsStr::new));
+    args.extend(QUICK.iter().chain(published(flags)).chain(flags).map(OsStr::new));
     refuse(lab, args, words)
 }

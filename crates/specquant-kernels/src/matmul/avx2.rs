@@ -2,13 +2,13 @@
 //!
 //! Integer: `vpmaddubsw` multiplies unsigned activation codes with signed weight codes and adds pairs in i16. As many steps
 //! stay in i16 as cannot overflow (u4 × s4: 136, u8 × s4: 8), then `vpmaddwd` widens. u8 × s8 would overflow in the first step
-//! and takes `vpmaddwd` on widened codes. Up to 4 tokens unpack nibbles in registers; more share one unpacking.
+//! and takes `vpmaddwd` on widened codes. Nibbles are looked up among their 16 levels. Up to 4 tokens unpack nibbles in registers; more share one unpacking.
 //!
 //! Float: a 32-bit lane holds a channel's quad; codes become floats where they stand in the lane (see [`widen`]).
 
 use super::{FloatBlock, IntBlock, Kernel, fold, i16_steps};
 use crate::isa::Avx2;
-use crate::weights::{Chunk, PANEL};
+use crate::weights::{Chunk, PANEL, UNIFORM_LEVELS};
 use std::arch::x86_64::*;
 
 impl Kernel for Avx2 {
@@ -29,7 +29,12 @@ impl Kernel for Avx2 {
         assert_eq!(block.w.len(), block.depth.div_ceil(8) * if block.nibbles { 1 } else { 2 });
         // SAFETY: the token proves AVX2 and FMA; `check` has proved that every token has `depth` values.
         unsafe {
-            if block.nibbles {
+            if block.nibbles && *block.levels != UNIFORM_LEVELS {
+                // The trick that widens nibbles where they stand takes them for numbers; bytes it takes as they are.
+                let mut bytes = Vec::new();
+                expand(block.w, block.levels, &mut bytes);
+                float_block::<false>(&FloatBlock { w: &bytes, nibbles: false, ..*block }, scratch, acc);
+            } else if block.nibbles {
                 float_block::<true>(block, scratch, acc);
             } else {
                 float_block::<false>(block, scratch, acc);
@@ -73,15 +78,15 @@ unsafe fn int_block(block: &IntBlock, scratch: &mut Vec<Chunk>, acc: &mut [[i32;
     unsafe {
         if !block.nibbles {
             for_tiles(block.w, a, stride, steps, acc);
-        } else if block.rows <= 4 {
+        } else if block.rows <= 4 && steps >= 2 {
             match block.rows {
-                1 => nibbles::<1>(block.w, a, stride, steps, acc),
-                2 => nibbles::<2>(block.w, a, stride, steps, acc),
-                3 => nibbles::<3>(block.w, a, stride, steps, acc),
-                _ => nibbles::<4>(block.w, a, stride, steps, acc),
+                1 => nibbles::<1>(block.w, block.levels, a, stride, steps, acc),
+                2 => nibbles::<2>(block.w, block.levels, a, stride, steps, acc),
+                3 => nibbles::<3>(block.w, block.levels, a, stride, steps, acc),
+                _ => nibbles::<4>(block.w, block.levels, a, stride, steps, acc),
             }
         } else {
-            expand(block.w, scratch);
+            expand(block.w, block.levels, scratch);
             for_tiles(scratch, a, stride, steps, acc);
         }
     }
@@ -115,23 +120,31 @@ fn load(chunk: &Chunk) -> [__m256i; 2] {
     }
 }
 
-/// The quads in the low and in the high nibbles, signed.
+/// The levels in both 128-bit lanes, to be looked up.
 #[target_feature(enable = "avx2")]
-fn unpack(chunk: &Chunk) -> [[__m256i; 2]; 2] {
-    let (mask, eight) = (_mm256_set1_epi8(15), _mm256_set1_epi8(8));
+fn table(levels: &[i8; 16]) -> __m256i {
+    // SAFETY: 16 bytes from an array of 16.
+    _mm256_broadcastsi128_si256(unsafe { _mm_loadu_si128(levels.as_ptr().cast()) })
+}
+
+/// What the quads in the low and in the high nibbles stand for.
+#[target_feature(enable = "avx2")]
+fn unpack(chunk: &Chunk, table: __m256i) -> [[__m256i; 2]; 2] {
+    let mask = _mm256_set1_epi8(15);
     let v = load(chunk);
     [
-        v.map(|v| _mm256_sub_epi8(_mm256_and_si256(v, mask), eight)),
-        v.map(|v| _mm256_sub_epi8(_mm256_and_si256(_mm256_srli_epi16::<4>(v), mask), eight)),
+        v.map(|v| _mm256_shuffle_epi8(table, _mm256_and_si256(v, mask))),
+        v.map(|v| _mm256_shuffle_epi8(table, _mm256_and_si256(_mm256_srli_epi16::<4>(v), mask))),
     ]
 }
 
 /// Nibble chunks to byte chunks.
 #[target_feature(enable = "avx2")]
-fn expand(w: &[Chunk], bytes: &mut Vec<Chunk>) {
+fn expand(w: &[Chunk], levels: &[i8; 16], bytes: &mut Vec<Chunk>) {
+    let table = table(levels);
     bytes.resize(2 * w.len(), Chunk([0; 64]));
     for (chunk, pair) in w.iter().zip(bytes.as_chunks_mut::<2>().0) {
-        for (quad, to) in unpack(chunk).into_iter().zip(pair) {
+        for (quad, to) in unpack(chunk, table).into_iter().zip(pair) {
             // SAFETY: a chunk is 64 aligned bytes.
             unsafe {
                 _mm256_store_si256(to.0.as_mut_ptr().cast(), quad[0]);
@@ -191,17 +204,19 @@ unsafe fn narrow<const R: usize>(
 #[target_feature(enable = "avx2")]
 unsafe fn nibbles<const R: usize>(
     w: &[Chunk],
+    levels: &[i8; 16],
     a: *const u8,
     stride: usize,
     steps: usize,
     acc: &mut [[i32; PANEL]],
 ) {
     let ones = _mm256_set1_epi16(1);
+    let table = table(levels);
     let steps = steps / 2; // a chunk is two quads; u8 × s4 has 8 steps, others more
     for (s, part) in w.chunks(steps).enumerate() {
         let mut sum = [[_mm256_setzero_si256(); 2]; R];
         for (j, chunk) in part.iter().enumerate() {
-            for (q, w) in unpack(chunk).into_iter().enumerate() {
+            for (q, w) in unpack(chunk, table).into_iter().enumerate() {
                 for r in 0..R {
                     // SAFETY: the row has two quads for each chunk.
                     let x = unsafe { quad(a.add(r * stride + 8 * (s * steps + j) + 4 * q)) };

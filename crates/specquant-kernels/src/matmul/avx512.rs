@@ -46,12 +46,12 @@ unsafe fn int_block(block: &IntBlock, scratch: &mut Vec<Chunk>, acc: &mut [[i32;
     unsafe {
         if block.nibbles && block.rows < 4 {
             for (r, acc) in acc.iter_mut().enumerate() {
-                nibbles(block.w, a.add(r * stride), acc);
+                nibbles(block.w, block.levels, a.add(r * stride), acc);
             }
             return;
         }
         let w = if block.nibbles {
-            expand(block.w, scratch);
+            expand(block.w, block.levels, scratch);
             &*scratch
         } else {
             block.w
@@ -78,20 +78,28 @@ fn load(chunk: &Chunk) -> __m512i {
     unsafe { _mm512_load_si512(chunk.0.as_ptr().cast()) }
 }
 
-/// The quads in the low and in the high nibbles, signed.
+/// The levels in every 128-bit lane, to be looked up.
+#[target_feature(enable = "avx512f")]
+fn table(levels: &[i8; 16]) -> __m512i {
+    // SAFETY: 16 bytes from an array of 16.
+    _mm512_broadcast_i32x4(unsafe { _mm_loadu_si128(levels.as_ptr().cast()) })
+}
+
+/// What the quads in the low and in the high nibbles stand for.
 #[target_feature(enable = "avx512f,avx512bw")]
-fn unpack(chunk: &Chunk) -> [__m512i; 2] {
-    let (mask, eight) = (_mm512_set1_epi8(15), _mm512_set1_epi8(8));
+fn unpack(chunk: &Chunk, table: __m512i) -> [__m512i; 2] {
+    let mask = _mm512_set1_epi8(15);
     let v = load(chunk);
-    [v, _mm512_srli_epi16::<4>(v)].map(|v| _mm512_sub_epi8(_mm512_and_si512(v, mask), eight))
+    [v, _mm512_srli_epi16::<4>(v)].map(|v| _mm512_shuffle_epi8(table, _mm512_and_si512(v, mask)))
 }
 
 /// Nibble chunks to byte chunks.
 #[target_feature(enable = "avx512f,avx512bw")]
-fn expand(w: &[Chunk], bytes: &mut Vec<Chunk>) {
+fn expand(w: &[Chunk], levels: &[i8; 16], bytes: &mut Vec<Chunk>) {
+    let table = table(levels);
     bytes.resize(2 * w.len(), Chunk([0; 64]));
     for (chunk, pair) in w.iter().zip(bytes.as_chunks_mut::<2>().0) {
-        for (quad, to) in unpack(chunk).into_iter().zip(pair) {
+        for (quad, to) in unpack(chunk, table).into_iter().zip(pair) {
             // SAFETY: a chunk is 64 aligned bytes.
             unsafe { _mm512_store_si512(to.0.as_mut_ptr().cast(), quad) };
         }
@@ -130,18 +138,19 @@ unsafe fn tile<const R: usize>(w: &[Chunk], a: *const u8, stride: usize, acc: &m
 
 /// Nibble chunks times one token, unpacked in registers.
 #[target_feature(enable = "avx512f,avx512bw,avx512vnni")]
-unsafe fn nibbles(w: &[Chunk], a: *const u8, acc: &mut [i32; PANEL]) {
+unsafe fn nibbles(w: &[Chunk], levels: &[i8; 16], a: *const u8, acc: &mut [i32; PANEL]) {
+    let table = table(levels);
     let mut sum = [_mm512_setzero_si512(); 4];
     let (pairs, last) = w.as_chunks::<2>();
     for (j, pair) in pairs.iter().enumerate() {
-        let [u, v] = [unpack(&pair[0]), unpack(&pair[1])];
+        let [u, v] = [unpack(&pair[0], table), unpack(&pair[1], table)];
         for (i, w) in [u[0], u[1], v[0], v[1]].into_iter().enumerate() {
             // SAFETY: the row has four quads for each pair of chunks.
             sum[i] = _mm512_dpbusd_epi32(sum[i], unsafe { quad(a.add(16 * j + 4 * i)) }, w);
         }
     }
     for chunk in last {
-        for (i, w) in unpack(chunk).into_iter().enumerate() {
+        for (i, w) in unpack(chunk, table).into_iter().enumerate() {
             // SAFETY: the row has two quads for each chunk.
             sum[i] = _mm512_dpbusd_epi32(sum[i], unsafe { quad(a.add(16 * pairs.len() + 4 * i)) }, w);
         }

@@ -6,7 +6,7 @@ use crate::weights::{Chunk, PANEL};
 
 impl Kernel for Scalar {
     fn int_block(self, block: &IntBlock, _: &mut Vec<Chunk>, acc: &mut [[i32; PANEL]]) {
-        for_quads(block.w, block.nibbles, |q, w| {
+        for_quads(block.w, block.nibbles.then_some(block.levels), |q, w| {
             for (t, acc) in acc.iter_mut().enumerate() {
                 let a = &block.a[t * block.stride + 4 * q..][..4];
                 for c in 0..PANEL {
@@ -19,7 +19,7 @@ impl Kernel for Scalar {
     }
 
     fn float_block(self, block: &FloatBlock, _: &mut Vec<f32>, acc: &mut [[f32; PANEL]]) {
-        for_quads(block.w, block.nibbles, |q, w| {
+        for_quads(block.w, block.nibbles.then_some(block.levels), |q, w| {
             for (t, acc) in acc.iter_mut().enumerate() {
                 for k in 4 * q..block.depth.min(4 * q + 4) {
                     let x = block.x[t * block.stride + k];
@@ -32,8 +32,8 @@ impl Kernel for Scalar {
     }
 }
 
-/// Calls `f(quad, codes)` for each quad of inputs.
-fn for_quads(chunks: &[Chunk], nibbles: bool, mut f: impl FnMut(usize, &[[i8; 4]; PANEL])) {
+/// Calls `f(quad, codes)` for each quad of inputs. levels: what nibbles stand for, if there are any.
+fn for_quads(chunks: &[Chunk], levels: Option<&[i8; 16]>, mut f: impl FnMut(usize, &[[i8; 4]; PANEL])) {
     for (j, chunk) in chunks.iter().enumerate() {
         let (quads, _) = chunk.0.as_chunks::<4>();
         let mut quad = |q, code: &dyn Fn(u8) -> i8| {
@@ -43,9 +43,9 @@ fn for_quads(chunks: &[Chunk], nibbles: bool, mut f: impl FnMut(usize, &[[i8; 4]
             }
             f(q, &w);
         };
-        if nibbles {
-            quad(2 * j, &|b| (b & 15) as i8 - 8);
-            quad(2 * j + 1, &|b| (b >> 4) as i8 - 8);
+        if let Some(levels) = levels {
+            quad(2 * j, &|b| levels[usize::from(b & 15)]);
+            quad(2 * j + 1, &|b| levels[usize::from(b >> 4)]);
         } else {
             quad(j, &|b| b as i8);
         }

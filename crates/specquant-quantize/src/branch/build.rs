@@ -228,6 +228,7 @@ mod tests {
                     inp: w.inp,
                     bits: 4,
                     channel_bits: Vec::new(),
+                    levels: specquant_model::Levels::Uniform,
                     group_size: w.inp,
                     codes: vec![0; w.out * w.inp],
                     scales: vec![1.0; w.out],

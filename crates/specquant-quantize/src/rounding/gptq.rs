@@ -12,7 +12,7 @@
 //! inverse. Rows are independent: each task takes a few of them through all columns, with the sums over former blocks as
 //! one matrix product per block.
 
-use super::{Factor, Grid, limit, round_half_even, round_to_nearest, with_avx2};
+use super::{Factor, Grid, limit, nearest_level, round_half_even, round_to_nearest, with_avx2};
 use faer::linalg::matmul::matmul;
 use faer::{Accum, MatMut, MatRef, Par};
 use rayon::prelude::*;
@@ -131,6 +131,7 @@ fn round_rows(w: &[f32], inp: usize, scales: &[f32], grid: &Grid, factor: &Facto
                 done,
                 scale,
                 grid.max_code(),
+                grid.is_gaussian(),
                 &mut code,
                 &mut rest[0],
             );
@@ -153,6 +154,7 @@ with_avx2! {
         done: &[Lanes],
         scale: &Lanes,
         max_code: f32,
+        gaussian: bool,
         code: &mut [i8; ROWS],
         error: &mut Lanes,
     ) -> f32 = round_column_body
@@ -166,6 +168,7 @@ fn round_column_body(
     done: &[Lanes],
     scale: &Lanes,
     max_code: f32,
+    gaussian: bool,
     code: &mut [i8; ROWS],
     error: &mut Lanes,
 ) -> f32 {
@@ -176,8 +179,15 @@ fn round_column_body(
         }
     }
     let mut squares = [0.0; ROWS];
+    let mut rounded = [0.0; ROWS];
     for l in 0..ROWS {
-        let q = round_half_even(limit(target[l] / scale[l], -max_code - 1.0, max_code));
+        rounded[l] = round_half_even(limit(target[l] / scale[l], -max_code - 1.0, max_code));
+    }
+    if gaussian {
+        rounded = rounded.map(nearest_level);
+    }
+    for l in 0..ROWS {
+        let q = rounded[l];
         code[l] = q as i32 as i8;
         error[l] = weight[l] - q * scale[l];
         squares[l] = (target[l] - q * scale[l]).powi(2);
@@ -269,7 +279,7 @@ mod tests {
 
     #[test]
     fn identity_is_round_to_nearest() {
-        let (out, inp, grid) = (45, 200, Grid { bits: 4, group_size: 50 });
+        let (out, inp, grid) = (45, 200, Grid { bits: 4, group_size: 50, ..Grid::default() });
         let w = gaussian(out * inp, 1);
         let scales = weight_scales(&w, out, inp, &grid, &ClipSearch::default());
         let factor = factorize(&Hessian::identity(inp), &GptqConfig { block_size: 32, ..Default::default() });
@@ -283,8 +293,10 @@ mod tests {
         let settings =
             [(40, 33, 8, 0, false), (40, 33, 8, 11, true), (7, 64, 128, 16, false), (70, 48, 5, 0, true)];
         for (case, (out, inp, block_size, group_size, actorder)) in settings.into_iter().enumerate() {
-            let (grid, cfg) =
-                (Grid { bits: 4, group_size }, GptqConfig { block_size, actorder, ..Default::default() });
+            let (grid, cfg) = (
+                Grid { group_size, ..Grid::default() },
+                GptqConfig { block_size, actorder, ..Default::default() },
+            );
             let w = gaussian(out * inp, 10 + case as u64);
             let scales = weight_scales(&w, out, inp, &grid, &ClipSearch::default());
             let h = hessian(300, inp, 20 + case as u64);
@@ -350,7 +362,7 @@ mod tests {
 
     #[test]
     fn same_codes_for_any_number_of_threads() {
-        let (out, inp, grid) = (100, 160, Grid { bits: 3, group_size: 32 });
+        let (out, inp, grid) = (100, 160, Grid { bits: 3, group_size: 32, ..Grid::default() });
         let w = gaussian(out * inp, 70);
         let scales = weight_scales(&w, out, inp, &grid, &ClipSearch::default());
         let factor = factorize(&hessian(400, inp, 71), &GptqConfig { block_size: 48, ..Default::default() });
@@ -363,8 +375,17 @@ mod tests {
         let values: Vec<Lanes> = gaussian(12 * ROWS, 80).as_chunks().0.to_vec();
         let (scale, feedback) = ([0.21; ROWS], &values[2][..10]);
         let (mut code, mut error) = ([0; ROWS], [0.0; ROWS]);
-        let sum =
-            round_column(&values[0], &values[1], feedback, &values[2..], &scale, 7.0, &mut code, &mut error);
+        let sum = round_column(
+            &values[0],
+            &values[1],
+            feedback,
+            &values[2..],
+            &scale,
+            7.0,
+            false,
+            &mut code,
+            &mut error,
+        );
         let fast = (sum.to_bits(), code, error.map(f32::to_bits));
         let sum = round_column_body(
             &values[0],
@@ -373,6 +394,7 @@ mod tests {
             &values[2..],
             &scale,
             7.0,
+            false,
             &mut code,
             &mut error,
         );

@@ -16,6 +16,8 @@ mod output_clip;
 mod rtn;
 mod scales;
 
+use specquant_kernels::GAUSSIAN_LEVELS;
+
 pub use gptq::*;
 pub use hessian::*;
 pub use output_clip::*;
@@ -59,6 +61,33 @@ fn round_half_even(x: f32) -> f32 {
 fn limit(x: f32, low: f32, high: f32) -> f32 {
     let x = if x > low { x } else { low };
     if x < high { x } else { high }
+}
+
+/// For every number of −128 to 127, the nearest of [`GAUSSIAN_LEVELS`]; half-way the one away from zero. A weight is rounded in two steps, to
+/// whole units and then by this table.
+const NEAREST_LEVEL: [i8; 256] = {
+    let mut nearest = [0; 256];
+    let mut at = 0;
+    while at < 256 {
+        let value = at as i32 - 128;
+        let (mut best, mut i) = (0, 1);
+        while i < 16 {
+            let (old, new) = (GAUSSIAN_LEVELS[best] as i32 - value, GAUSSIAN_LEVELS[i] as i32 - value);
+            if new.abs() < old.abs() || new.abs() == old.abs() && value > 0 {
+                best = i;
+            }
+            i += 1;
+        }
+        nearest[at] = GAUSSIAN_LEVELS[best];
+        at += 1;
+    }
+    nearest
+};
+
+/// The level nearest to a code of −128 to 127.
+#[inline(always)]
+fn nearest_level(code: f32) -> f32 {
+    f32::from(NEAREST_LEVEL[(code as i32 + 128) as usize & 255])
 }
 
 #[cfg(test)]

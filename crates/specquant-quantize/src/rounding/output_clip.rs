@@ -25,7 +25,7 @@ pub fn output_scales(
     let columns = |from: &[f32], group: usize| -> Vec<f32> {
         from.chunks_exact(inp).flat_map(|row| &row[group * len..(group + 1) * len]).copied().collect()
     };
-    let whole = Grid { bits: grid.bits, group_size: len };
+    let whole = Grid { group_size: len, ..*grid };
     for group in 0..groups {
         let (w, x) = (columns(w, group), columns(x, group));
         let largest: Vec<f32> = largest.iter().skip(group).step_by(groups).copied().collect();
@@ -67,7 +67,7 @@ mod tests {
         let x = correlated(rows, inp, 2);
         let clip = ClipSearch { grid: 20, max_shrink: 0.5, ..Default::default() };
         for group_size in [0, 16] {
-            let grid = Grid { bits: 4, group_size };
+            let grid = Grid { group_size, ..Grid::default() };
             let len = grid.group_len(inp);
             let got = output_scales(&w, out, inp, &grid, &clip, &x, rows);
             let mut shrunk = 0;

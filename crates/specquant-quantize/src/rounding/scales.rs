@@ -6,9 +6,10 @@
 //! `WeightQuantizer.find_params` of QuaRot (`fake_quant/quant_utils.py`), with its constants. The power is evaluated by
 //! polynomials (relative error below 5e-5), which can only matter between shrink factors that are equally good.
 
-use super::{MAGIC, limit, round_half_even, with_avx2};
+use super::{MAGIC, limit, nearest_level, round_half_even, with_avx2};
 use rayon::prelude::*;
 use serde::{Deserialize, Serialize};
+use specquant_model::Levels;
 
 /// The symmetric signed integer grid of weights.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
@@ -18,23 +19,30 @@ pub struct Grid {
     pub bits: u8,
     /// Input channels which share a scale; 0, or the whole width, means one scale for each output channel.
     pub group_size: usize,
+    /// What codes of 4 bits stand for: themselves, or a level each, which the code then is.
+    pub levels: Levels,
 }
 
 impl Default for Grid {
     /// 4 bits, one scale for each output channel.
     fn default() -> Self {
-        Self { bits: 4, group_size: 0 }
+        Self { bits: 4, group_size: 0, levels: Levels::Uniform }
     }
 }
 
 impl Grid {
-    /// Highest code, `2^(b-1) - 1`.
+    /// Whether codes are levels of unequal distances.
+    pub(super) fn is_gaussian(&self) -> bool {
+        self.levels == Levels::Gaussian && self.bits == 4
+    }
+
+    /// Highest code, `2^(b-1) - 1`, or the highest level.
     ///
     /// # Panics
     /// If `bits` is not in 2..=8.
     pub fn max_code(&self) -> f32 {
         assert!((2..=8).contains(&self.bits), "a grid of {} bits; 2 to 8 are possible", self.bits);
-        ((1i32 << (self.bits - 1)) - 1) as f32
+        if self.is_gaussian() { 127.0 } else { ((1i32 << (self.bits - 1)) - 1) as f32 }
     }
 
     /// Lowest code, `-2^(b-1)`.
@@ -112,7 +120,11 @@ pub fn weight_scales(w: &[f32], out: usize, inp: usize, grid: &Grid, clip: &Clip
     w.par_chunks_exact(grid.group_len(inp))
         .map_init(Vec::new, |unit, group| {
             let abs_max = group.iter().fold(0.0f32, |m, &v| m.max(v.abs())).max(MIN_ABS_MAX);
-            let shrink = if clip.enabled { best_shrink(group, abs_max, max_code, clip, unit) } else { 1.0 };
+            let shrink = match (clip.enabled, grid.is_gaussian()) {
+                (false, _) => 1.0,
+                (true, false) => best_shrink(group, abs_max, clip_error, max_code, clip, unit),
+                (true, true) => best_shrink(group, abs_max, level_error, max_code, clip, unit),
+            };
             abs_max * shrink / max_code
         })
         .collect()
@@ -122,6 +134,7 @@ pub fn weight_scales(w: &[f32], out: usize, inp: usize, grid: &Grid, clip: &Clip
 fn best_shrink(
     w: &[f32],
     abs_max: f32,
+    error_of: fn(&[[f32; LANES]], f32, f32, f32) -> f32,
     max_code: f32,
     clip: &ClipSearch,
     unit: &mut Vec<[f32; LANES]>,
@@ -141,7 +154,7 @@ fn best_shrink(
         }
         let mut error = 0.0;
         for chunk in unit.chunks(CHUNK) {
-            error += f64::from(clip_error(chunk, p / max_code, max_code, clip.norm));
+            error += f64::from(error_of(chunk, p / max_code, max_code, clip.norm));
             if error >= least {
                 break;
             }
@@ -158,13 +171,28 @@ with_avx2! {
     fn clip_error(u: &[[f32; LANES]], scale: f32, max_code: f32, norm: f32) -> f32 = clip_error_body
 }
 
+with_avx2! {
+    /// The same, where codes are levels.
+    fn level_error(u: &[[f32; LANES]], scale: f32, max_code: f32, norm: f32) -> f32 = level_error_body
+}
+
 #[inline(always)]
 fn clip_error_body(u: &[[f32; LANES]], scale: f32, max_code: f32, norm: f32) -> f32 {
+    error_sum(u, scale, max_code, norm, |code| code)
+}
+
+#[inline(always)]
+fn level_error_body(u: &[[f32; LANES]], scale: f32, max_code: f32, norm: f32) -> f32 {
+    error_sum(u, scale, max_code, norm, nearest_level)
+}
+
+#[inline(always)]
+fn error_sum(u: &[[f32; LANES]], scale: f32, max_code: f32, norm: f32, nearest: impl Fn(f32) -> f32) -> f32 {
     let inverse = 1.0 / scale;
     let mut sums = [0.0f32; LANES];
     for lanes in u {
         for l in 0..LANES {
-            let code = round_half_even(limit(lanes[l] * inverse, -max_code - 1.0, max_code));
+            let code = nearest(round_half_even(limit(lanes[l] * inverse, -max_code - 1.0, max_code)));
             sums[l] += power((lanes[l] - code * scale).abs(), norm);
         }
     }
@@ -227,7 +255,7 @@ mod tests {
     fn search_finds_what_the_reference_finds() {
         let clip = ClipSearch::default();
         for (bits, group_size) in [(4, 0), (3, 0), (8, 0), (4, 30), (2, 10)] {
-            let grid = Grid { bits, group_size };
+            let grid = Grid { bits, group_size, ..Grid::default() };
             let (out, inp) = (8, 330);
             let mut w = gaussian(out * inp, 7);
             w[5] = 9.0; // an outlier worth clipping
@@ -278,7 +306,15 @@ mod tests {
     #[test]
     fn same_scales_for_any_number_of_threads() {
         let w = gaussian(24 * 128, 10);
-        let run = || weight_scales(&w, 24, 128, &Grid { bits: 4, group_size: 32 }, &ClipSearch::default());
+        let run = || {
+            weight_scales(
+                &w,
+                24,
+                128,
+                &Grid { bits: 4, group_size: 32, ..Grid::default() },
+                &ClipSearch::default(),
+            )
+        };
         assert_eq!(with_threads(1, run), with_threads(2, run));
     }
 
@@ -292,8 +328,14 @@ mod tests {
     #[test]
     fn grids_and_their_settings() {
         assert_eq!((Grid::default().min_code(), Grid::default().max_code()), (-8.0, 7.0));
-        assert_eq!((Grid { bits: 4, group_size: 8 }.groups(32), Grid::default().groups(32)), (4, 1));
-        assert_eq!(toml::from_str::<Grid>("bits = 3").unwrap(), Grid { bits: 3, group_size: 0 });
+        assert_eq!(
+            (Grid { bits: 4, group_size: 8, ..Grid::default() }.groups(32), Grid::default().groups(32)),
+            (4, 1)
+        );
+        assert_eq!(
+            toml::from_str::<Grid>("bits = 3").unwrap(),
+            Grid { bits: 3, group_size: 0, ..Grid::default() }
+        );
         assert!(toml::from_str::<ClipSearch>("enable = true").is_err());
         assert_eq!(toml::from_str::<ClipSearch>("").unwrap(), ClipSearch::default());
     }
