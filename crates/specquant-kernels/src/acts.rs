@@ -271,6 +271,7 @@ mod x86 {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::ops::test_noise as noise;
     use proptest::prelude::*;
 
     /// The formula as QuaRot's Python has it, in one expression per line.
@@ -347,9 +348,8 @@ mod tests {
     fn gaussian_levels_suit_gaussian_values() {
         let (rows, cols) = (8, 560);
         // Sums of 12 uniform values.
-        let uniform = |i: usize| ((i * 7919 + i / 1009 * 31) % 1009) as f32 / 1008.0 - 0.5;
-        let x: Vec<f32> =
-            (0..rows * cols).map(|i| (0..12).map(|j| uniform(97 * i + 13 * j * j + j)).sum()).collect();
+        let uniform: Vec<Vec<f32>> = (0..12).map(|seed| noise(rows * cols, seed)).collect();
+        let x: Vec<f32> = (0..rows * cols).map(|i| uniform.iter().map(|u| u[i]).sum()).collect();
         let error =
             |a: QuantizedActs| -> f32 { a.dequantize().iter().zip(&x).map(|(a, x)| (a - x).powi(2)).sum() };
         let best = |f: &dyn Fn(f32) -> QuantizedActs| {

@@ -11,6 +11,8 @@
 //! Every head's tokens lie one after another, so that attention streams through one head at a time. Codes of up to 4 bits
 //! share a byte: the low nibble holds element i of the head's first half (rounded up), the high one element i of the second.
 
+mod gaussian;
+
 use crate::ops::{twin, widen_f16};
 use half::f16;
 use half::slice::HalfFloatSliceExt;
@@ -31,6 +33,8 @@ pub enum KvFormat {
         /// Multiplies the range before quantization; 1 keeps it, QuaRot takes 0.95.
         clip: f32,
     },
+    /// 4 bits, per token and head, that stand for 16 levels which suit a Gaussian: what a rotated head less its mean nearly is.
+    Gaussian,
 }
 
 impl KvFormat {
@@ -39,7 +43,7 @@ impl KvFormat {
         match self {
             KvFormat::F32 => 4 * head_dim,
             KvFormat::F16 => 2 * head_dim,
-            KvFormat::Int { bits: ..=4, .. } => head_dim.div_ceil(2),
+            KvFormat::Int { bits: ..=4, .. } | KvFormat::Gaussian => head_dim.div_ceil(2),
             KvFormat::Int { .. } => head_dim,
         }
     }
@@ -51,6 +55,7 @@ enum Plane {
     F32(Vec<f32>),
     F16(Vec<f16>),
     Int { codes: Vec<u8>, scale: Vec<f16>, zero: Vec<u8> },
+    Gaussian { codes: Vec<u8>, scale: Vec<f16> },
 }
 
 /// Keys (after the rotary embedding) and values of one sequence in one layer.
@@ -90,6 +95,7 @@ impl KvCache {
                 assert!(clip > 0.0 && clip <= 1.0, "KV clip {clip} is not in (0, 1]");
                 Plane::Int { codes: Vec::new(), scale: Vec::new(), zero: Vec::new() }
             }
+            KvFormat::Gaussian => Plane::Gaussian { codes: Vec::new(), scale: Vec::new() },
         };
         Self { format, head_dim, len: 0, keys: vec![plane.clone(); kv_heads], values: vec![plane; kv_heads] }
     }
@@ -152,6 +158,10 @@ impl KvCache {
                     scale.truncate(len);
                     zero.truncate(len);
                 }
+                Plane::Gaussian { codes, scale } => {
+                    codes.truncate(len * code_bytes);
+                    scale.truncate(len);
+                }
             }
         }
         self.len = self.len.min(len);
@@ -159,7 +169,11 @@ impl KvCache {
 
     /// Bytes of the tokens in the cache: codes, scales and zeros.
     pub fn bytes(&self) -> usize {
-        let side = if let KvFormat::Int { .. } = self.format { 3 } else { 0 };
+        let side = match self.format {
+            KvFormat::F32 | KvFormat::F16 => 0,
+            KvFormat::Int { .. } => 3,
+            KvFormat::Gaussian => 2,
+        };
         2 * self.keys.len() * self.len * (self.format.code_bytes(self.head_dim) + side)
     }
 
@@ -201,6 +215,11 @@ impl KvCache {
                 let packed = matches!(self.format, KvFormat::Int { bits: ..=4, .. });
                 dequantize(codes, packed, &scale[tokens.clone()], &zero[tokens], self.head_dim, buf);
             }
+            Plane::Gaussian { codes, scale } => {
+                let bytes = self.format.code_bytes(self.head_dim);
+                let codes = &codes[tokens.start * bytes..tokens.end * bytes];
+                gaussian::dequantize(codes, &scale[tokens], self.head_dim, buf);
+            }
         }
         buf
     }
@@ -239,6 +258,12 @@ impl Plane {
                     &mut zero[old..],
                 );
                 scale.extend(scales.into_iter().map(f16::from_f32));
+            }
+            Plane::Gaussian { codes, scale } => {
+                let (bytes, at) = (format.code_bytes(head_dim), codes.len());
+                codes.resize(at + x.len() / width * bytes, 0);
+                let rows = rows().zip(codes[at..].chunks_exact_mut(bytes));
+                scale.extend(rows.map(|(row, codes)| gaussian::quantize(row, codes)));
             }
         }
     }
@@ -403,7 +428,7 @@ mod tests {
             let width = heads * head_dim;
             let (k, v) = (noise(t * width, 1), noise(t * width, 2));
             let ints = (2..=8).flat_map(|bits| [1.0, 0.9].map(|clip| KvFormat::Int { bits, clip }));
-            for format in [KvFormat::F32, KvFormat::F16].into_iter().chain(ints) {
+            for format in [KvFormat::F32, KvFormat::F16, KvFormat::Gaussian].into_iter().chain(ints) {
                 let mut cache = KvCache::new(format, heads, head_dim);
                 cache.append(&k[..width], &v[..width]);
                 cache.append(&k[width..], &v[width..]);
@@ -418,6 +443,12 @@ mod tests {
                                 KvFormat::F32 => row.to_vec(),
                                 KvFormat::F16 => row.iter().map(|&v| f16::from_f32(v).to_f32()).collect(),
                                 KvFormat::Int { bits, clip } => reference(row, bits, clip),
+                                KvFormat::Gaussian => {
+                                    let (mut codes, mut want) = (vec![0; head_dim.div_ceil(2)], row.to_vec());
+                                    let scale = gaussian::quantize(row, &mut codes);
+                                    gaussian::dequantize(&codes, &[scale], head_dim, &mut want);
+                                    want
+                                }
                             };
                             assert_eq!(got, want, "{format:?} {head_dim}");
                         }
@@ -426,6 +457,7 @@ mod tests {
                 let per_head = match format {
                     KvFormat::F32 => 4 * head_dim,
                     KvFormat::F16 => 2 * head_dim,
+                    KvFormat::Gaussian => 2 + head_dim.div_ceil(2),
                     KvFormat::Int { bits, .. } => 3 + if bits <= 4 { head_dim.div_ceil(2) } else { head_dim },
                 };
                 assert_eq!(cache.bytes(), 2 * t * heads * per_head);
@@ -479,6 +511,13 @@ mod tests {
         ];
         cache.append(rows.as_flattened(), rows.as_flattened());
         let mut buf = Vec::new();
+        let mut gaussian = KvCache::new(KvFormat::Gaussian, 1, 4);
+        gaussian.append(rows.as_flattened(), rows.as_flattened());
+        let got = gaussian.tile(KvSide::Values, 0, 0..6, &mut buf);
+        assert!(got[..8].iter().all(|v| v.abs() < 1e-5), "{got:?}"); // no level is 0
+        assert!(got[8..12].iter().all(|v| (v - 2.0).abs() < 0.2), "{got:?}");
+        assert!(got[12..20].iter().all(|v| v.is_nan()), "{got:?}");
+        assert!(got[20..].iter().all(|v| v.is_finite()), "{got:?}");
         let got = cache.tile(KvSide::Values, 0, 0..6, &mut buf);
         assert_eq!(&got[..8], &[0.0; 8]);
         assert!(got[8..12].iter().all(|v| (v - 2.0).abs() < 2e-3), "{got:?}");

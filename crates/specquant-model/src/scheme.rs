@@ -8,7 +8,7 @@ use specquant_kernels::KvFormat;
 
 use crate::Error;
 
-/// What the codes of 4-bit weights and activations stand for. Other widths are uniform.
+/// What the codes of 4-bit weights, activations and KV caches stand for. Other widths are uniform.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize, Deserialize)]
 #[serde(rename_all = "lowercase")]
 pub enum Levels {
@@ -30,7 +30,7 @@ pub struct Scheme {
     pub act_bits: u8,
     /// Bits of a KV cache code: 2 to 8, asymmetric per token and head, K after RoPE; 16 stores f16.
     pub kv_bits: u8,
-    /// What 4-bit codes of weights and activations stand for.
+    /// What 4-bit codes of weights, activations and the KV cache stand for.
     #[serde(default, skip_serializing_if = "is_uniform")]
     pub levels: Levels,
     /// Inputs that share a weight scale; 0 is a scale per output channel.
@@ -114,6 +114,7 @@ impl Scheme {
     pub fn kv_format(&self) -> KvFormat {
         match self.kv_bits {
             16 => KvFormat::F16,
+            bits if self.levels(bits) == Levels::Gaussian => KvFormat::Gaussian,
             bits => KvFormat::Int { bits, clip: self.kv_clip() },
         }
     }

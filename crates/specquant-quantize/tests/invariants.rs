@@ -10,7 +10,7 @@ use rand_chacha::{ChaCha8Rng, rand_core::SeedableRng};
 use safetensors::{Dtype, tensor::TensorView};
 use specquant_kernels::{KvCache, KvFormat, rms_norm};
 use specquant_model::{
-    Block, BranchBasis, Embedding, Head, Model, RopeTable, Site, Source, Span, Truncation,
+    Block, BranchBasis, Embedding, Head, Levels, Model, RopeTable, Site, Source, Span, Truncation,
 };
 use specquant_quantize::branch::{self, LayerBranch};
 use specquant_quantize::layer::{self, Input, Round, Weight};
@@ -280,6 +280,7 @@ fn methods_compose() {
         assert!(none > error && half > error, "{basis:?}: {none} {half} {error}");
 
         // Paid for by the residual, it takes what the layer takes without a branch.
+        recipe.scheme.levels = Levels::Uniform;
         let branch = recipe.branch.as_mut().unwrap();
         (branch.mean_k, branch.overhead) = (2, Overhead::Matched);
         let matched = quantize(&tiny("qwen3"), &recipe, &texts, &dir.path().join(basis.name()));

@@ -98,7 +98,8 @@ fn round_rows(w: &[f32], inp: usize, scales: &[f32], grid: &Grid, factor: &Facto
         lanes.iter_mut().zip(from.chunks_exact(width)).for_each(|(lane, row)| *lane = row[column]);
         lanes
     };
-    let scales: Vec<Lanes> = (0..groups).map(|g| transpose(scales, groups, g, 1.0)).collect();
+    // Lanes without a row have weights of zero, and next to no scale, as no level need be zero.
+    let scales: Vec<Lanes> = (0..groups).map(|g| transpose(scales, groups, g, 1e-30)).collect();
     let mut errors = vec![[0.0; ROWS]; inp]; // W - Q
     let mut loss = 0.0;
     for first in (0..inp).step_by(factor.block_size) {

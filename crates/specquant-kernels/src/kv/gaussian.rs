@@ -1,0 +1,182 @@
+//! Cache rows of 16 levels that suit a Gaussian, per token and head.
+//!
+//! ```text
+//! scale = f16(p · max |x| / 127)     q = the level nearest to clamp(round(x / scale), −127, 127)     x ≈ scale · q
+//! ```
+//!
+//! with the levels of [`GAUSSIAN_LEVELS`], and of some shrink factors p the one of least squared error: a row is written once and read at every
+//! token, so that a search pays. Codes lie as those of other 4-bit caches do.
+
+use crate::Isa;
+#[cfg(target_arch = "x86_64")]
+use crate::isa::{Avx2, Avx512Vnni};
+use crate::isa::{Scalar, with_token};
+use crate::weights::GAUSSIAN_LEVELS;
+use half::f16;
+
+/// Shrink factors that are tried. Of 64 Gaussian values the largest lies at 2.4 standard deviations, the outermost level best at 2.7.
+const SHRINK: [f32; 6] = [1.15, 1.05, 0.95, 0.85, 0.75, 0.65];
+
+/// The number of the level nearest to each number of −127 to 127; half-way the one away from zero.
+const NEAREST: [u8; 256] = {
+    let mut nearest = [0; 256];
+    let mut at = 0;
+    while at < 256 {
+        let value = at as i32 - 127;
+        let (mut best, mut i) = (0, 1);
+        while i < 16 {
+            let (old, new) = (GAUSSIAN_LEVELS[best] as i32 - value, GAUSSIAN_LEVELS[i] as i32 - value);
+            if new.abs() < old.abs() || new.abs() == old.abs() && value > 0 {
+                best = i;
+            }
+            i += 1;
+        }
+        nearest[at] = best as u8;
+        at += 1;
+    }
+    nearest
+};
+
+/// Quantizes one head of one token. codes: `[x.len() / 2]`, rounded up, zeros. Returns the scale, NaN for a row that is not finite.
+pub(super) fn quantize(x: &[f32], codes: &mut [u8]) -> f16 {
+    let largest = x.iter().fold(0.0f32, |m, v| m.max(v.abs()));
+    // `max` forgets a NaN, a sum does not.
+    if !x.iter().map(|v| v * 0.0).sum::<f32>().is_finite() {
+        return f16::NAN;
+    }
+    let number = |v: f32, scale: f32| {
+        let q = (v / scale).round_ties_even().clamp(-127.0, 127.0);
+        usize::from(NEAREST[(q as i32 + 127) as usize & 255])
+    };
+    // No level is zero: where the range rounds to nothing, the smallest scale comes nearest.
+    let mut best = (f32::INFINITY, f16::from_bits(1));
+    for shrink in SHRINK {
+        let scale = f16::from_f32((shrink * largest / 127.0).min(f16::MAX.to_f32()));
+        if scale == f16::ZERO {
+            continue;
+        }
+        let wide = scale.to_f32();
+        let error = |v: &f32| (v - f32::from(GAUSSIAN_LEVELS[number(*v, wide)]) * wide).powi(2);
+        let error: f32 = x.iter().map(error).sum();
+        if error < best.0 {
+            best = (error, scale);
+        }
+    }
+    let scale = best.1.to_f32();
+    let (first, second) = x.split_at(codes.len());
+    codes.iter_mut().zip(first).for_each(|(c, v)| *c = number(*v, scale) as u8);
+    codes.iter_mut().zip(second).for_each(|(c, v)| *c |= (number(*v, scale) as u8) << 4);
+    best.1
+}
+
+/// The values of rows of codes. codes: [rows, head_dim / 2], rounded up; scale: [rows]; out: [rows, head_dim].
+pub(super) fn dequantize(codes: &[u8], scale: &[f16], head_dim: usize, out: &mut [f32]) {
+    dequantize_with(Isa::active(), codes, scale, head_dim, out);
+}
+
+fn dequantize_with(isa: Isa, codes: &[u8], scale: &[f16], head_dim: usize, out: &mut [f32]) {
+    let half = head_dim.div_ceil(2);
+    let rows = out.chunks_exact_mut(head_dim).zip(codes.chunks_exact(half)).zip(scale);
+    with_token!(isa, k => rows.for_each(|((out, codes), scale)| {
+        let (first, second) = out.split_at_mut(half);
+        k.widen(codes, scale.to_f32(), first, second);
+    }))
+}
+
+trait Widen: Copy {
+    /// The low nibbles to `first`, of the same length, the high ones to `second`, which may be one shorter.
+    fn widen(self, codes: &[u8], scale: f32, first: &mut [f32], second: &mut [f32]);
+}
+
+impl Widen for Scalar {
+    fn widen(self, codes: &[u8], scale: f32, first: &mut [f32], second: &mut [f32]) {
+        let level = |number: u8| f32::from(GAUSSIAN_LEVELS[usize::from(number & 15)]) * scale;
+        first.iter_mut().zip(codes).for_each(|(v, c)| *v = level(*c));
+        second.iter_mut().zip(codes).for_each(|(v, c)| *v = level(c >> 4));
+    }
+}
+
+#[cfg(target_arch = "x86_64")]
+impl Widen for Avx2 {
+    fn widen(self, codes: &[u8], scale: f32, first: &mut [f32], second: &mut [f32]) {
+        // SAFETY: the token proves AVX2.
+        unsafe { widen_avx2(codes, scale, first, second) }
+    }
+}
+
+#[cfg(target_arch = "x86_64")]
+impl Widen for Avx512Vnni {
+    fn widen(self, codes: &[u8], scale: f32, first: &mut [f32], second: &mut [f32]) {
+        self.avx2.widen(codes, scale, first, second);
+    }
+}
+
+#[cfg(target_arch = "x86_64")]
+#[target_feature(enable = "avx2")]
+fn widen_avx2(codes: &[u8], scale: f32, first: &mut [f32], second: &mut [f32]) {
+    use std::arch::x86_64::*;
+    // SAFETY: 16 bytes from an array of 16.
+    let table = unsafe { _mm_loadu_si128(GAUSSIAN_LEVELS.as_ptr().cast()) };
+    let (mask, wide) = (_mm_set1_epi8(15), _mm256_set1_ps(scale));
+    let blocks = second.len() / 8;
+    for i in 0..blocks {
+        let block = 8 * i..8 * i + 8;
+        let (codes, first, second) = (&codes[block.clone()], &mut first[block.clone()], &mut second[block]);
+        // SAFETY: 8 codes, and two times 8 values.
+        unsafe {
+            let v = _mm_loadl_epi64(codes.as_ptr().cast());
+            let low = _mm_shuffle_epi8(table, _mm_and_si128(v, mask));
+            let high = _mm_shuffle_epi8(table, _mm_and_si128(_mm_srli_epi16::<4>(v), mask));
+            let value = |levels| _mm256_mul_ps(_mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(levels)), wide);
+            _mm256_storeu_ps(first.as_mut_ptr(), value(low));
+            _mm256_storeu_ps(second.as_mut_ptr(), value(high));
+        }
+    }
+    let done = 8 * blocks;
+    Scalar.widen(&codes[done..], scale, &mut first[done..], &mut second[done..]);
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::ops::test_noise as noise;
+
+    /// Every value at its nearest level, by the scale of least error, on every instruction set.
+    #[test]
+    fn values_are_the_nearest_levels() {
+        for head_dim in [1usize, 7, 16, 33, 64, 128] {
+            let half = head_dim.div_ceil(2);
+            let x = noise(5 * head_dim, 1);
+            let (mut codes, mut scales) = (vec![0; 5 * half], Vec::new());
+            for (x, codes) in x.chunks(head_dim).zip(codes.chunks_mut(half)) {
+                scales.push(quantize(x, codes));
+            }
+            let mut scalar = vec![0.0; x.len()];
+            dequantize_with(Isa::Scalar, &codes, &scales, head_dim, &mut scalar);
+            for isa in Isa::available() {
+                let mut got = vec![0.0; x.len()];
+                dequantize_with(isa, &codes, &scales, head_dim, &mut got);
+                assert_eq!(got, scalar, "{isa:?} {head_dim}");
+            }
+            for ((x, got), scale) in x.chunks(head_dim).zip(scalar.chunks(head_dim)).zip(&scales) {
+                let round = |v: f32, scale: f32| {
+                    let q = (v / scale).round_ties_even().clamp(-127.0, 127.0);
+                    let distance = |l: &f32| (l - q).abs();
+                    let levels = GAUSSIAN_LEVELS.map(f32::from);
+                    let least = levels.iter().map(distance).fold(f32::MAX, f32::min);
+                    levels.into_iter().filter(|l| distance(l) == least).map(|l| l * scale).collect::<Vec<_>>()
+                };
+                for (v, g) in x.iter().zip(got) {
+                    assert!(round(*v, scale.to_f32()).contains(g), "{v} {g}");
+                }
+                let error = |got: &dyn Fn(f32) -> f32| x.iter().map(|v| (v - got(*v)).powi(2)).sum::<f32>();
+                let largest = x.iter().fold(0.0f32, |m, v| m.max(v.abs()));
+                let mine = error(&|v| round(v, scale.to_f32())[0]);
+                for shrink in SHRINK {
+                    let other = f16::from_f32(shrink * largest / 127.0).to_f32();
+                    assert!(mine <= error(&|v| round(v, other)[0]) * 1.001, "{shrink}");
+                }
+            }
+        }
+    }
+}
