@@ -156,8 +156,9 @@ impl<'a> Net<'a> {
         let last = self.last(&x, &r1)?;
         let (loss, g) = cross_entropy(&last.detach(), &self.head, targets)?;
         let grads = (last * g)?.sum_all()?.backward()?;
+        // A gradient is made of tensors that depend on variables, and would keep all of them alive: what is summed up over steps must not.
         let of = |grads: &candle_core::backprop::GradStore, v: &Tensor| match grads.get(v) {
-            Some(g) => Ok(g.clone()),
+            Some(g) => Ok(g.detach()),
             None => v.zeros_like(),
         };
         let mut by_r1 = of(&grads, &r1)?;

@@ -51,11 +51,11 @@ pub struct Recipe {
     pub input: Option<InputChange>,
     /// Whether every input gets the clip ratio of activations under which its quantized layers are nearest to full precision on the calibration text, in place
     /// of the scheme's.
-    #[serde(default)]
+    #[serde(default, skip_serializing_if = "std::ops::Not::not")]
     pub search_act_clip: bool,
     /// Whether keys and values are cached as their difference from the mean ones of the calibration text. Attention is the same without the mean of
     /// the keys, which moves all scores of a query alike; the mean of the values is added to what it returns.
-    #[serde(default)]
+    #[serde(default, skip_serializing_if = "std::ops::Not::not")]
     pub kv_center: bool,
     /// The 16-bit branch; none if absent.
     #[serde(default, skip_serializing_if = "Option::is_none")]
@@ -125,7 +125,7 @@ pub struct Rotate {
     pub kind: RotationKind,
     /// Whether the residual stream is rotated, folded into weights, and with it the inputs of `o_proj` and `down_proj` at run time. Otherwise only the
     /// heads of v are, folded as well.
-    #[serde(default = "yes")]
+    #[serde(default = "yes", skip_serializing_if = "is_yes")]
     pub residual: bool,
     /// Whether the heads of q and k are rotated too, after RoPE, which spreads outliers of the KV cache.
     #[serde(default = "yes")]
@@ -170,6 +170,10 @@ pub enum SmoothMethod {
 
 fn yes() -> bool {
     true
+}
+
+fn is_yes(value: &bool) -> bool {
+    *value
 }
 
 /// The 16-bit branch.

@@ -228,7 +228,7 @@ impl Plan {
         })
     }
 
-    /// Every run once, those that share a checkpoint one after another, and methods that take long last.
+    /// Every run once, those that share a checkpoint one after another; methods that take long come late, and the many runs of Table 5 last.
     pub fn runs(&self) -> Vec<&Run> {
         let slow = |name: &str| METHODS.iter().any(|(n, _, slow)| *n == name && *slow);
         let methods = |late: bool| {
@@ -240,9 +240,9 @@ impl Plan {
         let all = all.chain(self.sweep.iter().chain(&self.k_run).map(|(_, r)| r));
         let all = all.chain(self.bases.iter().map(|(_, r)| r)).chain(&self.matched);
         let all = all.chain(self.permuted.iter().flat_map(|(own, without)| [own, without]));
-        let all = all.chain(self.scores.iter().flat_map(|(_, runs)| runs));
+        let all = all.chain(methods(true)).chain(self.scores.iter().flat_map(|(_, runs)| runs));
         let mut runs: Vec<(Value, &Run)> = Vec::new();
-        for run in all.chain(methods(true)) {
+        for run in all {
             let identity = run.identity();
             if runs.iter().all(|(known, _)| *known != identity) {
                 runs.push((identity, run));
