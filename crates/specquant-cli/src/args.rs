@@ -111,13 +111,13 @@ pub struct Overrides {
     /// Inputs that share a weight scale; 0 for a scale per output channel [scheme.group_size]
     #[arg(long, value_name = "N")]
     pub group_size: Option<usize>,
-    /// What 4-bit codes of weights and activations stand for [scheme.levels]
+    /// What 4-bit codes of weights, activations and the KV cache stand for [scheme.levels]
     #[arg(long, value_name = "LEVELS")]
     pub levels: Option<LevelsArg>,
-    /// Clip ratio of activations, in (0, 1] [scheme.act_clip]
+    /// Clip ratio of activations, in (0, 1], in place of searched ones [scheme.act_clip]
     #[arg(long, value_name = "RATIO")]
     pub act_clip: Option<f32>,
-    /// Clip ratio of keys and values, in (0, 1]; 0.95 up to 4 bits, 1 above [scheme.kv_clip]
+    /// Clip ratio of keys and values, in (0, 1]; 0.95 up to 4 bits, 1 above; Gaussian levels have none [scheme.kv_clip]
     #[arg(long, value_name = "RATIO")]
     pub kv_clip: Option<f32>,
     /// Migration strength of smoothing: a number in [0, 1], "search", or "off" [smooth.smoothing_strength]

@@ -13,7 +13,7 @@ use specquant_eval::{
     sha256, write_results, write_whole,
 };
 use specquant_kernels::Isa;
-use specquant_model::{Model, Source, read_text};
+use specquant_model::{FORMAT_VERSION, Model, Source, read_text};
 
 use crate::args::{CompareArgs, Overrides};
 use crate::eval::Prose;
@@ -91,7 +91,7 @@ fn quantize_all(args: &CompareArgs, source: &Source, source_sha256: &str) -> any
             let text = read_text(file).map_err(anyhow::Error::msg);
             Ok(sha256(text.with_context(|| format!("calibration text {}", file.display()))?.as_bytes()))
         });
-        let identity = json!({ "source_sha256": source_sha256, "calibration_sha256": calibration.transpose()?, "recipe": recipe });
+        let identity = json!({ "format_version": FORMAT_VERSION, "source_sha256": source_sha256, "calibration_sha256": calibration.transpose()?, "recipe": recipe });
         let record = dir.join(format!("{}.json", sanitized(&recipe.name)));
         if path.exists() {
             let same =

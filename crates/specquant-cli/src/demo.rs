@@ -10,7 +10,7 @@ use serde::{Deserialize, Serialize};
 use serde_json::json;
 use specquant_eval::{Protocol, perplexity};
 use specquant_kernels::kernel_name;
-use specquant_model::{Model, Sampler, Sampling, Source, generate};
+use specquant_model::{Levels, Model, Sampler, Sampling, Source, generate};
 use specquant_quantize as q;
 
 use crate::args::{DemoArgs, MeasureArgs};
@@ -80,7 +80,9 @@ pub fn measure(args: MeasureArgs) -> anyhow::Result<ExitCode> {
         prefill,
         decode,
         rss,
-        kernel: scheme.map_or("dense f32".to_owned(), |s| kernel_name(s.act_bits, s.weight_bits)),
+        kernel: scheme.map_or("dense f32".to_owned(), |s| {
+            kernel_name(s.act_bits, s.weight_bits, s.levels == Levels::Gaussian)
+        }),
         sample: tokenizer.decode(&sample, true)?,
     };
     writeln!(std::io::stdout(), "{}", json!(measurement))?;

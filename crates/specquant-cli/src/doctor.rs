@@ -37,7 +37,7 @@ pub fn run(args: DoctorArgs) -> anyhow::Result<ExitCode> {
     let ceilings = measure_ceilings(threads, 0.3);
     let products = [(4, 4), (8, 4), (8, 8), (16, 4), (16, 8)];
     let kernels: Vec<(String, String)> =
-        products.map(|(a, w)| (format!("W{w}A{a}"), kernel_name(a, w))).into();
+        products.map(|(a, w)| (format!("W{w}A{a}"), kernel_name(a, w, false))).into();
     let available: Vec<&str> = Isa::available().into_iter().map(Isa::name).collect();
     let mut out = std::io::stdout();
     if args.json {

@@ -425,20 +425,24 @@ fn a_damaged_transform_of_inputs() {
         (
             format!("{site}.reflections"),
             &(|t: &mut Tensor| (t.shape, t.bytes) = (vec![4, 96], vec![1; 384])) as &dyn Fn(&mut Tensor),
-            &["kept_norm", "F32 [8]", "[4]"][..],
+            &["kept_norm", "F32 [8]", "[4]", again][..],
         ),
-        (format!("{site}.reflections"), &|t| t.dtype = Dtype::U8, &["reflections", "U8", "I8"]),
+        (format!("{site}.reflections"), &|t| t.dtype = Dtype::U8, &["reflections", "U8", "I8", again]),
         (
             format!("{site}.reflections"),
             &|t| (t.shape, t.bytes) = (vec![96, 96], vec![1; 9216]),
-            &["reflections", "keeps 96 of 96"],
+            &["reflections", "keeps 96 of 96", again],
         ),
-        (format!("{site}.kept_norm"), &|t| t.bytes[..4].fill(0), &["kept_norm", "positive"]),
-        (format!("{site}.act_clip"), &|t| t.bytes.copy_from_slice(&2f32.to_le_bytes()), &["act_clip", "2.0"]),
+        (format!("{site}.kept_norm"), &|t| t.bytes[..4].fill(0), &["kept_norm", "positive", again]),
+        (
+            format!("{site}.act_clip"),
+            &|t| t.bytes.copy_from_slice(&2f32.to_le_bytes()),
+            &["act_clip", "2.0", again],
+        ),
         (
             "model.layers.1.mlp.up_proj.kept_packed".to_owned(),
             &|t| (t.shape, t.bytes) = (vec![176, 4], vec![1; 704]),
-            &["kept_packed", "[176, 8]"],
+            &["kept_packed", "[176, 8]", again],
         ),
         (
             "model.layers.1.self_attn.v_center".to_owned(),
@@ -453,7 +457,7 @@ fn a_damaged_transform_of_inputs() {
             fs::write(model.join(name), content).unwrap();
         }
         edit_tensor(&shard_of(&model, &name), &name, edit);
-        refuse(&lab, generate(&model), &[words, &[again]].concat());
+        refuse(&lab, generate(&model), words);
     }
     let too_many = ["--recipe", "spectral", "--keep", "96"];
     refuse_quantize(&lab, &lab.model("llama-sharded"), &too_many, &["q_proj", "input.keep = 96", "--keep"]);

@@ -16,6 +16,7 @@ use crate::Isa;
 #[cfg(target_arch = "x86_64")]
 use crate::isa::{Avx2, Avx512Vnni};
 use crate::isa::{Scalar, with_token};
+use crate::weights::nearest_levels;
 use rayon::prelude::*;
 
 /// Lower bound of a token's scale, so that an all-zero token quantizes to zeros instead of dividing by zero.
@@ -72,23 +73,13 @@ const GAUSSIAN_MAX: i32 = 63;
 /// those fit an i16.
 const GAUSSIAN_ACT_LEVELS: [i8; 16] = [-63, -48, -37, -29, -22, -15, -9, -3, 3, 9, 15, 22, 29, 37, 48, 63];
 
-/// For every code of 0 to 126, that of the nearest level; half-way the one away from zero.
+/// For every code of 0 to 126, that of the nearest level.
 const GAUSSIAN_ACT_CODES: [u8; 128] = {
-    let mut codes = [0; 128];
-    let mut code = 0;
-    while code < 128 {
-        let value = code as i32 - GAUSSIAN_MAX;
-        let (mut best, mut i) = (0, 1);
-        while i < 16 {
-            let (old, new) =
-                (GAUSSIAN_ACT_LEVELS[best] as i32 - value, GAUSSIAN_ACT_LEVELS[i] as i32 - value);
-            if new.abs() < old.abs() || new.abs() == old.abs() && value > 0 {
-                best = i;
-            }
-            i += 1;
-        }
-        codes[code] = (GAUSSIAN_ACT_LEVELS[best] as i32 + GAUSSIAN_MAX) as u8;
-        code += 1;
+    let mut codes = nearest_levels::<128>(&GAUSSIAN_ACT_LEVELS, -GAUSSIAN_MAX);
+    let mut i = 0;
+    while i < codes.len() {
+        codes[i] = (GAUSSIAN_ACT_LEVELS[codes[i] as usize] as i32 + GAUSSIAN_MAX) as u8;
+        i += 1;
     }
     codes
 };
@@ -100,7 +91,8 @@ const GAUSSIAN_ACT_CODES: [u8; 128] = {
 /// q     = the level nearest to clamp(round(x / scale), −63, 63)          x ≈ scale · q
 /// ```
 ///
-/// There is no processor that multiplies 4-bit numbers, so that levels cost no more than evenly spaced codes. As codes of 7 bits, level + 63.
+/// Processors multiply bytes and not 4-bit numbers, so that with VNNI levels cost no more than evenly spaced codes; sums of `vpmaddubsw` (AVX2) have to be widened
+/// after every step instead of every 136. As codes of 7 bits, level + 63.
 ///
 /// # Panics
 /// If `x` is not `[rows, cols]`.

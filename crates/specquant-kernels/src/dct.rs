@@ -41,11 +41,6 @@ impl Dct {
         Dct { n, fft: RealFftPlanner::new().plan_fft_forward(n), turns: (0..=n / 2).map(turn).collect() }
     }
 
-    /// Width n of the vectors.
-    pub fn width(&self) -> usize {
-        self.n
-    }
-
     /// x ↦ y for every row, in place. x: [rows, n]. The result depends neither on the other rows nor on the number of threads.
     ///
     /// # Panics

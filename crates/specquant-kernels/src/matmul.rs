@@ -99,8 +99,8 @@ pub fn matmul_float_with(
 }
 
 /// Name of the kernel that multiplies these bit widths, `{isa}-{operands}-{variant}`: `avx2-u4s4-i16acc`. More than 8
-/// activation bits mean [`matmul_float`].
-pub fn kernel_name(act_bits: u8, weight_bits: u8) -> String {
+/// activation bits mean [`matmul_float`]. levels: whether 4-bit codes are looked up among levels of up to 8 bits.
+pub fn kernel_name(act_bits: u8, weight_bits: u8, levels: bool) -> String {
     let isa = Isa::active();
     let variant = if act_bits > 8 {
         return format!(
@@ -108,6 +108,8 @@ pub fn kernel_name(act_bits: u8, weight_bits: u8) -> String {
             isa.name(),
             if isa == Isa::Scalar { "muladd" } else { "fma" }
         );
+    } else if levels && weight_bits == 4 {
+        "levels"
     } else if isa == Isa::Avx2 && i16_steps(code_max(act_bits), weight_max(weight_bits)) > 0 {
         "i16acc"
     } else {
@@ -528,9 +530,10 @@ mod tests {
         let isa = Isa::active();
         let (narrow, float) = if isa == Isa::Avx2 { ("i16acc", "fma") } else { ("i32acc", "fma") };
         let float = if isa == Isa::Scalar { "muladd" } else { float };
-        assert_eq!(kernel_name(4, 4), format!("{}-u4s4-{narrow}", isa.name()));
-        assert_eq!(kernel_name(8, 8), format!("{}-u8s8-i32acc", isa.name()));
-        assert_eq!(kernel_name(16, 4), format!("{}-f32s4-{float}", isa.name()));
+        assert_eq!(kernel_name(4, 4, false), format!("{}-u4s4-{narrow}", isa.name()));
+        assert_eq!(kernel_name(4, 4, true), format!("{}-u4s4-levels", isa.name()));
+        assert_eq!(kernel_name(8, 8, false), format!("{}-u8s8-i32acc", isa.name()));
+        assert_eq!(kernel_name(16, 4, false), format!("{}-f32s4-{float}", isa.name()));
     }
 
     proptest! {

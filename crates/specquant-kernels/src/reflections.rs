@@ -69,11 +69,6 @@ impl Reflections {
         &self.vectors
     }
 
-    /// Resident bytes.
-    pub fn bytes(&self) -> usize {
-        size_of_val(&self.vectors[..]) + size_of_val(&self.factor[..])
-    }
-
     /// x ↦ x H(v₁) ⋯ H(vᵣ) for every row, in place. x: [rows, n]. The result does not depend on the number of threads.
     ///
     /// # Panics

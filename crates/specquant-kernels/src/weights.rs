@@ -28,6 +28,26 @@ pub const UNIFORM_LEVELS: [i8; 16] = [-8, -7, -6, -5, -4, -3, -2, -1, 0, 1, 2, 3
 pub const GAUSSIAN_LEVELS: [i8; 16] =
     [-127, -96, -75, -58, -44, -31, -18, -6, 6, 18, 31, 44, 58, 75, 96, 127];
 
+/// For every number from `first` on, the number of the level nearest to it; half-way the one away from zero.
+pub const fn nearest_levels<const N: usize>(levels: &[i8; 16], first: i32) -> [u8; N] {
+    let mut nearest = [0; N];
+    let mut at = 0;
+    while at < N {
+        let value = first + at as i32;
+        let (mut best, mut i) = (0, 1);
+        while i < 16 {
+            let (old, new) = (levels[best] as i32 - value, levels[i] as i32 - value);
+            if new.abs() < old.abs() || new.abs() == old.abs() && value > 0 {
+                best = i;
+            }
+            i += 1;
+        }
+        nearest[at] = best as u8;
+        at += 1;
+    }
+    nearest
+}
+
 /// Weight matrix `[out, in]` of signed integer codes with one scale per output channel and group of inputs.
 #[derive(Debug, Clone, PartialEq)]
 pub struct PackedWeights {

@@ -5,7 +5,7 @@
 //!
 //! | tensor | dtype, shape | meaning |
 //! |---|---|---|
-//! | `P.weight_packed` | U8 `[out, ceil(bits · in / 8)]` | up to 4 bits: code + 2^(bits−1), the first input in the lowest bits |
+//! | `P.weight_packed` | U8 `[out, ceil(bits · in / 8)]`; in less r where r inputs are kept | up to 4 bits: code + 2^(bits−1), the first input in the lowest bits |
 //! | | | with `scheme.levels = "gaussian"` the code is the number of a level of [`specquant_kernels::GAUSSIAN_LEVELS`], less 8 |
 //! | `P.weight_packed` | I8 `[out, in]` | 5 to 8 bits |
 //! | `P.weight_bits` | U8 `[out]` | where channels differ: the bits of each; then `weight_packed` is U8 `[bytes]`, row after row |

@@ -124,7 +124,7 @@ impl Head {
                 Truncation::None,
             )?
         } else {
-            read_linear(source, None, name, [vocab, hidden], None, 0)?
+            read_linear(source, None, name, [vocab, hidden], None, None)?
         };
         Ok(Head { norm: norm(source, "model.norm.weight", hidden)?, linear })
     }
@@ -154,7 +154,8 @@ impl Block {
         let (wide, narrow) = (c.num_heads * c.head_dim, c.num_kv_heads * c.head_dim);
         let prefix = format!("model.layers.{index}");
         let center = |name: &str| norm(source, &format!("{prefix}.self_attn.{name}"), narrow);
-        let kv_center = match source.has(&format!("{prefix}.self_attn.k_center")) {
+        let centered = ["k_center", "v_center"].map(|name| source.has(&format!("{prefix}.self_attn.{name}")));
+        let kv_center = match centered.contains(&true) {
             true => Some(KvCenter { keys: center("k_center")?, values: center("v_center")? }),
             false => None,
         };
@@ -171,9 +172,15 @@ impl Block {
         }
         let linear = |name: &str, shape, site: Site| {
             let i = site as usize;
-            let kept = inputs[i].as_ref().map_or(0, InputTransform::kept);
             let quant = schemes[i].as_ref().zip(quant.map(|q| q.branch_basis));
-            read_linear(source, quant, &format!("{prefix}.{name}"), shape, bases[i].as_ref(), kept)
+            read_linear(
+                source,
+                quant,
+                &format!("{prefix}.{name}"),
+                shape,
+                bases[i].as_ref(),
+                inputs[i].as_ref(),
+            )
         };
         let vector = |name: &str, width| norm(source, &format!("{prefix}.{name}.weight"), width);
         let head_norm = |name: &str| c.qk_norm.then(|| vector(name, c.head_dim)).transpose();

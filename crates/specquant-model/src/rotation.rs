@@ -138,11 +138,6 @@ impl InputTransform {
         &self.norms
     }
 
-    /// Resident bytes.
-    pub fn bytes(&self) -> usize {
-        self.reflections.bytes() + size_of_val(&self.norms[..])
-    }
-
     /// Inputs x `[rows, n]`.
     ///
     /// # Panics

@@ -26,9 +26,9 @@ pub enum Levels {
 pub struct Scheme {
     /// Bits of a weight code: 2 to 8, symmetric per output channel or per group; 16 leaves the linears dense.
     pub weight_bits: u8,
-    /// Bits of an activation code: 2 to 8, asymmetric per token; 16 keeps activations in floating point.
+    /// Bits of an activation code: 2 to 8, per token, asymmetric where levels are uniform; 16 keeps activations in floating point.
     pub act_bits: u8,
-    /// Bits of a KV cache code: 2 to 8, asymmetric per token and head, K after RoPE; 16 stores f16.
+    /// Bits of a KV cache code: 2 to 8, per token and head, asymmetric where levels are uniform, K after RoPE; 16 stores f16.
     pub kv_bits: u8,
     /// What 4-bit codes of weights, activations and the KV cache stand for.
     #[serde(default, skip_serializing_if = "is_uniform")]

@@ -560,9 +560,17 @@ pub(crate) fn read_transform(
     site: Site,
     n: usize,
 ) -> Result<Option<InputTransform>> {
-    let Some(kind) = quant.and_then(|q| q.input_rotation) else { return Ok(None) };
     let prefix = format!("{prefix}.{}", site.name());
     let reader = Reader { source, prefix: &prefix };
+    let Some(kind) = quant.and_then(|q| q.input_rotation) else {
+        return match source.has(&reader.name("reflections")) {
+            true => {
+                Err(reader
+                    .fail("reflections", "is there, but config.json names no input_rotation".to_owned()))
+            }
+            false => Ok(None),
+        };
+    };
     let (mut vectors, mut norms) = (Vec::new(), Vec::new());
     if source.has(&reader.name("reflections")) {
         let view = reader.tensor("reflections")?;
@@ -628,8 +636,9 @@ pub(crate) fn read_linear(
     prefix: &str,
     [out, inp]: [usize; 2],
     basis: Option<&Arc<Basis>>,
-    kept: usize,
+    transform: Option<&InputTransform>,
 ) -> Result<Linear> {
+    let (kept, transformed) = (transform.map_or(0, InputTransform::kept), transform.is_some());
     if let Some((scheme, kind)) = quant.filter(|_| source.has(&format!("{prefix}.weight_packed"))) {
         return StoredLinear::read(source, prefix, [out, inp], kept, scheme, kind)?.to_linear(
             &format!("{}: {prefix}", source.path().display()),
@@ -638,7 +647,18 @@ pub(crate) fn read_linear(
             source.truncation(),
         );
     }
+    if let Some(suffix) =
+        ["kept_packed", "weight_packed"].into_iter().find(|s| source.has(&format!("{prefix}.{s}")))
+    {
+        // Part of a quantized layer: what is missing is named.
+        let reader = Reader { source, prefix };
+        return Err(reader.fail(suffix, "is there, but not the rest of a quantized layer".to_owned()));
+    }
     let weight = source.tensor(&format!("{prefix}.weight"))?;
+    if transformed {
+        let reader = Reader { source, prefix };
+        return Err(reader.fail("weight", "is not quantized, but its input is transformed".to_owned()));
+    }
     if weight.shape != [out, inp] {
         let file = source.path().display();
         return Err(Error::Checkpoint(format!(

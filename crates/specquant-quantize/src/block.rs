@@ -336,6 +336,9 @@ impl Parts {
         });
         let mut want = vec![0.0; input.rows * w.out];
         matmul_nt(input.sample, &split.rest, &mut want, input.rows, inp, w.out, false);
+        if let Some(bias) = w.bias {
+            want.chunks_exact_mut(w.out).for_each(|y| y.iter_mut().zip(bias).for_each(|(y, b)| *y += b));
+        }
         Parts { inp, rest: split.rest, kept, want }
     }
 }

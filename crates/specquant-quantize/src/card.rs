@@ -16,7 +16,7 @@ pub fn render(source: &Source, recipe: &Recipe, report: &Report) -> String {
     let mut card = format!(
         "---\nlibrary_name: specquant\ntags: [specquant, {scheme}]\n---\n\n# {base}, {scheme} by SpecQuant\n\n\
          Quantized by `specquant {version}` with the recipe `{name}`: {blocks} blocks, {bits:.3} bits per weight in the linear \
-         layers (codes, scales, branch), {mib:.1} MiB of tensors, calibrated on {tokens} tokens.\n\n\
+         layers (codes, scales, kept directions, branch), {mib:.1} MiB of tensors, calibrated on {tokens} tokens.\n\n\
          Run it: `specquant generate -m DIR --prompt \"...\"`. Per-layer figures are in report.json, the whole recipe in config.json.\n\n\
          ## Layers with the largest output error\n\n| layer | relative error |\n|---|--:|\n",
         scheme = report.scheme,

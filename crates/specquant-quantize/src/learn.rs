@@ -2,6 +2,7 @@
 //! feature `learn` such recipes parse, so that they can be named, and are refused.
 
 use serde::{Deserialize, Serialize};
+use specquant_model::RotationKind;
 
 use crate::recipe::Recipe;
 use crate::{Error, Result};
@@ -37,14 +38,23 @@ impl Learn {
             return refuse(NOT_BUILT);
         }
         match self {
-            Learn::SpinQuant(_) if recipe.rotate.is_none_or(|r| !r.residual) => {
-                refuse("spinquant learns rotations: add [rotate] kind = \"hadamard\"")
+            Learn::SpinQuant(_)
+                if recipe.rotate.is_none_or(|r| !r.residual || r.kind != RotationKind::Hadamard) =>
+            {
+                refuse("spinquant learns rotations: add [rotate] kind = \"hadamard\", with residual = true")
             }
             Learn::OmniQuant(_)
-                if recipe.rotate.is_some() || recipe.smooth.is_some() || recipe.branch.is_some() =>
+                if [
+                    recipe.rotate.is_some(),
+                    recipe.smooth.is_some(),
+                    recipe.branch.is_some(),
+                    recipe.input.is_some(),
+                    recipe.kv_center,
+                ]
+                .contains(&true) =>
             {
                 refuse(
-                    "omniquant learns the scales and clips of the weight as a whole: it goes with neither rotate nor smooth nor branch",
+                    "omniquant learns the scales and clips of the weight as a whole: it goes with neither rotate nor smooth, branch, input or kv_center",
                 )
             }
             Learn::OmniQuant(_) if recipe.scheme.group_size != 0 => refuse(

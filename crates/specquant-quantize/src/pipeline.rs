@@ -56,7 +56,7 @@ pub struct Report {
     pub scheme: String,
     /// Calibration tokens used.
     pub calibration_tokens: usize,
-    /// Stored bits per weight over all linear layers of the blocks: codes, scales, branches.
+    /// Stored bits per weight over all linear layers of the blocks: codes, scales, kept directions, branches.
     pub bits_per_weight: f64,
     /// Bytes of all tensors.
     pub tensor_bytes: u64,

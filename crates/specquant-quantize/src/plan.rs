@@ -53,12 +53,13 @@ fn problems(source: &Source, recipe: &Recipe, shapes: &[(String, [usize; 2])]) -
         let inp = inp - keep;
         let group = scheme.group(inp);
         if !inp.is_multiple_of(group) || (group < inp && !group.is_multiple_of(8)) {
+            let less = if keep > 0 { format!(" less {keep} kept ones (--keep)") } else { String::new() };
             let fits: Vec<String> = (16..inp.min(257))
                 .step_by(8)
                 .filter(|g| inp.is_multiple_of(*g))
                 .map(|g| g.to_string())
                 .collect();
-            problems.push(format!("  {name}: group size {group} does not divide its {inp} inputs into groups of a multiple of 8; these would: {}, or 0", fits.join(", ")));
+            problems.push(format!("  {name}: group size {group} does not divide its {inp} inputs{less} into groups of a multiple of 8; these would: {}, or 0", fits.join(", ")));
         }
         let bins = inp / 2 + 1;
         if let Some(b) = recipe.branch.as_ref().filter(|b| b.basis.is_fourier() && b.mean_k > bins) {
@@ -171,7 +172,9 @@ pub fn plan(source: &Source, recipe: &Recipe) -> Result<Plan> {
         false => 0,
         true => {
             let squares = Site::ALL.map(|s| config.site_width(s).pow(2));
-            8 * (squares.iter().sum::<usize>() + 2 * squares.iter().max().unwrap_or(&0))
+            // Factorized, or rotated: then a copy more.
+            let copies = 2 + usize::from(recipe.input.is_some());
+            8 * (squares.iter().sum::<usize>() + copies * squares.iter().max().unwrap_or(&0))
         }
     };
     let widest_site = shapes.iter().map(|(_, [out, inp])| out * inp).max().unwrap_or(0) * 2;

@@ -354,8 +354,28 @@ impl Recipe {
         if let Some(branch) = &self.branch {
             branch.validate(self.scheme.weight_bits)?;
         }
+        let smooth_o = self.smooth.is_some_and(|s| s.all_sites);
+        if self.kv_center && smooth_o {
+            return refuse(
+                "kv_center and smooth.all_sites = true: smoothing the input of o_proj would move the mean value; set smooth.all_sites = false"
+                    .to_owned(),
+            );
+        }
+        if let (Some(_), Some(Smooth { smoothing_strength: Searched::Search(_), .. })) =
+            (self.input, self.smooth)
+        {
+            return refuse(
+                "smooth.smoothing_strength = \"search\" does not see what [input] does behind it: give a number, or leave out [smooth]"
+                    .to_owned(),
+            );
+        }
         if self.scheme.levels == Levels::Gaussian {
+            let rotated = self.input.is_some() || self.rotate.is_some_and(|r| r.residual);
             let why = match (&self.branch, &self.learn) {
+                _ if !rotated => "without a rotation inputs are far from Gaussian: add [input] or [rotate]",
+                _ if self.scheme.kv_clip.is_some() && self.scheme.kv_bits == 4 => {
+                    "the cache chooses the scale of every row, so there is no kv_clip (--kv-clip)"
+                }
                 (Some(Branch { overhead: Overhead::Matched, .. }), _) => {
                     "branch.overhead = \"matched\" gives some channels 3 bits, for which there are no levels"
                 }

@@ -9,6 +9,9 @@ use crate::rounding::Hessian;
 use crate::transforms::keep;
 use crate::{Error, Result};
 
+/// Norm of a kept coordinate at least, as a share of the largest.
+const LEAST_NORM: f32 = 1e-3;
+
 /// What calibration learns about the input of a [`Site`](specquant_model::Site).
 pub struct SiteStats {
     /// Largest magnitude per channel, `[in]`.
@@ -105,9 +108,11 @@ impl SiteStats {
         let (vectors, norms, hessian) = match (&self.hessian, change.keep.min(n - 1)) {
             (Some(hessian), r @ 1..) => {
                 let keep::Fit { vectors, kept, rest } = keep::fit(hessian.normalized(), n, r);
-                // H is twice the second moment. A coordinate that is never active may keep its scale.
-                let norm = |h: f64| if h > 0.0 { (h / 2.0).sqrt() as f32 } else { 1.0 };
-                let norms = kept.into_iter().map(norm).collect();
+                // H is twice the second moment. A coordinate that this text hardly uses must not become the largest on another.
+                let norm = |h: f64| (h.max(0.0) / 2.0).sqrt() as f32;
+                let largest = kept.iter().fold(0.0f32, |m, &h| m.max(norm(h)));
+                let least = if largest > 0.0 { largest * LEAST_NORM } else { 1.0 };
+                let norms = kept.into_iter().map(|h| norm(h).max(least)).collect();
                 (vectors, norms, Some(Hessian::from_matrix(n - r, rest)))
             }
             (hessian, _) => (Vec::new(), Vec::new(), hessian.clone()),
@@ -143,5 +148,51 @@ impl SiteStats {
     /// Rows of the sample.
     pub(crate) fn sampled_rows(&self) -> usize {
         self.sample.len() / self.max.len()
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::rounding::testing::correlated;
+    use specquant_model::RotationKind;
+
+    /// Statistics that are transformed are those of transformed inputs.
+    #[test]
+    fn a_transform_carries_over() {
+        let (rows, n) = (200, 40);
+        let x = correlated(rows, n, 3);
+        let mut stats = SiteStats::new(n, rows, rows, true);
+        stats.add(&x, "test").unwrap();
+        for (keep, rotation) in [(0, RotationKind::Dct), (6, RotationKind::Dct), (8, RotationKind::Hadamard)]
+        {
+            let (transform, rest) = stats.transform(&InputChange { rotation, keep });
+            let split = transform.apply(x.clone(), rows);
+            let mut seen = SiteStats::new(n - keep, rows, rows, true);
+            seen.add(&split.rest, "test").unwrap();
+            assert_eq!((&rest.sample, &rest.max), (&seen.sample, &seen.max));
+            let hessian = |s: &SiteStats| s.hessian.as_ref().unwrap().normalized();
+            let (got, want) = (hessian(&rest), hessian(&seen));
+            let size = want.iter().step_by(n - keep + 1).sum::<f64>() / (n - keep) as f64;
+            for (got, want) in got.iter().zip(&want) {
+                assert!((got - want).abs() < 1e-4 * size, "keep {keep}: {got} {want}");
+            }
+            // What is kept has the size of 1.
+            for i in 0..keep {
+                let square: f32 = split.kept.iter().skip(i).step_by(keep).map(|v| v * v).sum();
+                assert!((square / rows as f32 - 1.0).abs() < 1e-2, "{i}: {square}");
+            }
+        }
+    }
+
+    /// More directions than tokens: those that this text does not have must not be blown up on another.
+    #[test]
+    fn directions_without_energy_keep_a_scale() {
+        let (rows, n) = (3, 24);
+        let mut stats = SiteStats::new(n, rows, rows, true);
+        stats.add(&correlated(rows, n, 5), "test").unwrap();
+        let (transform, _) = stats.transform(&InputChange { rotation: RotationKind::Dct, keep: 8 });
+        let largest = transform.norms().iter().fold(0.0f32, |m, v| m.max(*v));
+        assert!(transform.norms().iter().all(|norm| *norm >= LEAST_NORM * largest && *norm > 0.0));
     }
 }

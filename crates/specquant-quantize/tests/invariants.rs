@@ -141,7 +141,7 @@ fn no_bins_and_no_smoothing_is_plain_gptq() {
                 Some(k) => recipe.branch.as_mut().unwrap().mean_k = k,
                 None => recipe.branch = None,
             }
-            let destination = dir.path().join(format!("{name}-{case}"));
+            let destination = dir.path().join(format!("{name}-{}-{case}", recipe.name));
             let report = quantize(&tiny(name), &recipe, &texts(1), &destination);
             assert!(report.layers.iter().all(|l| l.mean_k.is_none() && l.smoothing_strength.is_none()));
             assert!(report.layers.iter().all(|l| l.rounding.dampening_frac.is_some()));
@@ -304,10 +304,11 @@ fn methods_compose() {
 #[test]
 fn threads_and_repetition_change_no_byte_and_other_text_does() {
     let dir = tempfile::tempdir().unwrap();
-    let recipe = recipe("specquant", "W4A4KV4");
-    for name in ["llama3-rope-scaled", "qwen2"] {
+    for (name, recipe) in [("llama3-rope-scaled", "specquant"), ("qwen2", "specquant"), ("qwen2", "spectral")]
+    {
+        let recipe = crate::recipe(recipe, "W4A4KV4");
         let written = |case: &str, threads: usize, seed: u64| {
-            let destination = dir.path().join(format!("{name}-{case}"));
+            let destination = dir.path().join(format!("{name}-{}-{case}", recipe.name));
             let pool = rayon::ThreadPoolBuilder::new().num_threads(threads).build().unwrap();
             pool.install(|| quantize(&tiny(name), &recipe, &texts(seed), &destination));
             files(&destination)

@@ -11,31 +11,14 @@ use crate::Isa;
 #[cfg(target_arch = "x86_64")]
 use crate::isa::{Avx2, Avx512Vnni};
 use crate::isa::{Scalar, with_token};
-use crate::weights::GAUSSIAN_LEVELS;
+use crate::weights::{GAUSSIAN_LEVELS, nearest_levels};
 use half::f16;
 
 /// Shrink factors that are tried. Of 64 Gaussian values the largest lies at 2.4 standard deviations, the outermost level best at 2.7.
 const SHRINK: [f32; 6] = [1.15, 1.05, 0.95, 0.85, 0.75, 0.65];
 
-/// The number of the level nearest to each number of −127 to 127; half-way the one away from zero.
-const NEAREST: [u8; 256] = {
-    let mut nearest = [0; 256];
-    let mut at = 0;
-    while at < 256 {
-        let value = at as i32 - 127;
-        let (mut best, mut i) = (0, 1);
-        while i < 16 {
-            let (old, new) = (GAUSSIAN_LEVELS[best] as i32 - value, GAUSSIAN_LEVELS[i] as i32 - value);
-            if new.abs() < old.abs() || new.abs() == old.abs() && value > 0 {
-                best = i;
-            }
-            i += 1;
-        }
-        nearest[at] = best as u8;
-        at += 1;
-    }
-    nearest
-};
+/// The number of the level nearest to each number of −127 to 128.
+const NEAREST: [u8; 256] = nearest_levels(&GAUSSIAN_LEVELS, -127);
 
 /// Quantizes one head of one token. codes: `[x.len() / 2]`, rounded up, zeros. Returns the scale, NaN for a row that is not finite.
 pub(super) fn quantize(x: &[f32], codes: &mut [u8]) -> f16 {

@@ -16,7 +16,7 @@ mod output_clip;
 mod rtn;
 mod scales;
 
-use specquant_kernels::GAUSSIAN_LEVELS;
+use specquant_kernels::{GAUSSIAN_LEVELS, nearest_levels};
 
 pub use gptq::*;
 pub use hessian::*;
@@ -63,25 +63,15 @@ fn limit(x: f32, low: f32, high: f32) -> f32 {
     if x < high { x } else { high }
 }
 
-/// For every number of −128 to 127, the nearest of [`GAUSSIAN_LEVELS`]; half-way the one away from zero. A weight is rounded in two steps, to
-/// whole units and then by this table.
+/// For every number of −128 to 127, the nearest of [`GAUSSIAN_LEVELS`]. A weight is rounded in two steps, to whole units and then by this table; zero,
+/// half-way between two levels, becomes the negative one.
 const NEAREST_LEVEL: [i8; 256] = {
-    let mut nearest = [0; 256];
-    let mut at = 0;
-    while at < 256 {
-        let value = at as i32 - 128;
-        let (mut best, mut i) = (0, 1);
-        while i < 16 {
-            let (old, new) = (GAUSSIAN_LEVELS[best] as i32 - value, GAUSSIAN_LEVELS[i] as i32 - value);
-            if new.abs() < old.abs() || new.abs() == old.abs() && value > 0 {
-                best = i;
-            }
-            i += 1;
-        }
-        nearest[at] = GAUSSIAN_LEVELS[best];
-        at += 1;
+    let (numbers, mut levels, mut i) = (nearest_levels::<256>(&GAUSSIAN_LEVELS, -128), [0; 256], 0);
+    while i < levels.len() {
+        levels[i] = GAUSSIAN_LEVELS[numbers[i] as usize];
+        i += 1;
     }
-    nearest
+    levels
 };
 
 /// The level nearest to a code of −128 to 127.
