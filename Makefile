@@ -2,6 +2,7 @@
 
 FETCH := scripts/fetch-model.sh
 TEXTS := ../shared/data/wikitext2
+TASKS := ../shared/data/tasks
 
 .DEFAULT_GOAL := help
 .PHONY: help demo reproduction build model test lint fmt docs
@@ -12,9 +13,9 @@ help: ## Print this list.
 demo: build model ## Quantize a real 135M model to 4 bits, compare it with the original, talk to both.
 	target/release/specquant demo -m "$$($(FETCH))"
 
-reproduction: build model ## Measure what docs/reproduction lacks and write it again: hours on 2 cores from nothing. TEXTS names WikiText-2's directory.
+reproduction: build model ## Measure what docs/reproduction lacks and write it again: hours on 2 cores from nothing. TEXTS and TASKS name directories.
 	target/release/specquant reproduce "$$($(FETCH))" --text $(TEXTS)/wiki.test.raw --calibration $(TEXTS)/wiki.valid.raw \
-		-o docs/reproduction --resume
+		--data $(TASKS) --limit 100 -o docs/reproduction --resume
 
 build: ## Build the release binary, target/release/specquant.
 	cargo build --release
