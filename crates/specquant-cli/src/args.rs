@@ -7,7 +7,7 @@
 use std::path::PathBuf;
 
 use clap::{Args as ClapArgs, Parser, Subcommand, ValueEnum};
-use specquant_model::{BranchBasis, Source, Truncation};
+use specquant_model::{BranchBasis, Levels, Source, Truncation};
 use specquant_quantize::Searched;
 
 /// 4-bit LLMs on a CPU: quantize, evaluate, generate.
@@ -111,9 +111,9 @@ pub struct Overrides {
     /// Inputs that share a weight scale; 0 for a scale per output channel [scheme.group_size]
     #[arg(long, value_name = "N")]
     pub group_size: Option<usize>,
-    /// What 4-bit codes of weights, activations and the KV cache stand for [scheme.levels]
-    #[arg(long, value_name = "LEVELS")]
-    pub levels: Option<LevelsArg>,
+    /// What 4-bit codes of weights, activations and the KV cache stand for: uniform (evenly spaced numbers), gaussian (16 that suit a Gaussian) [scheme.levels]
+    #[arg(long, value_name = "LEVELS", value_parser = levels)]
+    pub levels: Option<Levels>,
     /// Clip ratio of activations, in (0, 1], in place of searched ones [scheme.act_clip]
     #[arg(long, value_name = "RATIO")]
     pub act_clip: Option<f32>,
@@ -170,15 +170,6 @@ pub struct Overrides {
     pub threads: Option<usize>,
 }
 
-/// What 4-bit codes stand for.
-#[derive(Clone, Copy, PartialEq, ValueEnum)]
-pub enum LevelsArg {
-    /// Evenly spaced numbers
-    Uniform,
-    /// 16 numbers that suit a Gaussian
-    Gaussian,
-}
-
 /// Who pays for the bits of a branch.
 #[derive(Clone, Copy, PartialEq, ValueEnum)]
 pub enum OverheadArg {
@@ -186,6 +177,14 @@ pub enum OverheadArg {
     Plain,
     /// Some channels of the residual get one bit less
     Matched,
+}
+
+fn levels(text: &str) -> Result<Levels, String> {
+    match text {
+        "uniform" => Ok(Levels::Uniform),
+        "gaussian" => Ok(Levels::Gaussian),
+        _ => Err("choose uniform or gaussian".to_owned()),
+    }
 }
 
 fn basis(text: &str) -> Result<BranchBasis, String> {

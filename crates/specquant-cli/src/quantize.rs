@@ -5,11 +5,11 @@ use std::process::ExitCode;
 use std::time::Instant;
 
 use serde_json::json;
-use specquant_model::{BranchBasis, Levels, Model, Source, Tokenizer};
+use specquant_model::{BranchBasis, Model, Source, Tokenizer};
 use specquant_quantize as q;
 use specquant_quantize::{Embeddings, Event, Overhead, Plan, Recipe, Report, Rounding, Smooth};
 
-use crate::args::{EmbeddingsArg, LevelsArg, OverheadArg, Overrides, QuantizeArgs, ScoreArg, Strength};
+use crate::args::{EmbeddingsArg, OverheadArg, Overrides, QuantizeArgs, ScoreArg, Strength};
 use crate::system::{self, human};
 use crate::ui::{Progress, note};
 
@@ -24,16 +24,12 @@ pub fn recipe(name: &str, flags: &Overrides) -> anyhow::Result<Recipe> {
     }
     replace! {
         group_size => r.scheme.group_size,
+        levels => r.scheme.levels,
         act_clip => r.scheme.act_clip,
         samples => r.calibration.samples,
         sequence_length => r.calibration.sequence_length,
         search_tokens => r.calibration.search_tokens,
         seed => r.seed,
-    }
-    match flags.levels {
-        Some(LevelsArg::Uniform) => r.scheme.levels = Levels::Uniform,
-        Some(LevelsArg::Gaussian) => r.scheme.levels = Levels::Gaussian,
-        None => {}
     }
     // A ratio that was asked for is not searched.
     r.search_act_clip &= flags.act_clip.is_none();

@@ -12,6 +12,7 @@ mod rotation;
 mod scheme;
 mod source;
 mod stored_linear;
+mod stored_transform;
 mod text;
 mod tokenizer;
 
@@ -26,5 +27,6 @@ pub use rotation::*;
 pub use scheme::*;
 pub use source::*;
 pub use stored_linear::*;
+pub use stored_transform::*;
 pub use text::*;
 pub use tokenizer::*;

@@ -9,9 +9,8 @@ use specquant_kernels::{KvCache, KvFormat};
 use crate::block::{Block, KvCenter, RopeTable, Site, Span};
 use crate::checkpoint::QuantizationConfig;
 use crate::linear::Linear;
-use crate::stored_linear::{
-    StoredLinear, Truncation, read_act_clip, read_basis, read_linear, read_transform,
-};
+use crate::stored_linear::{StoredLinear, Truncation, read_basis, read_linear};
+use crate::stored_transform::{read_act_clip, read_transform};
 use crate::{Error, InputTransform, Levels, ModelConfig, Result, Rotations, Scheme, Source, TensorView};
 
 /// Rows of logits computed at a time: `64 × 49152` f32 are 12 MiB, which the allocator keeps.

@@ -3,7 +3,7 @@
 use std::sync::Arc;
 
 use half::f16;
-use specquant_kernels::{Basis, BranchCoeffs, GAUSSIAN_LEVELS, PackedWeights, Reflections};
+use specquant_kernels::{Basis, BranchCoeffs, GAUSSIAN_LEVELS, PackedWeights};
 
 use crate::checkpoint::{StoredTensor, le_bytes, scales_fit_f16};
 use crate::linear::{Branch, DenseLinear, DenseWeight, Kept, Linear, QuantLinear};
@@ -394,26 +394,32 @@ impl StoredLinear {
 }
 
 /// The tensors of one layer in a file, and complaints about them.
-struct Reader<'a> {
-    source: &'a Source,
-    prefix: &'a str,
+pub(crate) struct Reader<'a> {
+    pub(crate) source: &'a Source,
+    pub(crate) prefix: &'a str,
 }
 
 impl Reader<'_> {
-    fn name(&self, suffix: &str) -> String {
+    pub(crate) fn name(&self, suffix: &str) -> String {
         format!("{}.{suffix}", self.prefix)
     }
 
-    fn tensor(&self, suffix: &str) -> Result<TensorView> {
+    pub(crate) fn tensor(&self, suffix: &str) -> Result<TensorView> {
         self.source.tensor(&self.name(suffix))
     }
 
-    fn fail(&self, suffix: &str, why: String) -> Error {
+    pub(crate) fn fail(&self, suffix: &str, why: String) -> Error {
         let file = self.source.path().display();
         Error::Checkpoint(format!("{file}: tensor {}.{suffix} {why}; quantize the model again", self.prefix))
     }
 
-    fn expect(&self, view: &TensorView, suffix: &str, dtype: Dtype, shape: &[usize]) -> Result<()> {
+    pub(crate) fn expect(
+        &self,
+        view: &TensorView,
+        suffix: &str,
+        dtype: Dtype,
+        shape: &[usize],
+    ) -> Result<()> {
         if view.dtype == dtype && view.shape == shape {
             return Ok(());
         }
@@ -536,62 +542,6 @@ pub(crate) fn read_basis(
     Ok(Some(Arc::new(basis)))
 }
 
-/// The tensors of a site's transform, whose reflections have vectors of whole numbers up to 127: none where it keeps nothing.
-pub fn transform_tensors(transform: &InputTransform, prefix: &str, site: Site) -> Vec<StoredTensor> {
-    let reflections = transform.reflections();
-    if reflections.is_empty() {
-        return Vec::new();
-    }
-    let name = |suffix: &str| format!("{prefix}.{}.{suffix}", site.name());
-    let vectors = StoredTensor {
-        name: name("reflections"),
-        dtype: safetensors::Dtype::I8,
-        shape: vec![reflections.len(), reflections.width()],
-        bytes: reflections.vectors().iter().map(|&v| v as i8 as u8).collect(),
-    };
-    vec![vectors, StoredTensor::f32(name("kept_norm"), vec![transform.kept()], transform.norms())]
-}
-
-/// The transform of a site's input, `n` wide; none where the checkpoint has none.
-pub(crate) fn read_transform(
-    source: &Source,
-    quant: Option<&QuantizationConfig>,
-    prefix: &str,
-    site: Site,
-    n: usize,
-) -> Result<Option<InputTransform>> {
-    let prefix = format!("{prefix}.{}", site.name());
-    let reader = Reader { source, prefix: &prefix };
-    let Some(kind) = quant.and_then(|q| q.input_rotation) else {
-        return match source.has(&reader.name("reflections")) {
-            true => {
-                Err(reader
-                    .fail("reflections", "is there, but config.json names no input_rotation".to_owned()))
-            }
-            false => Ok(None),
-        };
-    };
-    let (mut vectors, mut norms) = (Vec::new(), Vec::new());
-    if source.has(&reader.name("reflections")) {
-        let view = reader.tensor("reflections")?;
-        let r = view.shape.first().copied().unwrap_or(0);
-        reader.expect(&view, "reflections", Dtype::I8, &[r, n])?;
-        if r >= n {
-            return Err(reader.fail("reflections", format!("keeps {r} of {n} coordinates")));
-        }
-        vectors = view.bytes().iter().map(|&b| f32::from(b as i8)).collect();
-        let view = reader.tensor("kept_norm")?;
-        reader.expect(&view, "kept_norm", Dtype::F32, &[r])?;
-        norms = view.to_f32()?;
-        if let Some(i) = norms.iter().position(|norm| *norm <= 0.0) {
-            return Err(
-                reader.fail("kept_norm", format!("holds {} at {i}, where norms are positive", norms[i]))
-            );
-        }
-    }
-    Ok(Some(InputTransform::new(Reflections::new(n, vectors), norms, kind)))
-}
-
 /// Reads `prefix.bias`, `[out]`, if there is one.
 pub(crate) fn read_bias(source: &Source, prefix: &str, out: usize) -> Result<Option<Vec<f32>>> {
     let name = format!("{prefix}.bias");
@@ -607,26 +557,6 @@ pub(crate) fn read_bias(source: &Source, prefix: &str, out: usize) -> Result<Opt
         )));
     }
     Ok(Some(view.to_f32()?))
-}
-
-/// The tensor of a site's own clip ratio of activations.
-pub fn act_clip_tensor(clip: f32, prefix: &str, site: Site) -> StoredTensor {
-    StoredTensor::f32(format!("{prefix}.{}.act_clip", site.name()), vec![1], &[clip])
-}
-
-/// A site's own clip ratio of activations, if it has one.
-pub(crate) fn read_act_clip(source: &Source, prefix: &str, site: Site) -> Result<Option<f32>> {
-    let prefix = format!("{prefix}.{}", site.name());
-    let reader = Reader { source, prefix: &prefix };
-    if !source.has(&reader.name("act_clip")) {
-        return Ok(None);
-    }
-    let view = reader.tensor("act_clip")?;
-    reader.expect(&view, "act_clip", Dtype::F32, &[1])?;
-    match view.to_f32()?.first() {
-        Some(&clip) if clip > 0.0 && clip <= 1.0 => Ok(Some(clip)),
-        other => Err(reader.fail("act_clip", format!("is {other:?}, where a clip ratio lies in (0, 1]"))),
-    }
 }
 
 /// The linear layer `prefix` of shape `[out, inp]`: quantized where the source holds codes, dense on the memory map otherwise.
