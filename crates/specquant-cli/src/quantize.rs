@@ -173,7 +173,7 @@ fn texts(
     recipe: &Recipe,
     quiet: bool,
 ) -> anyhow::Result<Vec<Vec<u32>>> {
-    let c = &recipe.calibration;
+    let c = &recipe.text();
     if let Some(file) = &c.file {
         let texts = q::calibration::from_file(file, tokenizer, c, recipe.seed)?;
         let got: usize = texts.iter().map(Vec::len).sum();

@@ -10,7 +10,7 @@
 
 use rayon::prelude::*;
 use realfft::num_complex::Complex;
-use realfft::{RealFftPlanner, RealToComplex};
+use realfft::{ComplexToReal, RealFftPlanner, RealToComplex};
 use std::fmt;
 use std::sync::Arc;
 
@@ -22,6 +22,7 @@ const CHUNK: usize = 1 << 14;
 pub struct Dct {
     n: usize,
     fft: Arc<dyn RealToComplex<f32>>,
+    inverse: Arc<dyn ComplexToReal<f32>>,
     /// What the real part of a coefficient is of: scale · e^(−iπk/2n), [n/2 + 1].
     turns: Vec<Complex<f32>>,
 }
@@ -38,7 +39,9 @@ impl Dct {
             let (sine, cosine) = (std::f64::consts::PI * k as f64 / (2 * n) as f64).sin_cos();
             Complex::new((scale * cosine) as f32, (-scale * sine) as f32)
         };
-        Dct { n, fft: RealFftPlanner::new().plan_fft_forward(n), turns: (0..=n / 2).map(turn).collect() }
+        let mut planner = RealFftPlanner::new();
+        let (fft, inverse) = (planner.plan_fft_forward(n), planner.plan_fft_inverse(n));
+        Dct { n, fft, inverse, turns: (0..=n / 2).map(turn).collect() }
     }
 
     /// x ↦ y for every row, in place. x: [rows, n]. The result depends neither on the other rows nor on the number of threads.
@@ -56,6 +59,47 @@ impl Dct {
             }
         };
         if rows <= at_once { task(x) } else { x.par_chunks_mut(at_once * self.n).for_each(task) }
+    }
+
+    /// y ↦ x for every row, in place: undoes [`apply`](Self::apply). y: [rows, n].
+    ///
+    /// # Panics
+    /// If y is not [rows, n].
+    pub fn apply_transposed(&self, y: &mut [f32], rows: usize) {
+        assert_eq!(y.len(), rows * self.n, "cosine transform: y is not [{rows}, {}]", self.n);
+        let task = |y: &mut [f32]| {
+            let (mut spectrum, mut values) = (self.inverse.make_input_vec(), self.inverse.make_output_vec());
+            let mut scratch = self.inverse.make_scratch_vec();
+            for row in y.chunks_exact_mut(self.n) {
+                self.undo(row, &mut values, &mut spectrum, &mut scratch);
+            }
+        };
+        let at_once = (CHUNK / self.n).max(1);
+        if rows <= at_once { task(y) } else { y.par_chunks_mut(at_once * self.n).for_each(task) }
+    }
+
+    fn undo(
+        &self,
+        y: &mut [f32],
+        values: &mut [f32],
+        spectrum: &mut [Complex<f32>],
+        scratch: &mut [Complex<f32>],
+    ) {
+        let n = self.n;
+        for (k, (s, turn)) in spectrum.iter_mut().zip(&self.turns).enumerate() {
+            *s = Complex::new(y[k], if k == 0 { 0.0 } else { -y[n - k] }) / turn / n as f32;
+            // What is real but for rounding, which the inverse transform insists on.
+            if k == 0 || 2 * k == n {
+                s.im = 0.0;
+            }
+        }
+        // Only wrong lengths and imaginary parts at the ends are errors.
+        if self.inverse.process_with_scratch(spectrum, values, scratch).is_err() {
+            return;
+        }
+        let (evens, odds) = values.split_at(n.div_ceil(2));
+        y.iter_mut().step_by(2).zip(evens).for_each(|(to, v)| *to = *v);
+        y.iter_mut().skip(1).step_by(2).zip(odds.iter().rev()).for_each(|(to, v)| *to = *v);
     }
 
     fn transform(
@@ -102,10 +146,14 @@ mod tests {
             let rows = 3;
             let x: Vec<f32> = (0..rows * n).map(|i| ((i * 7919 + 5) % 1009) as f32 / 504.5 - 1.0).collect();
             let want = Basis::Dct(n).project(&x, rows, n);
-            let mut got = x;
+            let mut got = x.clone();
             Dct::new(n).apply(&mut got, rows);
             for (i, (g, w)) in got.iter().zip(&want).enumerate() {
                 assert!((g - w).abs() < 2e-5, "n {n}, {i}: {g} {w}");
+            }
+            Dct::new(n).apply_transposed(&mut got, rows);
+            for (i, (g, w)) in got.iter().zip(&x).enumerate() {
+                assert!((g - w).abs() < 2e-5, "n {n}, {i}, undone: {g} {w}");
             }
         }
     }

@@ -74,6 +74,24 @@ impl Reflections {
     /// # Panics
     /// If x is not [rows, n].
     pub fn apply(&self, x: &mut [f32], rows: usize) {
+        self.run(x, rows, matmul_nn);
+    }
+
+    /// x ↦ x H(vᵣ) ⋯ H(v₁) for every row, in place: undoes [`apply`](Self::apply). x: [rows, n].
+    ///
+    /// # Panics
+    /// If x is not [rows, n].
+    pub fn apply_transposed(&self, x: &mut [f32], rows: usize) {
+        self.run(x, rows, matmul_nt);
+    }
+
+    /// by_factor: the product with −T, or with its transpose.
+    fn run(
+        &self,
+        x: &mut [f32],
+        rows: usize,
+        by_factor: fn(&[f32], &[f32], &mut [f32], usize, usize, usize, bool),
+    ) {
         let (n, r) = (self.n, self.len());
         assert_eq!(x.len(), rows * n, "reflections: x is not [{rows}, {n}]");
         if r == 0 {
@@ -83,7 +101,7 @@ impl Reflections {
             let rows = x.len() / n;
             let (mut along, mut shares) = (vec![0.0; rows * r], vec![0.0; rows * r]);
             matmul_nt(x, &self.vectors, &mut along, rows, n, r, false);
-            matmul_nn(&along, &self.factor, &mut shares, rows, r, r, false);
+            by_factor(&along, &self.factor, &mut shares, rows, r, r, false);
             matmul_nn(&shares, &self.vectors, x, rows, r, n, true);
         });
     }
@@ -118,6 +136,10 @@ mod tests {
             Reflections::new(n, v.clone()).apply(&mut got, rows);
             for (g, w) in got.iter().zip(naive(&x, &v, n)) {
                 assert!((f64::from(*g) - w).abs() < 2e-5, "{rows} x {n}, {r}: {g} {w}");
+            }
+            Reflections::new(n, v).apply_transposed(&mut got, rows);
+            for (g, w) in got.iter().zip(x) {
+                assert!((g - w).abs() < 2e-5, "{rows} x {n}, {r}, undone: {g} {w}");
             }
         }
     }

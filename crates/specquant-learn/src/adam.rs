@@ -18,8 +18,8 @@ impl Adam {
         Adam { lr, steps: 0, mean: vec![0.0; len], square: vec![0.0; len] }
     }
 
-    /// One step. params, gradient: of the length given to [`Adam::new`].
-    pub fn step(&mut self, params: &mut [f32], gradient: &[f32]) {
+    /// One step at `rate` of the learning rate. params, gradient: of the length given to [`Adam::new`].
+    pub fn step(&mut self, rate: f64, params: &mut [f32], gradient: &[f32]) {
         let (b1, b2) = Self::BETAS;
         self.steps += 1;
         let (c1, c2) = (1.0 - b1.powi(self.steps), 1.0 - b2.powi(self.steps));
@@ -28,7 +28,7 @@ impl Adam {
             let g = f64::from(g);
             *m = b1 * *m + (1.0 - b1) * g;
             *v = b2 * *v + (1.0 - b2) * g * g;
-            *p -= (self.lr * (*m / c1) / ((*v / c2).sqrt() + Self::EPS)) as f32;
+            *p -= (rate * self.lr * (*m / c1) / ((*v / c2).sqrt() + Self::EPS)) as f32;
         }
     }
 }
@@ -40,12 +40,12 @@ mod tests {
     #[test]
     fn the_first_step_is_the_learning_rate_and_a_parabola_is_descended() {
         let (mut adam, mut p) = (Adam::new(0.1, 2), [1.0, -3.0]);
-        adam.step(&mut p, &[2.0, -6.0]);
+        adam.step(1.0, &mut p, &[2.0, -6.0]);
         // With bias correction, m / √v of the first step is the gradient's sign.
         assert!((p[0] - 0.9).abs() < 1e-6 && (p[1] + 2.9).abs() < 1e-6, "{p:?}");
         for _ in 0..200 {
             let g = p.map(|p| 2.0 * p);
-            adam.step(&mut p, &g);
+            adam.step(1.0, &mut p, &g);
         }
         assert!(p.iter().all(|p| p.abs() < 0.05), "{p:?}");
     }

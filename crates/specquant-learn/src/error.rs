@@ -53,6 +53,9 @@ pub enum Error {
         /// Step or epoch.
         step: usize,
     },
+    /// A layer in full precision where the codes of a quantized one are to stay.
+    #[error("the model to be tuned is not quantized")]
+    NotQuantized,
     /// The tensor library refused an operation.
     #[error("tensor operation: {0}")]
     Tensor(String),

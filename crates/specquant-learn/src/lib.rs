@@ -10,7 +10,9 @@ mod omniquant;
 mod ops;
 mod spinquant;
 mod stiefel;
+mod tune;
 
 pub use error::{Error, Result};
 pub use omniquant::{BlockWeights, Learned, OmniQuantConfig, omniquant};
 pub use spinquant::{Rotations, SpinQuantConfig, Start, spinquant};
+pub use tune::{TuneConfig, Tuned, TunedBlock, tune};

@@ -336,7 +336,7 @@ impl Params {
             self.values.iter_mut().zip(&mut self.optimizers).zip(vars).enumerate()
         {
             if let (Some(optimizer), Some(gradient)) = (optimizer, gradients.get(var)) {
-                optimizer.step(values, &to_vec(gradient)?);
+                optimizer.step(1.0, values, &to_vec(gradient)?);
                 if i < 3 {
                     values.iter_mut().for_each(|s| *s = s.max(MIN_SCALE));
                 }

@@ -58,6 +58,24 @@ pub(crate) trait RowOp: Send + Sync + 'static {
     fn backward(&self, row: usize, x: &[f32], y: &[f32], gy: &[f32], gx: &mut [f32]);
 }
 
+/// y = f(x) of every row. x: `[.., width]`.
+pub(crate) fn forward<T: RowOp>(op: &T, x: &[f32], width: usize) -> Vec<f32> {
+    let mut y = vec![0.0; x.len()];
+    let rows = y.par_chunks_mut(width).zip(x.par_chunks(width)).enumerate();
+    rows.with_min_len(GRAIN.div_ceil(width)).for_each(|(row, (y, x))| op.forward(row, x, y));
+    y
+}
+
+/// The gradient by x, given x, y = f(x) and the gradient by y. All: `[.., width]`.
+pub(crate) fn backward<T: RowOp>(op: &T, x: &[f32], y: &[f32], gy: &[f32], width: usize) -> Vec<f32> {
+    let mut gx = vec![0.0; x.len()];
+    let inputs = x.par_chunks(width).zip(y.par_chunks(width)).zip(gy.par_chunks(width));
+    let rows = gx.par_chunks_mut(width).zip(inputs).enumerate();
+    rows.with_min_len(GRAIN.div_ceil(width))
+        .for_each(|(row, (gx, ((x, y), gy)))| op.backward(row, x, y, gy, gx));
+    gx
+}
+
 /// Applies `op` to the rows of `x`.
 pub(crate) fn rows<T: RowOp>(x: &Tensor, op: T) -> Result<Tensor> {
     x.contiguous()?.apply_op1(Rows(op))
@@ -71,27 +89,15 @@ impl<T: RowOp> CustomOp1 for Rows<T> {
     }
 
     fn cpu_fwd(&self, storage: &CpuStorage, layout: &Layout) -> Result<(CpuStorage, Shape)> {
-        let x = slice(storage, layout)?;
         let width = layout.dims().last().copied().unwrap_or(1).max(1);
-        let mut y = vec![0.0; x.len()];
-        let rows = y.par_chunks_mut(width).zip(x.par_chunks(width)).enumerate();
-        rows.with_min_len(GRAIN.div_ceil(width)).for_each(|(row, (y, x))| self.0.forward(row, x, y));
+        let y = forward(&self.0, slice(storage, layout)?, width);
         Ok((CpuStorage::F32(y), layout.shape().clone()))
     }
 
     fn bwd(&self, x: &Tensor, y: &Tensor, gy: &Tensor) -> Result<Option<Tensor>> {
         let width = x.dims().last().copied().unwrap_or(1).max(1);
-        let mut gx = vec![0.0; x.elem_count()];
-        with_slice(x, |x| {
-            with_slice(y, |y| {
-                with_slice(gy, |gy| {
-                    let inputs = x.par_chunks(width).zip(y.par_chunks(width)).zip(gy.par_chunks(width));
-                    let rows = gx.par_chunks_mut(width).zip(inputs).enumerate();
-                    rows.with_min_len(GRAIN.div_ceil(width))
-                        .for_each(|(row, (gx, ((x, y), gy)))| self.0.backward(row, x, y, gy, gx));
-                    Ok(())
-                })
-            })
+        let gx = with_slice(x, |x| {
+            with_slice(y, |y| with_slice(gy, |gy| Ok(backward(&self.0, x, y, gy, width))))
         })?;
         Ok(Some(tensor(gx, x.shape().clone())?))
     }

@@ -96,6 +96,14 @@ impl Rotation {
             Rotation::Dct(dct) => dct.apply(x, rows),
         }
     }
+
+    /// x ↦ x Qᵀ for every row, in place: undoes [`Rotation::apply`]. x: `[rows, n]`.
+    pub fn apply_transposed(&self, x: &mut [f32], rows: usize) {
+        match self {
+            Rotation::Hadamard(hadamard) => hadamard.apply_transposed(x, rows),
+            Rotation::Dct(dct) => dct.apply_transposed(x, rows),
+        }
+    }
 }
 
 /// A transformed input in its two parts.
@@ -162,6 +170,44 @@ impl InputTransform {
         split
     }
 
+    /// Undoes [`InputTransform::apply`]: `[rows, n]`.
+    ///
+    /// # Panics
+    /// If the parts are not `[rows, r]` and `[rows, n - r]`.
+    pub fn undo(&self, mut split: SplitInput, rows: usize) -> Vec<f32> {
+        for row in split.kept.chunks_exact_mut(self.kept().max(1)) {
+            row.iter_mut().zip(&self.norms).for_each(|(x, norm)| *x *= norm);
+        }
+        self.join(split, rows)
+    }
+
+    /// Undoes [`InputTransform::apply_to_weight`]: `[out, n]`.
+    ///
+    /// # Panics
+    /// If the parts are not `[out, r]` and `[out, n - r]`.
+    pub fn undo_weight(&self, mut split: SplitInput, out: usize) -> Vec<f32> {
+        for row in split.kept.chunks_exact_mut(self.kept().max(1)) {
+            row.iter_mut().zip(&self.norms).for_each(|(w, norm)| *w /= norm);
+        }
+        self.join(split, out)
+    }
+
+    fn join(&self, SplitInput { kept, mut rest }: SplitInput, rows: usize) -> Vec<f32> {
+        let (n, r) = (self.width(), self.kept());
+        self.rotation.apply_transposed(&mut rest, rows);
+        let mut x = rest;
+        if r > 0 {
+            let mut whole = Vec::with_capacity(rows * n);
+            for (kept, rest) in kept.chunks_exact(r).zip(x.chunks_exact(n - r)) {
+                whole.extend_from_slice(kept);
+                whole.extend_from_slice(rest);
+            }
+            x = whole;
+        }
+        self.reflections.apply_transposed(&mut x, rows);
+        x
+    }
+
     fn split(&self, mut x: Vec<f32>, rows: usize) -> SplitInput {
         let (n, r) = (self.width(), self.kept());
         self.reflections.apply(&mut x, rows);
@@ -207,6 +253,12 @@ mod tests {
             let (kept, rest) = (product(&a.kept, &b.kept, keep), product(&a.rest, &b.rest, n - keep));
             for ((kept, rest), want) in kept.iter().zip(&rest).zip(&want) {
                 assert!((kept + rest - want).abs() < 1e-4, "{kind:?} {keep}: {kept} + {rest}, not {want}");
+            }
+            for (got, want) in [(transform.undo(a, rows), &x), (transform.undo_weight(b, out), &w)] {
+                assert_eq!(got.len(), want.len());
+                for (got, want) in got.iter().zip(want) {
+                    assert!((got - want).abs() < 1e-5, "{kind:?} {keep}, undone: {got}, not {want}");
+                }
             }
         }
     }

@@ -311,6 +311,15 @@ fn search_act_clip(layers: &mut [Linear], errors: impl Fn(&[Linear]) -> Result<V
     Ok(best.1)
 }
 
+/// Rounds the columns that read kept coordinates, `[out, r]`.
+pub(crate) fn round_kept(values: &[f32], out: usize) -> StoredKept {
+    let r = values.len() / out;
+    let grid = Grid { bits: KEPT_BITS, ..Grid::default() };
+    let whole = ClipSearch { enabled: false, ..ClipSearch::default() };
+    let scales = storable_scales(rounding::weight_scales(values, out, r, &grid, &whole));
+    StoredKept { codes: rounding::round_to_nearest(values, out, r, &scales, &grid), scales }
+}
+
 /// A weight behind an [`InputTransform`].
 struct Parts {
     /// Columns of `rest`.
@@ -328,12 +337,7 @@ impl Parts {
     fn of(w: &Weight, transform: &InputTransform, input: &Input) -> Self {
         let split = transform.apply_to_weight(w.values.to_vec(), w.out);
         let (r, inp) = (transform.kept(), w.inp - transform.kept());
-        let kept = (r > 0).then(|| {
-            let grid = Grid { bits: KEPT_BITS, ..Grid::default() };
-            let whole = ClipSearch { enabled: false, ..ClipSearch::default() };
-            let scales = storable_scales(rounding::weight_scales(&split.kept, w.out, r, &grid, &whole));
-            StoredKept { codes: rounding::round_to_nearest(&split.kept, w.out, r, &scales, &grid), scales }
-        });
+        let kept = (r > 0).then(|| round_kept(&split.kept, w.out));
         let mut want = vec![0.0; input.rows * w.out];
         matmul_nt(input.sample, &split.rest, &mut want, input.rows, inp, w.out, false);
         if let Some(bias) = w.bias {

@@ -8,7 +8,7 @@ use crate::recipe::Recipe;
 use crate::{Error, Result};
 
 #[cfg(feature = "learn")]
-pub use specquant_learn::{OmniQuantConfig, SpinQuantConfig};
+pub use specquant_learn::{OmniQuantConfig, SpinQuantConfig, TuneConfig};
 
 /// Settings, without the code that could use them.
 #[cfg(not(feature = "learn"))]
@@ -16,6 +16,9 @@ pub type OmniQuantConfig = serde_json::Map<String, serde_json::Value>;
 /// Settings, without the code that could use them.
 #[cfg(not(feature = "learn"))]
 pub type SpinQuantConfig = serde_json::Map<String, serde_json::Value>;
+/// Settings, without the code that could use them.
+#[cfg(not(feature = "learn"))]
+pub type TuneConfig = serde_json::Map<String, serde_json::Value>;
 
 /// What is learned, and how. Bits and clip ratios in the settings are replaced by those of the scheme.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
@@ -25,12 +28,29 @@ pub enum Learn {
     OmniQuant(OmniQuantConfig),
     /// Rotations of the residual stream and of the heads of v, on the whole model.
     SpinQuant(SpinQuantConfig),
+    /// What is stored beside the codes, on the predictions of the whole model, after everything else.
+    Tune(TuneConfig),
 }
 
 const NOT_BUILT: &str =
     "this build cannot learn; build it with the feature learn (cargo build --release --features learn)";
 
 impl Learn {
+    /// Calibration sequences that it can use.
+    #[cfg(feature = "learn")]
+    pub(crate) fn sequences(&self) -> usize {
+        match self {
+            Learn::Tune(config) => config.steps,
+            Learn::OmniQuant(_) | Learn::SpinQuant(_) => 0,
+        }
+    }
+
+    /// Such recipes are refused.
+    #[cfg(not(feature = "learn"))]
+    pub(crate) fn sequences(&self) -> usize {
+        0
+    }
+
     /// Whether the rest of the recipe leaves a place for what is learned.
     pub(crate) fn validate(&self, recipe: &Recipe) -> Result<()> {
         let refuse = |why: &str| Err(Error::Recipe(format!("learn: {why}")));
@@ -57,6 +77,12 @@ impl Learn {
                     "omniquant learns the scales and clips of the weight as a whole: it goes with neither rotate nor smooth, branch, input or kv_center",
                 )
             }
+            Learn::Tune(_) if recipe.branch.is_some() => {
+                refuse("tune knows no branch: leave one of them out")
+            }
+            Learn::Tune(_) if recipe.rotate.is_some_and(|r| r.residual) => refuse(
+                "tune knows no rotation of the residual stream: set rotate.residual = false, or leave learn out",
+            ),
             Learn::OmniQuant(_) if recipe.scheme.group_size != 0 => refuse(
                 "omniquant learns one clip ratio per output channel: set scheme.group_size = 0 (--group-size 0)",
             ),
@@ -74,11 +100,14 @@ mod run {
 
     use specquant_kernels::Hadamard;
     use specquant_learn::{BlockWeights, Start, omniquant, spinquant};
-    use specquant_model::{Block, ModelConfig, OnlineRotations, RotationKind, Site, Source};
+    use specquant_model::{
+        Block, Model, ModelConfig, OnlineRotations, QuantizationConfig, RotationKind, Site, Source,
+        StoredLinear, StoredTensor, storable_scales,
+    };
 
-    use super::{OmniQuantConfig, SpinQuantConfig};
+    use super::{OmniQuantConfig, SpinQuantConfig, TuneConfig};
     use crate::Result;
-    use crate::block::apply_scales;
+    use crate::block::{apply_scales, round_kept};
     use crate::pipeline::observe;
     use crate::recipe::{Recipe, Rounding};
     use crate::transforms::rotate::Orthogonal;
@@ -166,6 +195,46 @@ mod run {
         let names = block.linears().map(|(name, _)| format!("model.layers.{index}.{name}"));
         Ok(names.into_iter().zip(learned.clip).collect())
     }
+
+    /// Factors of scales are kept at or above this, so that scales stay positive.
+    const MIN_FACTOR: f32 = 0.01;
+
+    /// Tunes the quantized `checkpoint` on what `source` predicts, and returns the tensors that have changed. `progress` is told step, number
+    /// of steps and loss.
+    pub fn tuned_tensors(
+        source: &Source,
+        checkpoint: &Source,
+        config: &TuneConfig,
+        texts: &[Vec<u32>],
+        progress: &mut dyn FnMut(usize, usize, f64),
+    ) -> Result<Vec<StoredTensor>> {
+        let teacher = Model::load_for_decoding(source)?;
+        let mut tell = |step, loss| progress(step, config.steps, loss);
+        let tuned = specquant_learn::tune(&teacher, checkpoint, texts, config, &mut tell)?;
+        let model = checkpoint.config();
+        let quantization = QuantizationConfig::from_config(checkpoint.config_json(), checkpoint.path())?;
+        let scheme = quantization.map(|q| q.scheme).ok_or(specquant_learn::Error::NotQuantized)?;
+        let vector = |name: String, values: &[f32]| StoredTensor::f32(name, vec![values.len()], values);
+        let mut tensors = vec![vector("model.norm.weight".to_owned(), &tuned.norm)];
+        for (index, block) in tuned.blocks.iter().enumerate() {
+            for (name, norm) in ["input_layernorm", "post_attention_layernorm"].iter().zip(&block.norms) {
+                tensors.push(vector(format!("model.layers.{index}.{name}.weight"), norm));
+            }
+            let learned = block.factors.iter().zip(&block.kept);
+            for ((name, [out, inp]), (factors, kept)) in model.linear_shapes(index).into_iter().zip(learned) {
+                let r = kept.len() / out;
+                let mut stored = StoredLinear::read(checkpoint, &name, [out, inp], r, &scheme, None)?;
+                let groups = stored.scales.len() / out;
+                for (scales, factor) in stored.scales.chunks_exact_mut(groups).zip(factors) {
+                    scales.iter_mut().for_each(|s| *s *= factor.max(MIN_FACTOR));
+                }
+                stored.scales = storable_scales(stored.scales);
+                stored.kept = (r > 0).then(|| round_kept(kept, out));
+                tensors.extend(stored.tensors(&name));
+            }
+        }
+        Ok(tensors)
+    }
 }
 
 /// What [`Learn::validate`] has refused before.
@@ -173,9 +242,9 @@ mod run {
 mod run {
     use std::collections::HashMap;
 
-    use specquant_model::{Block, ModelConfig, OnlineRotations, Source};
+    use specquant_model::{Block, ModelConfig, OnlineRotations, Source, StoredTensor};
 
-    use super::{NOT_BUILT, OmniQuantConfig, SpinQuantConfig};
+    use super::{NOT_BUILT, OmniQuantConfig, SpinQuantConfig, TuneConfig};
     use crate::recipe::Recipe;
     use crate::transforms::rotate::Orthogonal;
     use crate::{Error, Result};
@@ -202,6 +271,16 @@ mod run {
     ) -> Result<HashMap<String, Vec<f32>>> {
         Err(Error::Recipe(NOT_BUILT.to_owned()))
     }
+
+    pub fn tuned_tensors(
+        _: &Source,
+        _: &Source,
+        _: &TuneConfig,
+        _: &[Vec<u32>],
+        _: &mut dyn FnMut(usize, usize, f64),
+    ) -> Result<Vec<StoredTensor>> {
+        Err(Error::Recipe(NOT_BUILT.to_owned()))
+    }
 }
 
-pub(crate) use run::{rotations, scales_and_clips};
+pub(crate) use run::{rotations, scales_and_clips, tuned_tensors};

@@ -1,10 +1,11 @@
 //! The directory being written: invisible under its final name until it is complete.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::fs::{self, File};
 use std::io::Write;
 use std::path::{Path, PathBuf};
 
+use safetensors::SafeTensors;
 use safetensors::tensor::TensorView;
 use serde_json::json;
 use specquant_model::StoredTensor;
@@ -87,6 +88,11 @@ impl Output {
         })
     }
 
+    /// Where the checkpoint lies until it is finished.
+    pub fn path(&self) -> &Path {
+        &self.partial
+    }
+
     /// Writes the next shard.
     ///
     /// # Errors
@@ -94,20 +100,52 @@ impl Output {
     pub fn write_shard(&mut self, tensors: &[StoredTensor]) -> Result<()> {
         self.written += 1;
         let file = format!("model-{:05}-of-{:05}.safetensors", self.written, self.shards);
+        self.write_tensors(&file, tensors)
+    }
+
+    /// Replaces tensors that have been written, a shard at a time.
+    ///
+    /// # Errors
+    /// [`Error::Output`] when the disk refuses.
+    pub fn replace(&mut self, tensors: Vec<StoredTensor>) -> Result<()> {
+        let mut new: BTreeMap<String, StoredTensor> =
+            tensors.into_iter().map(|t| (t.name.clone(), t)).collect();
+        let files: BTreeSet<String> = new.keys().filter_map(|name| self.index.get(name)).cloned().collect();
+        for file in files {
+            let bytes = fs::read(self.partial.join(&file)).map_err(|e| self.fail(&file, e))?;
+            let old = SafeTensors::deserialize(&bytes).map_err(|e| self.fail(&file, e))?;
+            let tensors = old.iter().map(|(name, view)| {
+                new.remove(name).unwrap_or_else(|| StoredTensor {
+                    name: name.to_owned(),
+                    dtype: view.dtype(),
+                    shape: view.shape().to_vec(),
+                    bytes: view.data().to_vec(),
+                })
+            });
+            let mut tensors: Vec<StoredTensor> = tensors.collect();
+            tensors.sort_by(|a, b| a.name.cmp(&b.name));
+            self.bytes -= old.iter().map(|(_, view)| view.data().len() as u64).sum::<u64>();
+            self.write_tensors(&file, &tensors)?;
+        }
+        debug_assert!(new.is_empty(), "replaced before they were written: {:?}", new.keys());
+        Ok(())
+    }
+
+    fn write_tensors(&mut self, file: &str, tensors: &[StoredTensor]) -> Result<()> {
         let views = tensors.iter().map(|t| {
             let view = TensorView::new(t.dtype, t.shape.clone(), &t.bytes);
-            view.map(|v| (t.name.as_str(), v)).map_err(|e| self.fail(&file, e))
+            view.map(|v| (t.name.as_str(), v)).map_err(|e| self.fail(file, e))
         });
         let views = views.collect::<Result<Vec<_>>>()?;
-        let path = self.partial.join(&file);
+        let path = self.partial.join(file);
         let metadata = Some([("format".to_owned(), "pt".to_owned())].into());
-        safetensors::serialize_to_file(views, metadata, &path).map_err(|e| self.fail(&file, e))?;
+        safetensors::serialize_to_file(views, metadata, &path).map_err(|e| self.fail(file, e))?;
         // safetensors writes through a private temporary file; the shard gets the permissions of any other file here.
         let permissions = fs::metadata(self.partial.join(MARK)).map(|m| m.permissions());
-        permissions.and_then(|p| fs::set_permissions(&path, p)).map_err(|e| self.fail(&file, e))?;
-        File::open(&path).and_then(|f| f.sync_all()).map_err(|e| self.fail(&file, e))?;
+        permissions.and_then(|p| fs::set_permissions(&path, p)).map_err(|e| self.fail(file, e))?;
+        File::open(&path).and_then(|f| f.sync_all()).map_err(|e| self.fail(file, e))?;
         for tensor in tensors {
-            self.index.insert(tensor.name.clone(), file.clone());
+            self.index.insert(tensor.name.clone(), file.to_owned());
             self.bytes += tensor.bytes.len() as u64;
         }
         Ok(())
@@ -135,14 +173,22 @@ impl Output {
         Error::Output { path: self.partial.join(name), why: format!("cannot be written: {why}") }
     }
 
+    /// Writes the index of what has been written, with which [`Output::path`] can be read as a checkpoint.
+    ///
+    /// # Errors
+    /// [`Error::Output`] when the disk refuses.
+    pub fn write_index(&self) -> Result<()> {
+        let index = json!({ "metadata": { "total_size": self.bytes }, "weight_map": self.index });
+        self.write("model.safetensors.index.json", format!("{index:#}\n").as_bytes())
+    }
+
     /// Writes the index and gives the directory its name.
     ///
     /// # Errors
     /// [`Error::Output`] when the disk refuses; then the old destination, if any, is still there.
     pub fn finish(mut self) -> Result<()> {
         debug_assert_eq!(self.written, self.shards);
-        let index = json!({ "metadata": { "total_size": self.bytes }, "weight_map": self.index });
-        self.write("model.safetensors.index.json", format!("{index:#}\n").as_bytes())?;
+        self.write_index()?;
         let moved = |e: std::io::Error| Error::Output {
             path: self.destination.clone(),
             why: format!("cannot be moved into place: {e}"),

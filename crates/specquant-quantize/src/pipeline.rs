@@ -60,6 +60,9 @@ pub struct Report {
     pub bits_per_weight: f64,
     /// Bytes of all tensors.
     pub tensor_bytes: u64,
+    /// KL divergence from the full model before every step of the tuning, in nats a token, each on a sequence of its own; absent without tuning.
+    #[serde(skip_serializing_if = "Vec::is_empty")]
+    pub tuning_losses: Vec<f64>,
     /// Every layer, in the order of the model.
     pub layers: Vec<LayerReport>,
 }
@@ -116,7 +119,8 @@ pub fn run(
     drop(ends);
 
     let embedding = specquant_model::Embedding::read(source)?;
-    let mut states = texts
+    let calibrating = &texts[..texts.len().min(recipe.calibration.samples)];
+    let mut states = calibrating
         .iter()
         .map(|ids| {
             let mut x = embedding.lookup(ids, config.hidden_size)?;
@@ -149,12 +153,12 @@ pub fn run(
     let mut report = Report {
         specquant_version: env!("CARGO_PKG_VERSION").to_owned(),
         scheme: recipe.scheme.to_string(),
-        calibration_tokens: texts.iter().map(Vec::len).sum(),
+        calibration_tokens: calibrating.iter().map(Vec::len).sum(),
         bits_per_weight: if weights > 0.0 { bits / weights } else { 16.0 },
         tensor_bytes: 0,
+        tuning_losses: Vec::new(),
         layers,
     };
-    report.tensor_bytes = output.bytes();
     let quantization = QuantizationConfig {
         quant_method: "specquant".to_owned(),
         format_version: FORMAT_VERSION,
@@ -172,6 +176,17 @@ pub fn run(
         output.write(&name, &bytes)?;
     }
     output.write("config.json", format!("{config_json:#}\n").as_bytes())?;
+    if let Some(Learn::Tune(settings)) = &recipe.learn {
+        output.write_index()?;
+        let mut tell = |step, of, loss| {
+            report.tuning_losses.push(loss);
+            progress(Event::Learning { step, of, loss });
+        };
+        let checkpoint = Source::open(output.path())?;
+        let tensors = learn::tuned_tensors(source, &checkpoint, settings, texts, &mut tell)?;
+        output.replace(tensors)?;
+    }
+    report.tensor_bytes = output.bytes();
     output.write("report.json", format!("{:#}\n", json!(report)).as_bytes())?;
     output.write("README.md", card::render(source, recipe, &report).as_bytes())?;
     output.finish()?;

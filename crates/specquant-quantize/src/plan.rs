@@ -4,6 +4,7 @@ use serde::Serialize;
 use specquant_model::{BranchBasis, Site, Source};
 
 use crate::calibration::GENERATION_BATCH;
+use crate::learn::Learn;
 use crate::pipeline::BATCH_ROWS;
 use crate::recipe::{Embeddings, Overhead, Recipe, Rounding};
 use crate::{Error, Result, branch, layer};
@@ -131,10 +132,10 @@ pub fn plan(source: &Source, recipe: &Recipe) -> Result<Plan> {
         return Err(Error::Unfit(problems.join("\n")));
     }
 
+    let keep = recipe.input.map_or(0, |input| input.keep);
     // Bits of a site's layers with the basis that they share.
     let bits = |site: Site| {
         let (outs, whole) = (site_outputs(&shapes, site), config.site_width(site));
-        let keep = recipe.input.map_or(0, |input| input.keep);
         let inp = whole - keep;
         let kept = if keep > 0 { outs * (8 * keep + 16) + keep * (8 * whole + 32) } else { 0 };
         let code_bits = match scheme.weight_bits {
@@ -153,13 +154,13 @@ pub fn plan(source: &Source, recipe: &Recipe) -> Result<Plan> {
     let vocab_weights = config.vocab_size * config.hidden_size * if tied { 1 } else { 2 };
     let vocab_bytes = vocab_weights * if recipe.embeddings == Embeddings::Int8 { 1 } else { 2 };
     let tokens = recipe.calibration.samples * recipe.calibration.sequence_length;
+    let text = recipe.text();
 
     // The largest of three moments: the model writing text, the embeddings on their way to the disk, a block at work.
     let generation = match recipe.calibration.file {
         Some(_) => 0,
         None => {
-            let cached =
-                GENERATION_BATCH.min(recipe.calibration.samples) * recipe.calibration.sequence_length;
+            let cached = GENERATION_BATCH.min(text.samples) * text.sequence_length;
             let kv = 2 * config.num_layers * config.num_kv_heads * config.head_dim * cached;
             // The model that writes is the source, tied as it is.
             let copies = if config.tie_word_embeddings { 1 } else { 2 };
@@ -195,12 +196,24 @@ pub fn plan(source: &Source, recipe: &Recipe) -> Result<Plan> {
         };
         Site::ALL.into_iter().map(bytes).max().unwrap_or(0)
     });
-    let peak = BASE_BYTES + generation.max(vocabulary).max(hessians + work + branches);
+    // Both models in f32, the quantized one with its transpose, and what the backward pass needs of every token.
+    let tuning = match recipe.learn {
+        Some(Learn::Tune(_)) => {
+            let learned: usize = shapes.iter().map(|(_, [out, _])| out * (1 + keep)).sum();
+            let passed = 12 * config.hidden_size
+                + 4 * config.intermediate_size
+                + shapes.iter().map(|(_, [out, _])| out).sum::<usize>();
+            let a_layer = 3 * block_weights + 5 * learned + passed * recipe.calibration.sequence_length;
+            4 * (config.num_layers * a_layer + 4 * config.vocab_size * config.hidden_size)
+        }
+        _ => 0,
+    };
+    let peak = BASE_BYTES + generation.max(vocabulary).max(hessians + work + branches).max(tuning);
     Ok(Plan {
         blocks: config.num_layers,
         layers: config.num_layers * shapes.len(),
         weights: config.num_layers * block_weights,
-        calibration_tokens: tokens,
+        calibration_tokens: text.samples * text.sequence_length,
         peak_bytes: peak as u64,
         output_bytes: (config.num_layers as f64 * block_bits / 8.0) as u64 + vocab_bytes as u64,
         bits_per_weight: block_bits / block_weights as f64,

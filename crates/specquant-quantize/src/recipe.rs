@@ -15,8 +15,9 @@ use crate::rounding::{ClipSearch, GptqConfig};
 use crate::{Error, Result};
 
 /// The built-in recipes: name and text.
-pub const BUILT_IN: [(&str, &str); 13] = [
+pub const BUILT_IN: [(&str, &str); 14] = [
     ("spectral", include_str!("../recipes/spectral.toml")),
+    ("spectral-tuned", include_str!("../recipes/spectral-tuned.toml")),
     ("specquant", include_str!("../recipes/specquant.toml")),
     ("svdquant", include_str!("../recipes/svdquant.toml")),
     ("quarot", include_str!("../recipes/quarot.toml")),
@@ -324,6 +325,12 @@ impl Recipe {
             || self.input.is_some_and(|input| input.keep > 0)
     }
 
+    /// The calibration text that a run can use: more sequences than statistics are made of where there is something to learn from them.
+    pub fn text(&self) -> Calibration {
+        let samples = self.learn.as_ref().map_or(0, Learn::sequences).max(self.calibration.samples);
+        Calibration { samples, ..self.calibration.clone() }
+    }
+
     fn parse(text: &str, origin: &str) -> Result<Self> {
         let recipe: Recipe = toml::from_str(text).map_err(|e| Error::Recipe(format!("{origin}: {e}")))?;
         recipe.validate()?;
@@ -379,7 +386,9 @@ impl Recipe {
                 (Some(Branch { overhead: Overhead::Matched, .. }), _) => {
                     "branch.overhead = \"matched\" gives some channels 3 bits, for which there are no levels"
                 }
-                (_, Some(_)) => "what [learn] learns is learned for evenly spaced codes",
+                (_, Some(Learn::OmniQuant(_) | Learn::SpinQuant(_))) => {
+                    "what [learn] learns is learned for evenly spaced codes"
+                }
                 _ => "",
             };
             if !why.is_empty() {

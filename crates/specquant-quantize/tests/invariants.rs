@@ -247,6 +247,62 @@ fn every_built_in_recipe_runs_and_its_result_is_read_back() {
     }
 }
 
+/// Mean KL divergence from the first model's predictions to the second's.
+fn divergence(full: &Model, other: &Model, texts: &[Vec<u32>]) -> f64 {
+    let log_softmax = |row: &[f32]| -> Vec<f64> {
+        let sum: f64 = row.iter().map(|v| f64::from(*v).exp()).sum();
+        row.iter().map(|v| f64::from(*v) - sum.ln()).collect()
+    };
+    let vocab = VOCAB as usize;
+    let (p, q) = (logits(full, texts), logits(other, texts));
+    let rows = p.chunks_exact(vocab).zip(q.chunks_exact(vocab));
+    let kl = rows.map(|(p, q)| {
+        log_softmax(p).into_iter().zip(log_softmax(q)).map(|(p, q)| p.exp() * (p - q)).sum::<f64>()
+    });
+    kl.sum::<f64>() / (p.len() / vocab) as f64
+}
+
+/// The loss is the engine's, it falls, and what is stored is what has learned.
+#[test]
+fn tuning_brings_the_checkpoint_nearer_to_its_model() {
+    let dir = tempfile::tempdir().unwrap();
+    for name in ["llama-tied-bf16", "mistral", "qwen2", "qwen3"] {
+        let full = Model::open(&tiny(name)).unwrap();
+        let mut tuned = recipe("spectral-tuned", "W4A4KV4");
+        tuned.input.iter_mut().for_each(|input| input.keep = 8);
+        let plain = Recipe { learn: None, ..tuned.clone() };
+        let [before, after] = [(plain, "plain"), (tuned, "tuned")].map(|(recipe, kind)| {
+            let destination = dir.path().join(format!("{name}-{kind}"));
+            let report = quantize(&tiny(name), &recipe, &texts(1), &destination);
+            let model = Model::open(&destination).unwrap();
+            (
+                report,
+                divergence(&full, &model, &texts(1)),
+                divergence(&full, &model, &texts(1)[..1]),
+                destination,
+            )
+        });
+        println!("{name}: {:.4} -> {:.4}, {:?}", before.1, after.1, &after.0.tuning_losses[..2]);
+        // Of the first text; values at the edge of two codes may fall to either side.
+        let first = after.0.tuning_losses[0];
+        assert!((first / before.2 - 1.0).abs() < 0.1, "{name}: {first}, the engine has {}", before.2);
+        assert!(after.1 < 0.8 * before.1, "{name}: {} before, {} after", before.1, after.1);
+        assert_eq!(
+            (before.0.bits_per_weight, before.0.tensor_bytes),
+            (after.0.bits_per_weight, after.0.tensor_bytes)
+        );
+        // The codes have stayed.
+        let [before, after] = [before.3, after.3].map(|path| Source::open(&path).unwrap());
+        assert!(before.names().eq(after.names()));
+        for tensor in before.names().filter(|name| name.ends_with(".weight_packed")) {
+            assert!(
+                before.tensor(tensor).unwrap().bytes() == after.tensor(tensor).unwrap().bytes(),
+                "{tensor}"
+            );
+        }
+    }
+}
+
 /// Every basis with smoothing, with rotation, with either rounding.
 #[test]
 fn methods_compose() {

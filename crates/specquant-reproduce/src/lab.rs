@@ -208,12 +208,9 @@ impl<'a> Lab<'a> {
         let source = permuted.as_ref().unwrap_or(self.source);
         let path = self.output.join("checkpoint");
         let texts = match &run.recipe.calibration.file {
-            Some(file) => q::calibration::from_file(
-                file,
-                &source.tokenizer()?,
-                &run.recipe.calibration,
-                run.recipe.seed,
-            )?,
+            Some(file) => {
+                q::calibration::from_file(file, &source.tokenizer()?, &run.recipe.text(), run.recipe.seed)?
+            }
             None => Vec::new(),
         };
         let started = Instant::now();

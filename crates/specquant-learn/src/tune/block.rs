@@ -1,0 +1,556 @@
+//! A quantized block and its gradient, written out: candle's graph of the same took twice the time, most of it outside of products.
+
+use rayon::prelude::*;
+use specquant_kernels::{
+    KvCache, KvFormat, KvSide, PackedDense, matmul_nn, matmul_nt, matmul_packed, quantize_acts,
+    quantize_acts_gaussian,
+};
+use specquant_model::{
+    Block, InputTransform, KEPT_BITS, KvCenter, Levels, Linear, ModelConfig, QuantLinear, Rotation, Site,
+    SplitInput,
+};
+
+use super::{Param, TuneConfig, TunedBlock};
+use crate::block::{K, Q, V};
+use crate::error::{Error, Result};
+use crate::ops::{CausalSoftmax, FakeQuantWeight, RmsNorm, Rope, backward, forward};
+
+/// Values that one thread takes at least.
+const GRAIN: usize = 1 << 14;
+
+/// A matrix that is not learned, packed for products with it and with its transpose.
+pub(super) struct BothWays {
+    /// `[out, in]`.
+    pub forward: PackedDense,
+    /// `[in, out]`.
+    pub backward: PackedDense,
+}
+
+impl BothWays {
+    /// w: `[out, in]`.
+    pub fn pack(w: &[f32], out: usize, inp: usize) -> Self {
+        BothWays {
+            forward: PackedDense::pack(w, out, inp),
+            backward: PackedDense::pack(&transposed(w, out, inp), inp, out),
+        }
+    }
+}
+
+/// `x wᵀ`. x: `[rows, in]`.
+fn product(x: &[f32], w: &PackedDense) -> Vec<f32> {
+    let rows = x.len() / w.in_features();
+    let mut y = vec![0.0; rows * w.out_features()];
+    matmul_packed(x, w, &mut y, rows);
+    y
+}
+
+/// x: `[rows, columns]`; returns `[columns, rows]`.
+fn transposed(x: &[f32], rows: usize, columns: usize) -> Vec<f32> {
+    let mut y = vec![0.0; x.len()];
+    if rows > 0 {
+        y.par_chunks_mut(rows).enumerate().for_each(|(column, y)| {
+            y.iter_mut().zip(x.iter().skip(column).step_by(columns)).for_each(|(y, x)| *y = *x);
+        });
+    }
+    y
+}
+
+/// Changes every value of `y` by that of `x`.
+fn zip(y: &mut [f32], x: &[f32], f: impl Fn(&mut f32, f32) + Sync) {
+    let chunks = y.par_chunks_mut(GRAIN).zip(x.par_chunks(GRAIN));
+    chunks.for_each(|(y, x)| y.iter_mut().zip(x).for_each(|(y, x)| f(y, *x)));
+}
+
+fn add(y: &mut [f32], x: &[f32]) {
+    zip(y, x, |y, x| *y += x);
+}
+
+/// Multiplies every row by `factors`. x: `[rows, factors]`.
+pub(super) fn scaled(x: &[f32], factors: &[f32]) -> Vec<f32> {
+    let mut y = x.to_vec();
+    let rows = y.par_chunks_exact_mut(factors.len()).with_min_len(GRAIN / factors.len());
+    rows.for_each(|row| row.iter_mut().zip(factors).for_each(|(y, f)| *y *= f));
+    y
+}
+
+/// Σ over rows of x · y, by column. x, y: `[rows, columns]`.
+pub(super) fn column_products(x: &[f32], y: &[f32], columns: usize) -> Vec<f32> {
+    let mut sums = vec![0.0; columns];
+    for (x, y) in x.chunks_exact(columns).zip(y.chunks_exact(columns)) {
+        sums.iter_mut().zip(x).zip(y).for_each(|((sum, x), y)| *sum += x * y);
+    }
+    sums
+}
+
+/// A linear layer's constants.
+struct Frozen {
+    out: usize,
+    /// The 4-bit weight as it acts on inputs before their transform.
+    weight: BothWays,
+    bias: Option<Vec<f32>>,
+}
+
+/// A block: constants and what is learned.
+pub(super) struct Layer {
+    heads: usize,
+    kv_heads: usize,
+    head_dim: usize,
+    hidden: usize,
+    norm: RmsNorm,
+    window: Option<usize>,
+    rope: Rope,
+    linears: Vec<Frozen>,
+    inputs: Vec<FakeInput>,
+    keys: FakeCached,
+    values: FakeCached,
+    q_norm: Option<Vec<f32>>,
+    k_norm: Option<Vec<f32>>,
+    /// Two norms, seven factors, seven kept columns.
+    pub params: Vec<Param>,
+}
+
+/// Where the parts of [`Layer::params`] begin.
+const FACTORS: usize = 2;
+const KEPT: usize = FACTORS + 7;
+/// The linear layers of a site, as in [`Site::ALL`].
+const LAYERS: [std::ops::Range<usize>; 4] = [0..3, 3..4, 4..6, 6..7];
+
+/// What a site's layers did.
+struct SiteSaved {
+    /// Their quantized input, `[tokens, in]`.
+    input: Vec<f32>,
+    /// Its kept coordinates, `[tokens, r]`.
+    kept: Vec<f32>,
+    /// Products with the 4-bit weights, before the factors, `[tokens, out]` each.
+    products: Vec<Vec<f32>>,
+    /// The kept columns, rounded, `[out, r]` each.
+    columns: Vec<Vec<f32>>,
+}
+
+/// What a norm did.
+struct NormSaved {
+    /// `[rows, width]`.
+    input: Vec<f32>,
+    /// Without its weight.
+    output: Vec<f32>,
+}
+
+/// What the backward pass needs of the forward pass.
+pub(super) struct Saved {
+    norms: [NormSaved; 2],
+    /// Of the heads of Q and K, where they have one.
+    head_norms: [Option<NormSaved>; 2],
+    sites: [SiteSaved; 4],
+    /// Query, key and value as attention saw them, heads first: `[heads, tokens, head_dim]`.
+    qkv: [Vec<f32>; 3],
+    gate: Vec<f32>,
+    up: Vec<f32>,
+}
+
+impl Layer {
+    /// longest: tokens of a sequence at most.
+    pub fn new(
+        block: Block,
+        model: &ModelConfig,
+        longest: usize,
+        kv: KvFormat,
+        config: &TuneConfig,
+    ) -> Result<Self> {
+        let hidden = model.hidden_size;
+        let mut params = Vec::from(
+            [&block.input_norm, &block.post_norm].map(|norm| Param::new(norm.clone(), config.norm_lr)),
+        );
+        let (mut linears, mut inputs, mut kept) = (Vec::new(), Vec::new(), Vec::new());
+        for site in Site::ALL {
+            let width = model.site_width(site);
+            let layers = block.site(site).into_iter().map(quantized).collect::<Option<Vec<_>>>();
+            let layers = layers.ok_or(Error::NotQuantized)?;
+            let input = FakeInput::new(width, block.inputs[site as usize].clone(), layers[0]);
+            for layer in layers {
+                let out = layer.weights.out_features();
+                let rest = layer.weights.dequantize();
+                let weight = match &input.transform {
+                    Some(t) => t.undo_weight(SplitInput { kept: vec![0.0; out * t.kept()], rest }, out),
+                    None => rest,
+                };
+                linears.push(Frozen {
+                    out,
+                    weight: BothWays::pack(&weight, out, width),
+                    bias: layer.bias.clone(),
+                });
+                params.push(Param::new(vec![1.0; out], config.scale_lr));
+                let columns = layer.kept.as_ref().map_or(Vec::new(), |kept| kept.weights.dequantize());
+                kept.push(Param::new(columns, config.kept_lr));
+            }
+            inputs.push(input);
+        }
+        params.extend(kept);
+        let KvCenter { keys, values } =
+            block.kv_center.unwrap_or(KvCenter { keys: Vec::new(), values: Vec::new() });
+        let (heads, head_dim) = (model.num_kv_heads, model.head_dim);
+        Ok(Layer {
+            heads: model.num_heads,
+            kv_heads: heads,
+            head_dim,
+            hidden,
+            norm: RmsNorm { eps: model.rms_norm_eps },
+            window: block.window,
+            rope: Rope::new(&model.inv_freq(), longest, 1),
+            linears,
+            inputs,
+            keys: FakeCached {
+                side: KvSide::Keys,
+                center: keys,
+                rotation: block.rotations.qk,
+                kv,
+                heads,
+                head_dim,
+            },
+            values: FakeCached { side: KvSide::Values, center: values, rotation: None, kv, heads, head_dim },
+            q_norm: block.q_norm,
+            k_norm: block.k_norm,
+            params,
+        })
+    }
+
+    pub fn learned(self) -> TunedBlock {
+        let mut values = self.params.into_iter().map(|p| p.values);
+        let mut next = || values.next().unwrap_or_default();
+        TunedBlock {
+            norms: std::array::from_fn(|_| next()),
+            factors: std::array::from_fn(|_| next()),
+            kept: std::array::from_fn(|_| next()),
+        }
+    }
+
+    /// The block's output, `[tokens, hidden]`. x: the same, a sequence from its start.
+    pub fn forward(&self, x: &[f32]) -> (Vec<f32>, Saved) {
+        let tokens = x.len() / self.hidden;
+        let (normed, before) = self.normed(x, 0);
+        let (mut qkv, qkv_saved) = self.site(Site::Qkv, normed);
+        let mut head_norms = [None, None];
+        for (index, weight) in [(Q, &self.q_norm), (K, &self.k_norm)] {
+            if let Some(weight) = weight {
+                let input = std::mem::take(&mut qkv[index]);
+                let output = forward(&self.norm, &input, self.head_dim);
+                qkv[index] = scaled(&output, weight);
+                head_norms[index] = Some(NormSaved { input, output });
+            }
+            qkv[index] = forward(&self.rope(index), &qkv[index], self.head_dim);
+        }
+        qkv[K] = self.keys.round(&qkv[K]);
+        qkv[V] = self.values.round(&qkv[V]);
+        let heads_first =
+            |index: usize| heads_first(&qkv[index], tokens, self.heads_of(index), self.head_dim);
+        let qkv = [heads_first(Q), heads_first(K), heads_first(V)];
+        let attended = self.attend(&qkv, tokens);
+        let (mut o, o_saved) = self.site(Site::O, tokens_first(&attended, tokens, self.heads, self.head_dim));
+        let mut x = x.to_vec();
+        add(&mut x, &std::mem::take(&mut o[0]));
+
+        let (normed, after) = self.normed(&x, 1);
+        let (mut inner, gate_up_saved) = self.site(Site::GateUp, normed);
+        let up = inner.pop().unwrap_or_default();
+        let gate = inner.pop().unwrap_or_default();
+        let mut inner = up.clone();
+        zip(&mut inner, &gate, |y, g| *y *= g * sigmoid(g));
+        let (down, down_saved) = self.site(Site::Down, inner);
+        add(&mut x, &down[0]);
+        let sites = [qkv_saved, o_saved, gate_up_saved, down_saved];
+        (x, Saved { norms: [before, after], head_norms, sites, qkv, gate, up })
+    }
+
+    /// The gradients by the input, `[tokens, hidden]`, and by what is learned, given that by the output.
+    pub fn backward(&self, saved: &Saved, gy: Vec<f32>) -> (Vec<f32>, Vec<Vec<f32>>) {
+        let tokens = gy.len() / self.hidden;
+        let mut by_params = vec![Vec::new(); self.params.len()];
+        let g_inner = self.site_backward(Site::Down, &saved.sites[3], &[&gy], &mut by_params);
+        let (mut g_gate, mut g_up) = (g_inner.clone(), g_inner);
+        zip(&mut g_up, &saved.gate, |g, gate| *g *= gate * sigmoid(gate));
+        zip(&mut g_gate, &saved.up, |g, up| *g *= up);
+        zip(&mut g_gate, &saved.gate, |g, gate| {
+            let s = sigmoid(gate);
+            *g *= s * (1.0 + gate * (1.0 - s));
+        });
+        let g = self.site_backward(Site::GateUp, &saved.sites[2], &[&g_gate, &g_up], &mut by_params);
+        let mut gx = self.norm_backward(1, &saved.norms[1], g, &mut by_params);
+        add(&mut gx, &gy);
+
+        let g = self.site_backward(Site::O, &saved.sites[1], &[&gx], &mut by_params);
+        let g = heads_first(&g, tokens, self.heads, self.head_dim);
+        let mut g = self.attend_backward(&saved.qkv, &g, tokens);
+        for index in [Q, K, V] {
+            g[index] = tokens_first(&g[index], tokens, self.heads_of(index), self.head_dim);
+        }
+        for (index, weight) in [(Q, &self.q_norm), (K, &self.k_norm)] {
+            g[index] = backward(&self.rope(index), &g[index], &g[index], &g[index], self.head_dim);
+            if let (Some(weight), Some(norm)) = (weight, &saved.head_norms[index]) {
+                let by_output = scaled(&g[index], weight);
+                g[index] = backward(&self.norm, &norm.input, &norm.output, &by_output, self.head_dim);
+            }
+        }
+        let g = self.site_backward(Site::Qkv, &saved.sites[0], &[&g[Q], &g[K], &g[V]], &mut by_params);
+        let g = self.norm_backward(0, &saved.norms[0], g, &mut by_params);
+        add(&mut gx, &g);
+        (gx, by_params)
+    }
+
+    fn heads_of(&self, index: usize) -> usize {
+        if index == Q { self.heads } else { self.kv_heads }
+    }
+
+    fn rope(&self, index: usize) -> Rope {
+        Rope { heads: self.heads_of(index), ..self.rope.clone() }
+    }
+
+    fn normed(&self, x: &[f32], index: usize) -> (Vec<f32>, NormSaved) {
+        let output = forward(&self.norm, x, self.hidden);
+        (scaled(&output, &self.params[index].values), NormSaved { input: x.to_vec(), output })
+    }
+
+    fn norm_backward(
+        &self,
+        index: usize,
+        saved: &NormSaved,
+        g: Vec<f32>,
+        by_params: &mut [Vec<f32>],
+    ) -> Vec<f32> {
+        by_params[index] = column_products(&g, &saved.output, self.hidden);
+        let g = scaled(&g, &self.params[index].values);
+        backward(&self.norm, &saved.input, &saved.output, &g, self.hidden)
+    }
+
+    /// The outputs of a site's layers. x: `[tokens, in]`.
+    fn site(&self, site: Site, x: Vec<f32>) -> (Vec<Vec<f32>>, SiteSaved) {
+        let input = &self.inputs[site as usize];
+        let (x, kept) = input.round(x);
+        let mut saved = SiteSaved { input: x, kept, products: Vec::new(), columns: Vec::new() };
+        let outputs = LAYERS[site as usize].clone().map(|index| {
+            let layer = &self.linears[index];
+            let products = product(&saved.input, &layer.weight.forward);
+            let mut y = scaled(&products, &self.params[FACTORS + index].values);
+            let r = input.kept();
+            let mut columns = Vec::new();
+            if r > 0 {
+                columns = forward(&FakeQuantWeight { bits: KEPT_BITS }, &self.params[KEPT + index].values, r);
+                matmul_nt(&saved.kept, &columns, &mut y, saved.kept.len() / r, r, layer.out, true);
+            }
+            if let Some(bias) = &layer.bias {
+                let rows = y.par_chunks_exact_mut(layer.out);
+                rows.for_each(|row| row.iter_mut().zip(bias).for_each(|(y, b)| *y += b));
+            }
+            saved.products.push(products);
+            saved.columns.push(columns);
+            y
+        });
+        (outputs.collect(), saved)
+    }
+
+    /// The gradient by the site's input, before its quantizer, which counts as the identity. gy: of each layer's output.
+    fn site_backward(
+        &self,
+        site: Site,
+        saved: &SiteSaved,
+        gy: &[&[f32]],
+        by_params: &mut [Vec<f32>],
+    ) -> Vec<f32> {
+        let input = &self.inputs[site as usize];
+        let (width, r) = (input.width, input.kept());
+        let tokens = saved.input.len() / width;
+        let (mut gx, mut g_kept) = (Vec::new(), vec![0.0; tokens * r]);
+        let kept_first = transposed(&saved.kept, tokens, r);
+        for ((i, index), gy) in LAYERS[site as usize].clone().enumerate().zip(gy) {
+            let out = self.linears[index].out;
+            by_params[FACTORS + index] = column_products(gy, &saved.products[i], out);
+            if r > 0 {
+                let mut by_columns = vec![0.0; r * out];
+                matmul_nn(&kept_first, gy, &mut by_columns, r, tokens, out, false);
+                by_params[KEPT + index] = transposed(&by_columns, r, out);
+                matmul_nn(gy, &saved.columns[i], &mut g_kept, tokens, out, r, true);
+            }
+            let g = product(
+                &scaled(gy, &self.params[FACTORS + index].values),
+                &self.linears[index].weight.backward,
+            );
+            if gx.is_empty() { gx = g } else { add(&mut gx, &g) }
+        }
+        if r > 0 {
+            matmul_nn(&g_kept, &input.directions, &mut gx, tokens, r, width, true);
+        }
+        gx
+    }
+
+    /// Attention weights of the queries of head `head`, `[tokens, tokens]`. q, k: `[tokens, head_dim]`.
+    fn weights(&self, q: &[f32], k: &[f32], tokens: usize) -> (Vec<f32>, Vec<f32>, CausalSoftmax) {
+        let softmax =
+            CausalSoftmax { tokens, scale: 1.0 / (self.head_dim as f32).sqrt(), window: self.window };
+        let mut scores = vec![0.0; tokens * tokens];
+        matmul_nt(q, k, &mut scores, tokens, self.head_dim, tokens, false);
+        let weights = forward(&softmax, &scores, tokens);
+        (scores, weights, softmax)
+    }
+
+    /// A query head and its KV head: query, key, value, `[tokens, head_dim]` each.
+    fn head<'a>(&self, qkv: &'a [Vec<f32>; 3], head: usize, tokens: usize) -> [&'a [f32]; 3] {
+        let size = tokens * self.head_dim;
+        let kv = head / (self.heads / self.kv_heads);
+        [&qkv[Q][head * size..][..size], &qkv[K][kv * size..][..size], &qkv[V][kv * size..][..size]]
+    }
+
+    /// `[heads, tokens, head_dim]`.
+    fn attend(&self, qkv: &[Vec<f32>; 3], tokens: usize) -> Vec<f32> {
+        let mut y = vec![0.0; qkv[Q].len()];
+        y.par_chunks_exact_mut(tokens * self.head_dim).enumerate().for_each(|(head, y)| {
+            let [q, k, v] = self.head(qkv, head, tokens);
+            let (_, weights, _) = self.weights(q, k, tokens);
+            matmul_nn(&weights, v, y, tokens, tokens, self.head_dim, false);
+        });
+        y
+    }
+
+    /// Gradients by query, key and value, heads first. gy: `[heads, tokens, head_dim]`.
+    fn attend_backward(&self, qkv: &[Vec<f32>; 3], gy: &[f32], tokens: usize) -> [Vec<f32>; 3] {
+        let (dim, size) = (self.head_dim, tokens * self.head_dim);
+        let by_head: Vec<[Vec<f32>; 3]> = gy
+            .par_chunks_exact(size)
+            .enumerate()
+            .map(|(head, gy)| {
+                let [q, k, v] = self.head(qkv, head, tokens);
+                let (scores, weights, softmax) = self.weights(q, k, tokens);
+                let mut g = [vec![0.0; size], Vec::new(), Vec::new()];
+                // Wᵀ y as (yᵀ W)ᵀ, where only what is narrow is transposed.
+                let against = |y: &[f32], weights: &[f32]| {
+                    let mut product = vec![0.0; size];
+                    matmul_nn(&transposed(y, tokens, dim), weights, &mut product, dim, tokens, tokens, false);
+                    transposed(&product, dim, tokens)
+                };
+                g[V] = against(gy, &weights);
+                let mut by_weights = vec![0.0; tokens * tokens];
+                matmul_nt(gy, v, &mut by_weights, tokens, dim, tokens, false);
+                let by_scores = backward(&softmax, &scores, &weights, &by_weights, tokens);
+                matmul_nn(&by_scores, k, &mut g[Q], tokens, tokens, dim, false);
+                g[K] = against(q, &by_scores);
+                g
+            })
+            .collect();
+        let mut g = [Vec::with_capacity(gy.len()), vec![0.0; qkv[K].len()], vec![0.0; qkv[V].len()]];
+        for (head, parts) in by_head.iter().enumerate() {
+            let kv = head / (self.heads / self.kv_heads) * size;
+            g[Q].extend_from_slice(&parts[Q]);
+            add(&mut g[K][kv..kv + size], &parts[K]);
+            add(&mut g[V][kv..kv + size], &parts[V]);
+        }
+        g
+    }
+}
+
+fn sigmoid(x: f32) -> f32 {
+    1.0 / (1.0 + (-x).exp())
+}
+
+/// `[tokens, heads, dim]` to `[heads, tokens, dim]`.
+fn heads_first(x: &[f32], tokens: usize, heads: usize, dim: usize) -> Vec<f32> {
+    let mut y = Vec::with_capacity(x.len());
+    for head in 0..heads {
+        (0..tokens).for_each(|token| y.extend_from_slice(&x[(token * heads + head) * dim..][..dim]));
+    }
+    y
+}
+
+/// `[heads, tokens, dim]` to `[tokens, heads, dim]`.
+fn tokens_first(x: &[f32], tokens: usize, heads: usize, dim: usize) -> Vec<f32> {
+    heads_first(x, heads, tokens, dim)
+}
+
+fn quantized(layer: &Linear) -> Option<&QuantLinear> {
+    match layer {
+        Linear::Quantized(layer) => Some(layer),
+        Linear::Dense(_) => None,
+    }
+}
+
+/// The quantizer of a site's input.
+struct FakeInput {
+    width: usize,
+    transform: Option<InputTransform>,
+    /// What the kept coordinates are of the input, `[r, in]`.
+    directions: Vec<f32>,
+    bits: u8,
+    levels: Levels,
+    clip: f32,
+}
+
+impl FakeInput {
+    fn new(width: usize, transform: Option<InputTransform>, layer: &QuantLinear) -> Self {
+        let directions = transform.as_ref().map_or(Vec::new(), |transform| {
+            let mut unit = vec![0.0; width * width];
+            unit.iter_mut().step_by(width + 1).for_each(|v| *v = 1.0);
+            transposed(&transform.apply(unit, width).kept, width, transform.kept())
+        });
+        let QuantLinear { act_bits: bits, act_levels: levels, act_clip: clip, .. } = *layer;
+        FakeInput { width, transform, directions, bits, levels, clip }
+    }
+
+    fn kept(&self) -> usize {
+        self.transform.as_ref().map_or(0, InputTransform::kept)
+    }
+
+    /// What the quantizer leaves of the input, before its transform again, and of its kept coordinates. x: `[tokens, in]`.
+    fn round(&self, x: Vec<f32>) -> (Vec<f32>, Vec<f32>) {
+        let n = x.len() / self.width;
+        let round = |x: Vec<f32>, width: usize| match (self.bits, self.levels) {
+            (16, _) => x,
+            (_, Levels::Gaussian) => quantize_acts_gaussian(&x, n, width, self.clip).dequantize(),
+            (bits, Levels::Uniform) => quantize_acts(&x, n, width, bits, self.clip).dequantize(),
+        };
+        let Some(transform) = &self.transform else { return (round(x, self.width), Vec::new()) };
+        let SplitInput { mut kept, rest } = transform.apply(x, n);
+        let r = transform.kept();
+        let rest = round(rest, self.width - r);
+        if r > 0 && self.bits < 16 {
+            kept = quantize_acts(&kept, n, r, self.bits.max(KEPT_BITS), 1.0).dequantize();
+        }
+        (transform.undo(SplitInput { kept: kept.clone(), rest }, n), kept)
+    }
+}
+
+/// What a cache gives back of keys or values, rotated back.
+struct FakeCached {
+    side: KvSide,
+    /// `[kv_heads * head_dim]`, or empty.
+    center: Vec<f32>,
+    rotation: Option<Rotation>,
+    kv: KvFormat,
+    heads: usize,
+    head_dim: usize,
+}
+
+impl FakeCached {
+    /// x: `[tokens, kv_heads, head_dim]`. The mean key is added again: softmax does not see it.
+    fn round(&self, x: &[f32]) -> Vec<f32> {
+        let (width, n) = (self.heads * self.head_dim, x.len() / self.head_dim);
+        let mut x = x.to_vec();
+        let add_center = |x: &mut [f32], sign: f32| {
+            if !self.center.is_empty() {
+                let rows = x.chunks_exact_mut(width);
+                rows.for_each(|row| row.iter_mut().zip(&self.center).for_each(|(x, c)| *x += sign * c));
+            }
+        };
+        self.rotation.iter().for_each(|r| r.apply(&mut x, n));
+        add_center(&mut x, -1.0);
+        let mut cache = KvCache::new(self.kv, self.heads, self.head_dim);
+        match self.side {
+            KvSide::Keys => cache.append(&x, &vec![0.0; x.len()]),
+            KvSide::Values => cache.append(&vec![0.0; x.len()], &x),
+        }
+        let mut buffer = Vec::new();
+        for head in 0..self.heads {
+            let tile = cache.tile(self.side, head, 0..cache.len(), &mut buffer).chunks_exact(self.head_dim);
+            let to = x.chunks_exact_mut(self.head_dim).skip(head).step_by(self.heads);
+            to.zip(tile).for_each(|(to, row)| to.copy_from_slice(row));
+        }
+        add_center(&mut x, 1.0);
+        self.rotation.iter().for_each(|r| r.apply_transposed(&mut x, n));
+        x
+    }
+}
