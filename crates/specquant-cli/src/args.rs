@@ -361,7 +361,7 @@ pub struct ReproduceArgs {
     /// Only the first N documents of every task; 0 for all
     #[arg(long, value_name = "N", default_value_t = 100, requires = "data")]
     pub limit: usize,
-    /// Some twenty minutes on two cores, for a model of 135 million parameters: fewer methods, seeds, bins and calibration tokens
+    /// About a quarter of an hour on two cores, for a model of 135 million parameters: fewer methods, settings, seeds, bins and calibration tokens
     #[arg(long)]
     pub quick: bool,
     /// Directory for README.md, figures and measurements; the checkpoint at work is there for a while, too

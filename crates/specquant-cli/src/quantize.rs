@@ -151,8 +151,9 @@ fn describe(plan: &Plan, recipe: &Recipe) -> String {
         Rounding::Rtn {} => "nearest rounding",
         Rounding::Gptq(_) => "GPTQ",
     };
+    let tuned = if matches!(recipe.learn, Some(q::Learn::Tune(_))) { ", tuning" } else { "" };
     format!(
-        "plan: {} {}: {rotate}{smooth}{branch}{rounding}\n  {} blocks, {} linear layers, {:.1} M weights at {:.3} bits\n  \
+        "plan: {} {}: {rotate}{smooth}{branch}{rounding}{tuned}\n  {} blocks, {} linear layers, {:.1} M weights at {:.3} bits\n  \
          calibration {} tokens, predicted peak memory {}, output about {}",
         recipe.name,
         recipe.scheme,
@@ -211,14 +212,13 @@ pub fn quantize(
         _ => texts(source, &tokenizer, recipe, quiet)?,
     };
     let mut progress = Progress::new("block", source.config().num_layers as u64, quiet);
+    let mut learning: Option<Progress> = None;
     let report = q::run(source, recipe, &texts, output, overwrite, &mut |event| {
         let (index, layers) = match event {
             Event::Block { index, layers, .. } => (index, layers),
             Event::Learning { step, of, loss } => {
-                if !quiet {
-                    note!("learning step {}/{of}: loss {loss:.4}", step + 1);
-                }
-                return;
+                let learning = learning.get_or_insert_with(|| Progress::new("learning", of as u64, quiet));
+                return learning.set(step as u64 + 1, &format!("loss {loss:.4}"));
             }
         };
         let worst = layers.iter().max_by(|a, b| a.relative_error.total_cmp(&b.relative_error));

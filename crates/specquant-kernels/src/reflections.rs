@@ -74,7 +74,7 @@ impl Reflections {
     /// # Panics
     /// If x is not [rows, n].
     pub fn apply(&self, x: &mut [f32], rows: usize) {
-        self.run(x, rows, matmul_nn);
+        self.run(x, rows, false);
     }
 
     /// x ↦ x H(vᵣ) ⋯ H(v₁) for every row, in place: undoes [`apply`](Self::apply). x: [rows, n].
@@ -82,16 +82,10 @@ impl Reflections {
     /// # Panics
     /// If x is not [rows, n].
     pub fn apply_transposed(&self, x: &mut [f32], rows: usize) {
-        self.run(x, rows, matmul_nt);
+        self.run(x, rows, true);
     }
 
-    /// by_factor: the product with −T, or with its transpose.
-    fn run(
-        &self,
-        x: &mut [f32],
-        rows: usize,
-        by_factor: fn(&[f32], &[f32], &mut [f32], usize, usize, usize, bool),
-    ) {
+    fn run(&self, x: &mut [f32], rows: usize, transposed: bool) {
         let (n, r) = (self.n, self.len());
         assert_eq!(x.len(), rows * n, "reflections: x is not [{rows}, {n}]");
         if r == 0 {
@@ -99,6 +93,7 @@ impl Reflections {
         }
         x.par_chunks_mut(ROWS * n).for_each(|x| {
             let rows = x.len() / n;
+            let by_factor = if transposed { matmul_nt } else { matmul_nn };
             let (mut along, mut shares) = (vec![0.0; rows * r], vec![0.0; rows * r]);
             matmul_nt(x, &self.vectors, &mut along, rows, n, r, false);
             by_factor(&along, &self.factor, &mut shares, rows, r, r, false);

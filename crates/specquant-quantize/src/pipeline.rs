@@ -184,6 +184,8 @@ pub fn run(
         };
         let checkpoint = Source::open(output.path())?;
         let tensors = learn::tuned_tensors(source, &checkpoint, settings, texts, &mut tell)?;
+        // Not every system lets a file be replaced that is mapped.
+        drop(checkpoint);
         output.replace(tensors)?;
     }
     report.tensor_bytes = output.bytes();
