@@ -424,7 +424,7 @@ pub fn markdown(e: &Evidence, settings: &Settings, source: &Source) -> String {
         "# SpecQuant (arXiv 2511.11663) on {model}\n\nThe paper's tables, figures and claims, measured{}. Differences come with 95% intervals, paired over windows; ≈ marks one \
          that holds zero. They cover the choice of the text, not that of calibration tokens: {}.{}\n\n## Claims and checks\n\n{claims}\n",
         if settings.quick {
-            " quickly (`--quick`: fewer methods, seeds, bins and calibration tokens)"
+            " quickly (`--quick`: fewer methods, settings, scores, seeds, bins and calibration tokens, and so no claims T6 and T11)"
         } else {
             ""
         },

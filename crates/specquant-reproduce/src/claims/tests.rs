@@ -146,7 +146,7 @@ fn layers_decide_about_spectra_and_residuals() {
 
 #[test]
 fn accuracy_permutations_and_bounds() {
-    let plan = Plan::new(&settings(true), 289).unwrap();
+    let plan = Plan::new(&settings(false), 289).unwrap();
     let answers = |right: usize| crate::Answers {
         tasks: vec![("boolq".to_owned(), 0.5, (0..400).map(|i| u8::from(i % 20 < right)).collect())],
         available: 400,
