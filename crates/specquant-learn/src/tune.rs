@@ -55,7 +55,7 @@ impl Default for TuneConfig {
 pub struct TunedBlock {
     /// Weights of the norms before attention and MLP, `[hidden]`.
     pub norms: [Vec<f32>; 2],
-    /// What the scales of every output channel are multiplied by, `[out]`, in the order of [`ModelConfig::linear_shapes`].
+    /// What the scales of every output channel are multiplied by, `[out]`, in the order of [`specquant_model::ModelConfig::linear_shapes`].
     pub factors: [Vec<f32>; 7],
     /// The columns that read kept coordinates, `[out, r]`, before they are rounded to 8 bits; empty where nothing is kept.
     pub kept: [Vec<f32>; 7],
