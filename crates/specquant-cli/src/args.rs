@@ -120,6 +120,9 @@ pub struct Overrides {
     /// Clip ratio of keys and values, in (0, 1]; 0.95 up to 4 bits, 1 above; Gaussian levels have none [scheme.kv_clip]
     #[arg(long, value_name = "RATIO")]
     pub kv_clip: Option<f32>,
+    /// Tokens at the beginning of a sequence whose keys and values are cached as they are [scheme.kv_intact]
+    #[arg(long, value_name = "N")]
+    pub kv_intact: Option<usize>,
     /// Migration strength of smoothing: a number in [0, 1], "search", or "off" [smooth.smoothing_strength]
     #[arg(long, value_name = "ALPHA")]
     pub smoothing_strength: Option<Strength>,

@@ -91,7 +91,10 @@ fn quantize_all(args: &CompareArgs, source: &Source, source_sha256: &str) -> any
             let text = read_text(file).map_err(anyhow::Error::msg);
             Ok(sha256(text.with_context(|| format!("calibration text {}", file.display()))?.as_bytes()))
         });
-        let identity = json!({ "format_version": FORMAT_VERSION, "source_sha256": source_sha256, "calibration_sha256": calibration.transpose()?, "recipe": recipe });
+        // The calibration text is what it says, wherever it lies.
+        let mut settings = recipe.clone();
+        settings.calibration.file = None;
+        let identity = json!({ "format_version": FORMAT_VERSION, "source_sha256": source_sha256, "calibration_sha256": calibration.transpose()?, "recipe": settings });
         let record = dir.join(format!("{}.json", sanitized(&recipe.name)));
         if path.exists() {
             let same =

@@ -26,6 +26,7 @@ pub fn recipe(name: &str, flags: &Overrides) -> anyhow::Result<Recipe> {
         group_size => r.scheme.group_size,
         levels => r.scheme.levels,
         act_clip => r.scheme.act_clip,
+        kv_intact => r.scheme.kv_intact,
         samples => r.calibration.samples,
         sequence_length => r.calibration.sequence_length,
         search_tokens => r.calibration.search_tokens,
@@ -179,7 +180,9 @@ fn texts(
         let texts = q::calibration::from_file(file, tokenizer, c, recipe.seed)?;
         let got: usize = texts.iter().map(Vec::len).sum();
         if got < c.samples * c.sequence_length && !quiet {
-            note!("note: {} holds only {got} tokens; calibrating on those", file.display());
+            let again =
+                if recipe.learn.is_some() { ", several times over where more are learned from" } else { "" };
+            note!("note: {} holds only {got} tokens; calibrating on those{again}", file.display());
         }
         return Ok(texts);
     }

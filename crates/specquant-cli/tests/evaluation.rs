@@ -248,7 +248,7 @@ fn models_and_recipes_are_compared_on_a_page_that_a_browser_shows() {
     let text = lab.file("text.txt", TEXT);
     let eight = lab.quantized(&model, "eight <8>", &["--recipe", "rtn", "--scheme", "W8A8KV8"]);
     let out = lab.out("compared");
-    let compare = |flags: &[&str]| {
+    let compare_on = |calibration: &str, flags: &[&str]| {
         let mut command = specquant();
         command.arg("compare").arg(&model).arg(&eight).args([
             "--recipes",
@@ -257,9 +257,11 @@ fn models_and_recipes_are_compared_on_a_page_that_a_browser_shows() {
             "piqa,lambada_openai",
         ]);
         command.arg("--text").arg(&text).args(["--window", "96", "--data"]).arg(&data).arg("-o").arg(&out);
+        command.arg("--calibration").arg(lab.file(calibration, TEXT));
         command.args(QUICK).args(flags);
         command
     };
+    let compare = |flags: &[&str]| compare_on("calibration.txt", flags);
     let result = json_of(compare(&[]).arg("--json"));
     let names: Vec<&str> =
         result["models"].as_array().unwrap().iter().map(|m| m["name"].as_str().unwrap()).collect();
@@ -279,7 +281,7 @@ fn models_and_recipes_are_compared_on_a_page_that_a_browser_shows() {
     // What is there is not measured again, and not overwritten unasked.
     let stderr = String::from_utf8(compare(&[]).assert().code(2).get_output().stderr.clone()).unwrap();
     assert!(stderr.contains("exists"), "{stderr}");
-    let again = json_of(compare(&["--resume"]).arg("--json"));
+    let again = json_of(compare_on("moved.txt", &["--resume"]).arg("--json"));
     assert_eq!(again["models"], result["models"]);
     let stderr =
         String::from_utf8(compare(&["--resume", "--seed", "5"]).assert().code(2).get_output().stderr.clone())

@@ -37,8 +37,8 @@ fn main() {
     for format in [
         KvFormat::F32,
         KvFormat::F16,
-        KvFormat::Int { bits: 8, clip: 1.0 },
-        KvFormat::Int { bits: 4, clip: 1.0 },
+        KvFormat::Int { bits: 8, clip: 1.0, intact: 0 },
+        KvFormat::Int { bits: 4, clip: 1.0, intact: 0 },
     ] {
         let mut cache = KvCache::new(format, kv_heads, d);
         let append = best(5, || {

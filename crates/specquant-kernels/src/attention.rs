@@ -363,7 +363,7 @@ mod tests {
 
     #[test]
     fn matches_f64_in_every_format() {
-        let ints = (2..=8).map(|bits| KvFormat::Int { bits, clip: 0.95 });
+        let ints = (2..=8).map(|bits| KvFormat::Int { bits, clip: 0.95, intact: 0 });
         for format in [KvFormat::F32, KvFormat::F16].into_iter().chain(ints) {
             for (t, d) in [(1, 16), (70, 16), (70, 9)] {
                 let cache = filled(format, 200, 2, d);
@@ -382,7 +382,7 @@ mod tests {
         let width = kv_heads * d;
         let (k, v) = (noise(len * width, 1), noise(len * width, 2));
         let q = noise(len * heads * d, 3);
-        for format in [KvFormat::F32, KvFormat::Int { bits: 4, clip: 1.0 }] {
+        for format in [KvFormat::F32, KvFormat::Int { bits: 4, clip: 1.0, intact: 0 }] {
             for window in [None, Some(50)] {
                 let mut whole = KvCache::new(format, kv_heads, d);
                 whole.append(&k, &v);
@@ -406,7 +406,7 @@ mod tests {
     #[test]
     fn threads_do_not_change_a_bit() {
         for (t, len, heads, kv_heads, d, window) in CASES {
-            let cache = filled(KvFormat::Int { bits: 4, clip: 1.0 }, len, kv_heads, d);
+            let cache = filled(KvFormat::Int { bits: 4, clip: 1.0, intact: 0 }, len, kv_heads, d);
             let q = noise(t * heads * d, 13);
             let in_pool = |threads| {
                 let pool = rayon::ThreadPoolBuilder::new().num_threads(threads).build().unwrap();

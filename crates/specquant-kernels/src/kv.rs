@@ -8,6 +8,9 @@
 //! q = clamp(round_half_even(x / scale) + zero, 0, 2^bits − 1),   x ≈ scale · (q − zero)
 //! ```
 //!
+//! The first few tokens can be left intact: attention falls back on them when nothing else matters ("sinks", arXiv 2309.17453), so that every query
+//! suffers from the rounding of their keys (IntactKV, arXiv 2403.01241).
+//!
 //! Every head's tokens lie one after another, so that attention streams through one head at a time. Codes of up to 4 bits
 //! share a byte: the low nibble holds element i of the head's first half (rounded up), the high one element i of the second.
 
@@ -32,9 +35,14 @@ pub enum KvFormat {
         bits: u8,
         /// Multiplies the range before quantization; 1 keeps it, QuaRot takes 0.95.
         clip: f32,
+        /// Tokens at the beginning that stay as computed.
+        intact: usize,
     },
     /// 4 bits, per token and head, that stand for 16 levels which suit a Gaussian: what a rotated head less its mean nearly is.
-    Gaussian,
+    Gaussian {
+        /// Tokens at the beginning that stay as computed.
+        intact: usize,
+    },
 }
 
 impl KvFormat {
@@ -43,13 +51,29 @@ impl KvFormat {
         match self {
             KvFormat::F32 => 4 * head_dim,
             KvFormat::F16 => 2 * head_dim,
-            KvFormat::Int { bits: ..=4, .. } | KvFormat::Gaussian => head_dim.div_ceil(2),
+            KvFormat::Int { bits: ..=4, .. } | KvFormat::Gaussian { .. } => head_dim.div_ceil(2),
             KvFormat::Int { .. } => head_dim,
+        }
+    }
+
+    /// Tokens at the beginning that stay as computed, though others do not.
+    fn intact(self) -> usize {
+        match self {
+            KvFormat::F32 | KvFormat::F16 => 0,
+            KvFormat::Int { intact, .. } | KvFormat::Gaussian { intact } => intact,
         }
     }
 }
 
 /// Keys or values of one head.
+#[derive(Debug, Clone)]
+struct Head {
+    plane: Plane,
+    /// The first tokens as computed; `plane` has them too, so that tokens are counted alike.
+    intact: Vec<f32>,
+}
+
+/// The tokens of one head in a format.
 #[derive(Debug, Clone)]
 enum Plane {
     F32(Vec<f32>),
@@ -64,8 +88,8 @@ pub struct KvCache {
     format: KvFormat,
     head_dim: usize,
     len: usize,
-    keys: Vec<Plane>,
-    values: Vec<Plane>,
+    keys: Vec<Head>,
+    values: Vec<Head>,
 }
 
 /// Which half of the cache to read.
@@ -87,7 +111,7 @@ impl KvCache {
         let plane = match format {
             KvFormat::F32 => Plane::F32(Vec::new()),
             KvFormat::F16 => Plane::F16(Vec::new()),
-            KvFormat::Int { bits, clip } => {
+            KvFormat::Int { bits, clip, .. } => {
                 assert!(
                     (2..=8).contains(&bits),
                     "{bits} bits for a KV cache are not supported: choose 2 to 8"
@@ -95,9 +119,10 @@ impl KvCache {
                 assert!(clip > 0.0 && clip <= 1.0, "KV clip {clip} is not in (0, 1]");
                 Plane::Int { codes: Vec::new(), scale: Vec::new(), zero: Vec::new() }
             }
-            KvFormat::Gaussian => Plane::Gaussian { codes: Vec::new(), scale: Vec::new() },
+            KvFormat::Gaussian { .. } => Plane::Gaussian { codes: Vec::new(), scale: Vec::new() },
         };
-        Self { format, head_dim, len: 0, keys: vec![plane.clone(); kv_heads], values: vec![plane; kv_heads] }
+        let heads = vec![Head { plane, intact: Vec::new() }; kv_heads];
+        Self { format, head_dim, len: 0, keys: heads.clone(), values: heads }
     }
 
     /// Appends the keys and values of some tokens: k, v: [t, kv_heads · head_dim] each.
@@ -119,19 +144,18 @@ impl KvCache {
             "KV cache: {} is not whole tokens of {width}",
             k.len()
         );
-        let store =
-            |(plane, x, head): (&mut Plane, &[f32], usize)| plane.append(format, x, width, head, head_dim);
-        let planes: Vec<_> = self
+        let store = |(to, x, head): (&mut Head, &[f32], usize)| to.append(format, x, width, head, head_dim);
+        let heads: Vec<_> = self
             .keys
             .iter_mut()
             .enumerate()
-            .map(|(h, plane)| (plane, k, h))
-            .chain(self.values.iter_mut().enumerate().map(|(h, plane)| (plane, v, h)))
+            .map(|(h, head)| (head, k, h))
+            .chain(self.values.iter_mut().enumerate().map(|(h, head)| (head, v, h)))
             .collect();
         if k.len() < 1 << 14 {
-            planes.into_iter().for_each(store);
+            heads.into_iter().for_each(store);
         } else {
-            planes.into_par_iter().for_each(store);
+            heads.into_par_iter().for_each(store);
         }
         self.len += k.len() / width;
     }
@@ -149,8 +173,9 @@ impl KvCache {
     /// Forgets all but the first `len` tokens; nothing happens if there are no more than that.
     pub fn truncate(&mut self, len: usize) {
         let code_bytes = self.format.code_bytes(self.head_dim);
-        for plane in self.keys.iter_mut().chain(&mut self.values) {
-            match plane {
+        for head in self.keys.iter_mut().chain(&mut self.values) {
+            head.intact.truncate(len * self.head_dim);
+            match &mut head.plane {
                 Plane::F32(x) => x.truncate(len * self.head_dim),
                 Plane::F16(x) => x.truncate(len * self.head_dim),
                 Plane::Int { codes, scale, zero } => {
@@ -167,14 +192,15 @@ impl KvCache {
         self.len = self.len.min(len);
     }
 
-    /// Bytes of the tokens in the cache: codes, scales and zeros.
+    /// Bytes of the tokens in the cache: codes, scales and zeros, and what is left intact.
     pub fn bytes(&self) -> usize {
         let side = match self.format {
             KvFormat::F32 | KvFormat::F16 => 0,
             KvFormat::Int { .. } => 3,
-            KvFormat::Gaussian => 2,
+            KvFormat::Gaussian { .. } => 2,
         };
-        2 * self.keys.len() * self.len * (self.format.code_bytes(self.head_dim) + side)
+        let coded = self.len * (self.format.code_bytes(self.head_dim) + side);
+        2 * self.keys.len() * (coded + 4 * self.format.intact().min(self.len) * self.head_dim)
     }
 
     /// Heads of keys and values.
@@ -203,7 +229,7 @@ impl KvCache {
         tokens: Range<usize>,
         buf: &'a mut Vec<f32>,
     ) -> &'a [f32] {
-        let plane = if side == KvSide::Keys { &self.keys[head] } else { &self.values[head] };
+        let Head { plane, intact } = if side == KvSide::Keys { &self.keys[head] } else { &self.values[head] };
         let elements = tokens.start * self.head_dim..tokens.end * self.head_dim;
         buf.resize(elements.len(), 0.0);
         match plane {
@@ -213,15 +239,29 @@ impl KvCache {
                 let bytes = self.format.code_bytes(self.head_dim);
                 let codes = &codes[tokens.start * bytes..tokens.end * bytes];
                 let packed = matches!(self.format, KvFormat::Int { bits: ..=4, .. });
-                dequantize(codes, packed, &scale[tokens.clone()], &zero[tokens], self.head_dim, buf);
+                dequantize(codes, packed, &scale[tokens.clone()], &zero[tokens.clone()], self.head_dim, buf);
             }
             Plane::Gaussian { codes, scale } => {
                 let bytes = self.format.code_bytes(self.head_dim);
                 let codes = &codes[tokens.start * bytes..tokens.end * bytes];
-                gaussian::dequantize(codes, &scale[tokens], self.head_dim, buf);
+                gaussian::dequantize(codes, &scale[tokens.clone()], self.head_dim, buf);
             }
         }
+        if let Some(intact) = intact.get(tokens.start * self.head_dim..) {
+            let n = intact.len().min(buf.len());
+            buf[..n].copy_from_slice(&intact[..n]);
+        }
         buf
+    }
+}
+
+impl Head {
+    /// As [`Plane::append`].
+    fn append(&mut self, format: KvFormat, x: &[f32], width: usize, head: usize, head_dim: usize) {
+        let missing = format.intact() - self.intact.len() / head_dim;
+        let first = x.chunks_exact(width).take(missing);
+        first.for_each(|token| self.intact.extend_from_slice(&token[head * head_dim..][..head_dim]));
+        self.plane.append(format, x, width, head, head_dim);
     }
 }
 
@@ -240,7 +280,7 @@ impl Plane {
                 }
             }
             Plane::Int { codes, scale, zero } => {
-                let KvFormat::Int { bits, clip } = format else { return };
+                let KvFormat::Int { bits, clip, .. } = format else { return };
                 let (bytes, at, old) = (format.code_bytes(head_dim), codes.len(), scale.len());
                 let t = x.len() / width;
                 codes.resize(at + t * bytes, 0);
@@ -427,8 +467,11 @@ mod tests {
             let (heads, t) = (3, 131);
             let width = heads * head_dim;
             let (k, v) = (noise(t * width, 1), noise(t * width, 2));
-            let ints = (2..=8).flat_map(|bits| [1.0, 0.9].map(|clip| KvFormat::Int { bits, clip }));
-            for format in [KvFormat::F32, KvFormat::F16, KvFormat::Gaussian].into_iter().chain(ints) {
+            let intact = 7;
+            let ints = (2..=8).flat_map(|bits| [1.0, 0.9].map(|clip| KvFormat::Int { bits, clip, intact }));
+            for format in
+                [KvFormat::F32, KvFormat::F16, KvFormat::Gaussian { intact }].into_iter().chain(ints)
+            {
                 let mut cache = KvCache::new(format, heads, head_dim);
                 cache.append(&k[..width], &v[..width]);
                 cache.append(&k[width..], &v[width..]);
@@ -437,13 +480,16 @@ mod tests {
                 for (side, x) in [(KvSide::Keys, &k), (KvSide::Values, &v)] {
                     for head in 0..heads {
                         let got = cache.tile(side, head, 5..t, &mut buf).to_vec();
-                        for (row, got) in x.chunks(width).skip(5).zip(got.chunks(head_dim)) {
+                        for ((token, row), got) in
+                            x.chunks(width).enumerate().skip(5).zip(got.chunks(head_dim))
+                        {
                             let row = &row[head * head_dim..][..head_dim];
                             let want: Vec<f32> = match format {
                                 KvFormat::F32 => row.to_vec(),
+                                _ if token < format.intact() => row.to_vec(),
                                 KvFormat::F16 => row.iter().map(|&v| f16::from_f32(v).to_f32()).collect(),
-                                KvFormat::Int { bits, clip } => reference(row, bits, clip),
-                                KvFormat::Gaussian => {
+                                KvFormat::Int { bits, clip, .. } => reference(row, bits, clip),
+                                KvFormat::Gaussian { .. } => {
                                     let (mut codes, mut want) = (vec![0; head_dim.div_ceil(2)], row.to_vec());
                                     let scale = gaussian::quantize(row, &mut codes);
                                     gaussian::dequantize(&codes, &[scale], head_dim, &mut want);
@@ -457,15 +503,17 @@ mod tests {
                 let per_head = match format {
                     KvFormat::F32 => 4 * head_dim,
                     KvFormat::F16 => 2 * head_dim,
-                    KvFormat::Gaussian => 2 + head_dim.div_ceil(2),
+                    KvFormat::Gaussian { .. } => 2 + head_dim.div_ceil(2),
                     KvFormat::Int { bits, .. } => 3 + if bits <= 4 { head_dim.div_ceil(2) } else { head_dim },
                 };
-                assert_eq!(cache.bytes(), 2 * t * heads * per_head);
+                assert_eq!(cache.bytes(), 2 * heads * (t * per_head + 4 * format.intact() * head_dim));
                 cache.truncate(t + 1);
                 assert_eq!(cache.len(), t);
-                cache.truncate(10);
-                cache.append(&k[10 * width..], &v[10 * width..]);
-                assert_eq!(cache.len(), t);
+                for rest in [10, 3] {
+                    cache.truncate(rest);
+                    cache.append(&k[rest * width..], &v[rest * width..]);
+                    assert_eq!(cache.len(), t);
+                }
                 let all = cache.tile(KvSide::Keys, 1, 0..t, &mut buf).to_vec();
                 let mut fresh = KvCache::new(format, heads, head_dim);
                 fresh.append(&k, &v);
@@ -499,7 +547,7 @@ mod tests {
 
     #[test]
     fn degenerate_rows() {
-        let format = KvFormat::Int { bits: 4, clip: 1.0 };
+        let format = KvFormat::Int { bits: 4, clip: 1.0, intact: 0 };
         let mut cache = KvCache::new(format, 1, 4);
         let rows = [
             [0.0; 4],
@@ -511,7 +559,7 @@ mod tests {
         ];
         cache.append(rows.as_flattened(), rows.as_flattened());
         let mut buf = Vec::new();
-        let mut gaussian = KvCache::new(KvFormat::Gaussian, 1, 4);
+        let mut gaussian = KvCache::new(KvFormat::Gaussian { intact: 0 }, 1, 4);
         gaussian.append(rows.as_flattened(), rows.as_flattened());
         let got = gaussian.tile(KvSide::Values, 0, 0..6, &mut buf);
         assert!(got[..8].iter().all(|v| v.abs() < 1e-5), "{got:?}"); // no level is 0

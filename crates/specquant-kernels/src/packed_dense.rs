@@ -49,6 +49,24 @@ impl PackedDense {
         PackedDense { n, k, panels }
     }
 
+    /// Packs the transpose of `w`, `[k, n]` row-major.
+    ///
+    /// # Panics
+    /// If the length does not follow from the shape.
+    pub fn pack_transposed(w: &[f32], n: usize, k: usize) -> Self {
+        assert_eq!(Some(w.len()), n.checked_mul(k), "dense weight: {} values are not [{k}, {n}]", w.len());
+        let mut panels = vec![0.0; n.div_ceil(PANEL) * k * PANEL];
+        if k > 0 {
+            panels.par_chunks_exact_mut(k * PANEL).enumerate().for_each(|(i, panel)| {
+                let columns = i * PANEL..n.min((i + 1) * PANEL);
+                for (lanes, row) in panel.chunks_exact_mut(PANEL).zip(w.chunks_exact(n)) {
+                    lanes[..columns.len()].copy_from_slice(&row[columns.clone()]);
+                }
+            });
+        }
+        PackedDense { n, k, panels }
+    }
+
     /// Output features.
     pub fn out_features(&self) -> usize {
         self.n
@@ -351,6 +369,8 @@ mod tests {
     fn check(m: usize, k: usize, n: usize) {
         let (x, w) = (values(m, m * k), values(n, n * k));
         let packed = PackedDense::pack(&w, n, k);
+        let transposed: Vec<f32> = (0..k * n).map(|i| w[i % n * k + i / n]).collect();
+        assert_eq!(PackedDense::pack_transposed(&transposed, n, k).panels, packed.panels);
         assert_eq!((packed.out_features(), packed.in_features()), (n, k));
         let want = naive(&x, &w, m, k, n);
         for isa in Isa::available() {

@@ -11,6 +11,7 @@
 //! `[panel, group, 16]`.
 
 use crate::KernelError;
+use rayon::prelude::*;
 
 /// Output channels of a panel.
 pub(crate) const PANEL: usize = 16;
@@ -177,25 +178,30 @@ impl PackedWeights {
 
     /// The codes: `[out, in]`.
     pub fn unpack(&self) -> Vec<i8> {
-        let mut codes = Vec::with_capacity(self.out * self.inp);
-        for n in 0..self.out {
-            codes.extend((0..self.inp).map(|k| {
-                let (chunk, byte, shift) = self.place(n / PANEL, n % PANEL, k);
-                let b = self.chunks[chunk].0[byte];
-                shift.map_or(b as i8, |s| self.levels[usize::from(b >> s & 15)])
-            }));
-        }
+        let mut codes = vec![0; self.out * self.inp];
+        let rows = codes.par_chunks_exact_mut(self.inp.max(1)).enumerate();
+        rows.for_each(|(n, row)| row.iter_mut().enumerate().for_each(|(k, code)| *code = self.code(n, k)));
         codes
     }
 
     /// The weights that codes and scales stand for: `[out, in]`.
     pub fn dequantize(&self) -> Vec<f32> {
-        let mut w: Vec<f32> = self.unpack().into_iter().map(f32::from).collect();
-        for (i, v) in w.iter_mut().enumerate() {
-            let (n, k) = (i / self.inp, i % self.inp);
-            *v *= self.scales[n / PANEL * self.groups() + k / self.group_size][n % PANEL];
-        }
+        let mut w = vec![0.0; self.out * self.inp];
+        w.par_chunks_exact_mut(self.inp.max(1)).enumerate().for_each(|(n, row)| {
+            for (g, row) in row.chunks_mut(self.group_size).enumerate() {
+                let (first, scale) =
+                    (g * self.group_size, self.scales[n / PANEL * self.groups() + g][n % PANEL]);
+                let weights = row.iter_mut().enumerate();
+                weights.for_each(|(k, w)| *w = f32::from(self.code(n, first + k)) * scale);
+            }
+        });
         w
+    }
+
+    fn code(&self, n: usize, k: usize) -> i8 {
+        let (chunk, byte, shift) = self.place(n / PANEL, n % PANEL, k);
+        let b = self.chunks[chunk].0[byte];
+        shift.map_or(b as i8, |s| self.levels[usize::from(b >> s & 15)])
     }
 
     /// Output channels.

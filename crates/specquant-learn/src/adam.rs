@@ -1,4 +1,4 @@
-//! Adam, the optimizer of OmniQuant: torch's `AdamW` with no weight decay.
+//! Adam, the optimizer of OmniQuant and of tuning: torch's `AdamW` with no weight decay.
 
 /// Moments of one parameter tensor.
 pub(crate) struct Adam {

@@ -44,7 +44,7 @@ pub enum Error {
     #[error("no text of at least {0} tokens to learn from; give more calibration text")]
     NoText(usize),
     /// The loss, or a result, is NaN or infinite.
-    #[error("{what} is {value} at step {step}; lower the learning rate")]
+    #[error("{what} is {value} at step {step}; {}", if *step == 0 { "the model itself overflows" } else { "lower the learning rate" })]
     NotFinite {
         /// What it is.
         what: &'static str,
@@ -56,6 +56,9 @@ pub enum Error {
     /// A layer in full precision where the codes of a quantized one are to stay.
     #[error("the model to be tuned is not quantized")]
     NotQuantized,
+    /// A part of a quantized model that tuning does not know.
+    #[error("the model to be tuned has {0}, which tuning does not know")]
+    Untunable(&'static str),
     /// The tensor library refused an operation.
     #[error("tensor operation: {0}")]
     Tensor(String),

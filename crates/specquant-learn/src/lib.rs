@@ -1,5 +1,5 @@
-//! The parts of two baselines that need gradients: SpinQuant's rotations and OmniQuant's scales and clip ratios. Slices in, vectors
-//! out; candle differentiates within.
+//! What is learned by gradients: the tuning of a quantized model on its source's predictions, differentiated by hand, and the parts of two baselines that
+//! need gradients, SpinQuant's rotations and OmniQuant's scales and clip ratios, which candle differentiates. Slices in, vectors out.
 
 mod adam;
 mod block;

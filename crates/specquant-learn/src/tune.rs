@@ -12,23 +12,27 @@
 //! End-to-end tuning of quantization parameters is EfficientQAT's second phase (arXiv 2407.11062, section 3.3), on text instead of predictions;
 //! here the kept columns make up a low-rank branch besides, whose other factor is fixed.
 //!
-//! The weights are held in f32 twice, as they are and transposed, and so is what the backward pass needs of every block: this is for models of which
-//! memory holds eight bytes a weight.
+//! Memory holds the quantized model, what is learned of it, and one block's activations: the inputs of all blocks stay from the forward pass, and each block runs once
+//! more before its gradient (Chen et al., arXiv 1604.06174). The teacher reads its weights from its file, block by block, for a few sequences at once.
 
 use rayon::prelude::*;
 use serde::{Deserialize, Serialize};
-use specquant_kernels::{KvFormat, matmul_packed};
+use specquant_kernels::{KvFormat, PackedDense, exp_in_place, matmul_packed};
 use specquant_model::{Block, Embedding, Head, Linear, Model, QuantizationConfig, Source};
 
 use crate::adam::Adam;
 use crate::error::{Error, Result, check_positive};
 use crate::ops::{RmsNorm, backward, forward};
-use block::{BothWays, Layer, column_products, scaled};
+use block::{Layer, column_products, scaled};
 
 mod block;
 
 /// Rows of logits at a time.
 const LOGIT_ROWS: usize = 64;
+/// Tokens that the teacher reads at once.
+const TEACHER_ROWS: usize = 2048;
+/// The factor of a scale at least: scales are positive.
+const MIN_FACTOR: f32 = 0.01;
 
 /// Settings of [`tune`].
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
@@ -49,6 +53,28 @@ impl Default for TuneConfig {
         TuneConfig { steps: 128, scale_lr: 5e-4, kept_lr: 1e-3, norm_lr: 5e-4 }
     }
 }
+
+impl TuneConfig {
+    /// Checks every setting.
+    ///
+    /// # Errors
+    /// [`Error::Config`] names the first that is out of range.
+    pub fn validate(&self) -> Result<()> {
+        check_positive("steps", self.steps as f64, MAX_STEPS, "1 to a million")?;
+        for (name, rate) in
+            [("scale_lr", self.scale_lr), ("kept_lr", self.kept_lr), ("norm_lr", self.norm_lr)]
+        {
+            if !(rate >= 0.0 && rate.is_finite()) {
+                let allowed = "finite and not negative; 0 learns nothing";
+                return Err(Error::Config { name, value: rate.to_string(), allowed });
+            }
+        }
+        Ok(())
+    }
+}
+
+/// Steps at most.
+const MAX_STEPS: f64 = 1e6;
 
 /// What was learned of a block.
 #[derive(Debug, Clone, PartialEq)]
@@ -74,53 +100,90 @@ pub struct Tuned {
 struct Param {
     values: Vec<f32>,
     optimizer: Adam,
+    least: f32,
 }
 
 impl Param {
-    /// lr: of the values' root mean square.
-    fn new(values: Vec<f32>, lr: f64) -> Self {
+    /// lr: of the values' root mean square; least: what values do not fall below.
+    fn new(values: Vec<f32>, lr: f64, least: f32) -> Self {
         let mean = values.iter().map(|v| f64::from(*v).powi(2)).sum::<f64>() / values.len().max(1) as f64;
         let optimizer = Adam::new(lr * mean.sqrt(), values.len());
-        Param { values, optimizer }
+        Param { values, optimizer, least }
     }
 
     fn step(&mut self, rate: f64, gradient: &[f32]) {
         self.optimizer.step(rate, &mut self.values, gradient);
+        // `max` would turn a NaN into the least, and hide it.
+        self.values.iter_mut().filter(|v| **v < self.least).for_each(|v| *v = self.least);
     }
 }
 
 /// Tunes the checkpoint `student` on what `teacher` predicts; step i on `texts[i]`, from the first again after the last. `progress` is told step and loss.
 ///
 /// # Errors
-/// [`Error::NoText`] without a sequence of two tokens; [`Error::Model`] when a model cannot be read; [`Error::NotFinite`] when the loss overflows.
+/// [`Error::Config`] for settings out of range; [`Error::NoText`] where every text is empty; [`Error::NotQuantized`] and [`Error::Untunable`] for a student that
+/// is no quantized model, or not one of codes, kept columns and norms alone; [`Error::Model`] when a model cannot be read; [`Error::NotFinite`] when the loss or what was learned
+/// overflows.
 pub fn tune(
-    teacher: &Model,
+    teacher: &Source,
     student: &Source,
     texts: &[Vec<u32>],
     config: &TuneConfig,
     progress: &mut dyn FnMut(usize, f64),
 ) -> Result<Tuned> {
-    for (name, value) in [
-        ("steps", config.steps as f64),
-        ("scale_lr", config.scale_lr),
-        ("kept_lr", config.kept_lr),
-        ("norm_lr", config.norm_lr),
-    ] {
-        check_positive(name, value, f64::MAX, "positive and finite")?;
-    }
+    config.validate()?;
     let texts: Vec<&[u32]> = texts.iter().map(Vec::as_slice).filter(|t| !t.is_empty()).collect();
     let longest = texts.iter().map(|t| t.len()).max().ok_or(Error::NoText(1))?;
     let mut net = Net::load(student, longest, config)?;
-    for step in 0..config.steps {
-        let tokens = texts[step % texts.len()];
-        let loss = net.step(teacher, tokens, rate(step, config.steps))?;
-        if !loss.is_finite() {
-            return Err(Error::NotFinite { what: "the loss", value: loss, step });
+    let mut teacher = Teacher::load(teacher)?;
+    let order: Vec<&[u32]> = texts.iter().cycle().take(config.steps).copied().collect();
+    let mut step = 0;
+    for texts in order.chunks((TEACHER_ROWS / longest).max(1)) {
+        for (tokens, want) in texts.iter().zip(teacher.read(texts)?) {
+            let loss = net.step(&teacher, tokens, &want, rate(step, config.steps))?;
+            if !loss.is_finite() {
+                return Err(Error::NotFinite { what: "the loss", value: loss, step });
+            }
+            progress(step, loss);
+            step += 1;
         }
-        progress(step, loss);
+    }
+    let params = net.layers.iter().flat_map(|layer| &layer.params).chain([&net.norm]);
+    if let Some(value) = params.flat_map(|param| &param.values).find(|v| !v.is_finite()) {
+        let value = f64::from(*value);
+        return Err(Error::NotFinite { what: "what was learned", value, step });
     }
     let blocks = net.layers.into_iter().map(Layer::learned).collect();
     Ok(Tuned { blocks, norm: net.norm.values })
+}
+
+/// The model that is learned from.
+struct Teacher {
+    model: Model,
+    /// `[vocab, hidden]`, without the norm before it.
+    head: Linear,
+}
+
+impl Teacher {
+    fn load(source: &Source) -> Result<Self> {
+        let Head { linear: mut head, .. } = Head::read(source)?;
+        head.pack()?;
+        Ok(Teacher { model: Model::load(source)?, head })
+    }
+
+    /// The last hidden states of some texts, `[tokens, hidden]` each.
+    fn read(&mut self, texts: &[&[u32]]) -> Result<Vec<Vec<f32>>> {
+        let mut sequences: Vec<_> = texts.iter().map(|_| self.model.sequence()).collect();
+        let mut batch: Vec<_> = sequences.iter_mut().zip(texts.iter().copied()).collect();
+        let hidden = self.model.hidden(&mut batch)?;
+        let mut rest = hidden.as_slice();
+        let split = |text: &&[u32]| {
+            let (first, after) = rest.split_at(text.len() * self.model.config.hidden_size);
+            rest = after;
+            first.to_vec()
+        };
+        Ok(texts.iter().map(split).collect())
+    }
 }
 
 /// Share of the learning rate at a step: it rises over the first twentieth and falls to nothing along half a cosine.
@@ -138,8 +201,22 @@ struct Net {
     embedding: Embedding,
     layers: Vec<Layer>,
     norm: Param,
-    /// `[vocab, hidden]`.
     head: BothWays,
+}
+
+/// A matrix `[out, in]`, packed for products with it and with its transpose.
+struct BothWays {
+    forward: PackedDense,
+    backward: PackedDense,
+}
+
+impl BothWays {
+    fn pack(w: &[f32], out: usize, inp: usize) -> Self {
+        BothWays {
+            forward: PackedDense::pack(w, out, inp),
+            backward: PackedDense::pack_transposed(w, inp, out),
+        }
+    }
 }
 
 impl Net {
@@ -155,7 +232,7 @@ impl Net {
         linear.widen()?;
         let head = match &linear {
             Linear::Quantized(head) => head.weights.dequantize(),
-            dense => dense.dense().map(|(w, _)| w.to_vec()).unwrap_or_default(),
+            Linear::Dense(_) => linear.dense_mut().map(|(w, _)| std::mem::take(w)).unwrap_or_default(),
         };
         let hidden = model.hidden_size;
         Ok(Net {
@@ -163,29 +240,29 @@ impl Net {
             hidden,
             embedding: Embedding::read(source)?,
             layers,
-            norm: Param::new(norm, config.norm_lr),
+            norm: Param::new(norm, config.norm_lr, f32::NEG_INFINITY),
             head: BothWays::pack(&head, model.vocab_size, hidden),
         })
     }
 
-    /// One step of the optimizer at `rate` of the learning rates; the loss before it.
-    fn step(&mut self, teacher: &Model, tokens: &[u32], rate: f64) -> Result<f64> {
+    /// One step of the optimizer at `rate` of the learning rates; the loss before it. want: of [`Teacher::read`].
+    fn step(&mut self, teacher: &Teacher, tokens: &[u32], want: &[f32], rate: f64) -> Result<f64> {
         let (norm, hidden) = (RmsNorm { eps: self.eps }, self.hidden);
         let mut x = self.embedding.lookup(tokens, hidden)?;
         let mut passed = Vec::with_capacity(self.layers.len());
         for layer in &self.layers {
-            let (y, saved) = layer.forward(&x);
-            passed.push(saved);
+            let (y, _) = layer.forward(&x);
+            passed.push(x);
             x = y;
         }
         let normed = forward(&norm, &x, hidden);
         let last = scaled(&normed, &self.norm.values);
-        let want = teacher.hidden(&mut [(&mut teacher.sequence(), tokens)])?;
-        let (loss, g) = divergence(&self.head, teacher, &want, &last)?;
+        let (loss, g) = divergence(&self.head, &teacher.head, want, &last)?;
         let by_normed = scaled(&g, &self.norm.values);
         self.norm.step(rate, &column_products(&g, &normed, hidden));
         let mut g = backward(&norm, &x, &normed, &by_normed, hidden);
-        for (layer, saved) in self.layers.iter_mut().zip(passed).rev() {
+        for (layer, x) in self.layers.iter_mut().zip(passed).rev() {
+            let (_, saved) = layer.forward(&x);
             let (gx, by_params) = layer.backward(&saved, g);
             for (param, gradient) in layer.params.iter_mut().zip(&by_params) {
                 param.step(rate, gradient);
@@ -198,25 +275,25 @@ impl Net {
 
 /// Mean KL divergence, and its gradient by `got`. want: the teacher's hidden states, got: ours, `[tokens, hidden]` both;
 /// head: ours, `[vocab, hidden]`.
-fn divergence(head: &BothWays, teacher: &Model, want: &[f32], got: &[f32]) -> Result<(f64, Vec<f32>)> {
-    let hidden = head.forward.in_features();
-    let (count, vocab) = (got.len() / hidden, head.forward.out_features());
+fn divergence(head: &BothWays, teacher: &Linear, want: &[f32], got: &[f32]) -> Result<(f64, Vec<f32>)> {
+    let (vocab, hidden) = (teacher.out_features(), teacher.in_features());
+    let count = got.len() / hidden;
     let (mut loss, mut gradient) = (0.0, vec![0.0; got.len()]);
     let chunks = want.chunks(LOGIT_ROWS * hidden).zip(got.chunks(LOGIT_ROWS * hidden));
     for ((want, got), gradient) in chunks.zip(gradient.chunks_mut(LOGIT_ROWS * hidden)) {
         let rows = got.len() / hidden;
-        let want = teacher.logits(want)?;
+        let want = teacher.forward(want, rows)?;
         let mut logits = vec![0.0; rows * vocab];
         matmul_packed(got, &head.forward, &mut logits, rows);
         let losses = logits.par_chunks_exact_mut(vocab).zip(want.par_chunks_exact(vocab));
         let losses = losses.map(|(q, p)| {
-            let (log_p, log_q) = (log_sum_exp(p), log_sum_exp(q));
+            let ((p, log_p), (r, log_r)) = (log_softmax(p), log_softmax(q));
             let mut kl = 0.0;
-            for (q, p) in q.iter_mut().zip(p) {
-                let (lp, lq) = (p - log_p, *q - log_q);
-                let weight = lp.exp();
-                kl += f64::from(weight * (lp - lq));
-                *q = (lq.exp() - weight) / count as f32;
+            for ((gradient, (p, log_p)), (r, log_r)) in
+                q.iter_mut().zip(p.into_iter().zip(log_p)).zip(r.into_iter().zip(log_r))
+            {
+                kl += f64::from(p * (log_p - log_r));
+                *gradient = (r - p) / count as f32;
             }
             kl
         });
@@ -227,11 +304,17 @@ fn divergence(head: &BothWays, teacher: &Model, want: &[f32], got: &[f32]) -> Re
     Ok((loss, gradient))
 }
 
-/// ln Σ eˣ.
-fn log_sum_exp(x: &[f32]) -> f32 {
+/// Softmax and its logarithm.
+fn log_softmax(x: &[f32]) -> (Vec<f32>, Vec<f32>) {
     let max = x.iter().copied().fold(f32::NEG_INFINITY, f32::max);
-    let sum: f64 = x.iter().map(|x| f64::from((x - max).exp())).sum();
-    max + sum.ln() as f32
+    let mut log: Vec<f32> = x.iter().map(|x| x - max).collect();
+    let mut powers = log.clone();
+    exp_in_place(&mut powers);
+    let sum: f64 = powers.iter().map(|p| f64::from(*p)).sum();
+    let (factor, log_sum) = ((1.0 / sum) as f32, sum.ln() as f32);
+    powers.iter_mut().for_each(|p| *p *= factor);
+    log.iter_mut().for_each(|l| *l -= log_sum);
+    (powers, log)
 }
 
 #[cfg(test)]

@@ -103,7 +103,12 @@ impl DenseLinear {
                     let width = PANEL.min(self.out - start);
                     let w = widened(view, start..start + width, self.inp)?;
                     let mut part = vec![0.0; rows * width];
-                    kernels::matmul_nt(x, &w, &mut part, rows, self.inp, width, false);
+                    if rows <= FEW_ROWS {
+                        kernels::matmul_nt(x, &w, &mut part, rows, self.inp, width, false);
+                    } else {
+                        let w = PackedDense::pack(&w, width, self.inp);
+                        kernels::matmul_packed(x, &w, &mut part, rows);
+                    }
                     Ok((start, part))
                 };
                 let starts: Vec<usize> = (0..self.out).step_by(PANEL).collect();
@@ -219,6 +224,17 @@ impl Linear {
     }
 }
 
+/// Quantizes inputs x `[rows, in]` per token to below 16 bits, as a [`QuantLinear`] does.
+///
+/// # Panics
+/// If there are no rows, or not whole ones.
+pub fn quantize_input(x: &[f32], rows: usize, bits: u8, levels: Levels, clip: f32) -> kernels::QuantizedActs {
+    match levels {
+        Levels::Gaussian => kernels::quantize_acts_gaussian(x, rows, x.len() / rows, clip),
+        Levels::Uniform => kernels::quantize_acts(x, rows, x.len() / rows, bits, clip),
+    }
+}
+
 /// Runs layers that read the same input, x: `[rows, in]`, and returns their outputs, `[rows, out]` each.
 ///
 /// The input is transformed once, quantized once per (bits, levels, clip), and projected once on a basis that the layers share, on as many of its
@@ -238,7 +254,6 @@ pub fn forward_shared<const N: usize>(
         Some(SplitInput { kept, rest }) => (kept.as_slice(), rest.as_slice()),
         None => (&[][..], x),
     };
-    let inp = x.len() / rows;
     let branch = |l: &&Linear| match l {
         Linear::Quantized(q) => q.branch.as_ref().map(|b| (Arc::as_ptr(&b.basis), b.coeffs.rank())),
         Linear::Dense(_) => None,
@@ -262,10 +277,7 @@ pub fn forward_shared<const N: usize>(
                     let key = (l.act_bits, l.act_levels, l.act_clip.to_bits());
                     let acts = match codes.take() {
                         Some((k, acts)) if k == key => acts,
-                        _ if l.act_levels == Levels::Gaussian => {
-                            kernels::quantize_acts_gaussian(x, rows, inp, l.act_clip)
-                        }
-                        _ => kernels::quantize_acts(x, rows, inp, l.act_bits, l.act_clip),
+                        _ => quantize_input(x, rows, l.act_bits, l.act_levels, l.act_clip),
                     };
                     kernels::matmul_int(&acts, &l.weights, y);
                     codes = Some((key, acts));

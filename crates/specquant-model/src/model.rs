@@ -38,6 +38,7 @@ const INT8_ROWS: Scheme = Scheme {
     group_size: 0,
     act_clip: 1.0,
     kv_clip: None,
+    kv_intact: 0,
 };
 
 impl Embedding {

@@ -43,7 +43,17 @@ pub struct Scheme {
     /// clipping loses more than the finer step gains.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub kv_clip: Option<f32>,
+    /// Tokens at the beginning of a sequence whose keys and values stay in f32 where others are quantized.
+    #[serde(default, skip_serializing_if = "is_zero")]
+    pub kv_intact: usize,
 }
+
+fn is_zero(n: &usize) -> bool {
+    *n == 0
+}
+
+/// Tokens that may be left intact.
+const MAX_INTACT: usize = 1024;
 
 fn is_uniform(levels: &Levels) -> bool {
     *levels == Levels::Uniform
@@ -64,6 +74,7 @@ impl Default for Scheme {
             group_size: 0,
             act_clip: one(),
             kv_clip: None,
+            kv_intact: 0,
         }
     }
 }
@@ -85,6 +96,12 @@ impl Scheme {
             return Err(Error::Scheme(format!(
                 "W16A{}: the integer product needs integer weights; quantize them too, or leave activations at 16 bits",
                 self.act_bits
+            )));
+        }
+        if self.kv_intact > MAX_INTACT {
+            return Err(Error::Scheme(format!(
+                "kv_intact = {}: that many tokens are no few any more; {MAX_INTACT} at most, or KV16 for all",
+                self.kv_intact
             )));
         }
         for (what, clip) in [("act_clip", self.act_clip), ("kv_clip", self.kv_clip())] {
@@ -112,10 +129,11 @@ impl Scheme {
 
     /// Storage of the KV cache.
     pub fn kv_format(&self) -> KvFormat {
+        let intact = self.kv_intact;
         match self.kv_bits {
             16 => KvFormat::F16,
-            bits if self.levels(bits) == Levels::Gaussian => KvFormat::Gaussian,
-            bits => KvFormat::Int { bits, clip: self.kv_clip() },
+            bits if self.levels(bits) == Levels::Gaussian => KvFormat::Gaussian { intact },
+            bits => KvFormat::Int { bits, clip: self.kv_clip(), intact },
         }
     }
 

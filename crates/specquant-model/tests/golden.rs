@@ -113,8 +113,8 @@ fn a_short_cache_of_eight_bits_stays_close() {
     };
     let (half, eight, four) = (
         error(KvFormat::F16),
-        error(KvFormat::Int { bits: 8, clip: 1.0 }),
-        error(KvFormat::Int { bits: 4, clip: 1.0 }),
+        error(KvFormat::Int { bits: 8, clip: 1.0, intact: 0 }),
+        error(KvFormat::Int { bits: 4, clip: 1.0, intact: 0 }),
     );
     assert!(
         half < 1e-3 && half < eight && eight < 0.02 && eight < four,

@@ -27,6 +27,17 @@ pub fn render(source: &Source, recipe: &Recipe, report: &Report) -> String {
         mib = report.tensor_bytes as f64 / (1 << 20) as f64,
         tokens = report.calibration_tokens,
     );
+    if !report.tuning_losses.is_empty() {
+        let steps = report.tuning_losses.len();
+        card = card.replacen(
+            "\n\nRun it",
+            &format!(
+                " Then tuned for {steps} steps, a sequence each, on the predictions of its source.\n\nRun it"
+            ),
+            1,
+        );
+        card = card.replacen("largest output error\n", "largest output error, before they were tuned\n", 1);
+    }
     for layer in worst.iter().take(5) {
         let _ = writeln!(card, "| {} | {:.4} |", layer.name, layer.relative_error);
     }

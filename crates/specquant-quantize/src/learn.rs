@@ -77,6 +77,11 @@ impl Learn {
                     "omniquant learns the scales and clips of the weight as a whole: it goes with neither rotate nor smooth, branch, input or kv_center",
                 )
             }
+            #[cfg(feature = "learn")]
+            Learn::Tune(config) if config.validate().is_err() => match config.validate() {
+                Err(e) => refuse(&e.to_string()),
+                Ok(()) => Ok(()),
+            },
             Learn::Tune(_) if recipe.branch.is_some() => {
                 refuse("tune knows no branch: leave one of them out")
             }
@@ -101,8 +106,8 @@ mod run {
     use specquant_kernels::Hadamard;
     use specquant_learn::{BlockWeights, Start, omniquant, spinquant};
     use specquant_model::{
-        Block, Model, ModelConfig, OnlineRotations, QuantizationConfig, RotationKind, Site, Source,
-        StoredLinear, StoredTensor, storable_scales,
+        Block, ModelConfig, OnlineRotations, QuantizationConfig, RotationKind, Site, Source, StoredLinear,
+        StoredTensor, storable_scales,
     };
 
     use super::{OmniQuantConfig, SpinQuantConfig, TuneConfig};
@@ -196,9 +201,6 @@ mod run {
         Ok(names.into_iter().zip(learned.clip).collect())
     }
 
-    /// Factors of scales are kept at or above this, so that scales stay positive.
-    const MIN_FACTOR: f32 = 0.01;
-
     /// Tunes the quantized `checkpoint` on what `source` predicts, and returns the tensors that have changed. `progress` is told step, number
     /// of steps and loss.
     pub fn tuned_tensors(
@@ -208,9 +210,8 @@ mod run {
         texts: &[Vec<u32>],
         progress: &mut dyn FnMut(usize, usize, f64),
     ) -> Result<Vec<StoredTensor>> {
-        let teacher = Model::load_for_decoding(source)?;
         let mut tell = |step, loss| progress(step, config.steps, loss);
-        let tuned = specquant_learn::tune(&teacher, checkpoint, texts, config, &mut tell)?;
+        let tuned = specquant_learn::tune(source, checkpoint, texts, config, &mut tell)?;
         let model = checkpoint.config();
         let quantization = QuantizationConfig::from_config(checkpoint.config_json(), checkpoint.path())?;
         let scheme = quantization.map(|q| q.scheme).ok_or(specquant_learn::Error::NotQuantized)?;
@@ -226,11 +227,13 @@ mod run {
                 let mut stored = StoredLinear::read(checkpoint, &name, [out, inp], r, &scheme, None)?;
                 let groups = stored.scales.len() / out;
                 for (scales, factor) in stored.scales.chunks_exact_mut(groups).zip(factors) {
-                    scales.iter_mut().for_each(|s| *s *= factor.max(MIN_FACTOR));
+                    scales.iter_mut().for_each(|s| *s *= factor);
                 }
                 stored.scales = storable_scales(stored.scales);
                 stored.kept = (r > 0).then(|| round_kept(kept, out));
-                tensors.extend(stored.tensors(&name));
+                // The codes are on disk as they are.
+                let same = [format!("{name}.weight_packed"), format!("{name}.bias")];
+                tensors.extend(stored.tensors(&name).into_iter().filter(|t| !same.contains(&t.name)));
             }
         }
         Ok(tensors)

@@ -110,10 +110,15 @@ impl Output {
     pub fn replace(&mut self, tensors: Vec<StoredTensor>) -> Result<()> {
         let mut new: BTreeMap<String, StoredTensor> =
             tensors.into_iter().map(|t| (t.name.clone(), t)).collect();
-        let files: BTreeSet<String> = new.keys().filter_map(|name| self.index.get(name)).cloned().collect();
-        for file in files {
-            let bytes = fs::read(self.partial.join(&file)).map_err(|e| self.fail(&file, e))?;
-            let old = SafeTensors::deserialize(&bytes).map_err(|e| self.fail(&file, e))?;
+        let files =
+            new.keys().map(|name| self.index.get(name).cloned().ok_or_else(|| self.fail(name, "it is new")));
+        for file in files.collect::<Result<BTreeSet<String>>>()? {
+            let unread = |e: &dyn std::fmt::Display| Error::Output {
+                path: self.partial.join(&file),
+                why: format!("cannot be read again: {e}"),
+            };
+            let bytes = fs::read(self.partial.join(&file)).map_err(|e| unread(&e))?;
+            let old = SafeTensors::deserialize(&bytes).map_err(|e| unread(&e))?;
             let tensors = old.iter().map(|(name, view)| {
                 new.remove(name).unwrap_or_else(|| StoredTensor {
                     name: name.to_owned(),
@@ -127,7 +132,6 @@ impl Output {
             self.bytes -= old.iter().map(|(_, view)| view.data().len() as u64).sum::<u64>();
             self.write_tensors(&file, &tensors)?;
         }
-        debug_assert!(new.is_empty(), "replaced before they were written: {:?}", new.keys());
         Ok(())
     }
 
@@ -193,7 +197,10 @@ impl Output {
             path: self.destination.clone(),
             why: format!("cannot be moved into place: {e}"),
         };
+        // What is in the directory lasts before the mark goes; not every system can do that with directories.
+        let _ = File::open(&self.partial).and_then(|d| d.sync_all());
         fs::remove_file(self.partial.join(MARK)).map_err(moved)?;
+        let _ = File::open(&self.partial).and_then(|d| d.sync_all());
         let old = replaced_name(&self.partial);
         let replaces = self.overwrite && self.destination.exists();
         if replaces {

@@ -60,7 +60,7 @@ pub struct Report {
     pub bits_per_weight: f64,
     /// Bytes of all tensors.
     pub tensor_bytes: u64,
-    /// KL divergence from the full model before every step of the tuning, in nats a token, each on a sequence of its own; absent without tuning.
+    /// KL divergence from the full model before every step of the tuning, in nats a token, on one sequence each; absent without tuning.
     #[serde(skip_serializing_if = "Vec::is_empty")]
     pub tuning_losses: Vec<f64>,
     /// Every layer, in the order of the model.
@@ -182,6 +182,7 @@ pub fn run(
             report.tuning_losses.push(loss);
             progress(Event::Learning { step, of, loss });
         };
+        drop(states);
         let checkpoint = Source::open(output.path())?;
         let tensors = learn::tuned_tensors(source, &checkpoint, settings, texts, &mut tell)?;
         // Not every system lets a file be replaced that is mapped.

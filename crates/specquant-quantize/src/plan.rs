@@ -196,15 +196,19 @@ pub fn plan(source: &Source, recipe: &Recipe) -> Result<Plan> {
         };
         Site::ALL.into_iter().map(bytes).max().unwrap_or(0)
     });
-    // Both models in f32, the quantized one with its transpose, and what the backward pass needs of every token.
+    // The quantized model and what is learned of it, with the moments of Adam; both heads and the embeddings; every block's input; and one block at work, of the source or of
+    // the quantized model, with what its backward pass needs.
     let tuning = match recipe.learn {
         Some(Learn::Tune(_)) => {
+            let length = recipe.calibration.sequence_length;
             let learned: usize = shapes.iter().map(|(_, [out, _])| out * (1 + keep)).sum();
-            let passed = 12 * config.hidden_size
-                + 4 * config.intermediate_size
-                + shapes.iter().map(|(_, [out, _])| out).sum::<usize>();
-            let a_layer = 3 * block_weights + 5 * learned + passed * recipe.calibration.sequence_length;
-            4 * (config.num_layers * a_layer + 4 * config.vocab_size * config.hidden_size)
+            let outs: usize = shapes.iter().map(|(_, [out, _])| out).sum();
+            let passed = length * (10 * config.hidden_size + 4 * config.intermediate_size + 2 * outs)
+                + 4 * length * length * config.num_heads.min(rayon::current_num_threads());
+            let reading = block_weights + BATCH_ROWS.max(length) * wide;
+            let all = config.num_layers * (7 * learned + length * config.hidden_size)
+                + 3 * config.vocab_size * config.hidden_size;
+            (config.num_layers as f64 * block_bits / 8.0) as usize + 4 * (all + passed.max(reading))
         }
         _ => 0,
     };

@@ -11,6 +11,7 @@ use crate::Isa;
 #[cfg(target_arch = "x86_64")]
 use crate::isa::{Avx2, Avx512Vnni};
 use crate::isa::{Scalar, with_token};
+use crate::ops::twin;
 use crate::weights::{GAUSSIAN_LEVELS, nearest_levels};
 use half::f16;
 
@@ -20,8 +21,13 @@ const SHRINK: [f32; 6] = [1.15, 1.05, 0.95, 0.85, 0.75, 0.65];
 /// The number of the level nearest to each number of −127 to 128.
 const NEAREST: [u8; 256] = nearest_levels(&GAUSSIAN_LEVELS, -127);
 
-/// Quantizes one head of one token. codes: `[x.len() / 2]`, rounded up, zeros. Returns the scale, NaN for a row that is not finite.
-pub(super) fn quantize(x: &[f32], codes: &mut [u8]) -> f16 {
+twin! {
+    /// Quantizes one head of one token. codes: `[x.len() / 2]`, rounded up, zeros. Returns the scale, NaN for a row that is not finite.
+    pub(super) fn quantize = quantize_body(x: &[f32], codes: &mut [u8]) -> f16
+}
+
+#[inline(always)]
+fn quantize_body(x: &[f32], codes: &mut [u8]) -> f16 {
     let largest = x.iter().fold(0.0f32, |m, v| m.max(v.abs()));
     // `max` forgets a NaN, a sum does not.
     if !x.iter().map(|v| v * 0.0).sum::<f32>().is_finite() {

@@ -1,48 +1,24 @@
 //! A quantized block and its gradient, written out: candle's graph of the same took twice the time, most of it outside of products.
+//!
+//! Forward runs the engine's integer products on the codes; only the way back needs weights in f32, one layer's at a time.
 
 use rayon::prelude::*;
 use specquant_kernels::{
-    KvCache, KvFormat, KvSide, PackedDense, matmul_nn, matmul_nt, matmul_packed, quantize_acts,
-    quantize_acts_gaussian,
+    KvCache, KvFormat, KvSide, PackedDense, PackedWeights, matmul_float, matmul_int, matmul_nn, matmul_nt,
+    matmul_packed, quantize_acts,
 };
 use specquant_model::{
     Block, InputTransform, KEPT_BITS, KvCenter, Levels, Linear, ModelConfig, QuantLinear, Rotation, Site,
-    SplitInput,
+    SplitInput, quantize_input,
 };
 
-use super::{Param, TuneConfig, TunedBlock};
+use super::{MIN_FACTOR, Param, TuneConfig, TunedBlock};
 use crate::block::{K, Q, V};
 use crate::error::{Error, Result};
 use crate::ops::{CausalSoftmax, FakeQuantWeight, RmsNorm, Rope, backward, forward};
 
 /// Values that one thread takes at least.
 const GRAIN: usize = 1 << 14;
-
-/// A matrix that is not learned, packed for products with it and with its transpose.
-pub(super) struct BothWays {
-    /// `[out, in]`.
-    pub forward: PackedDense,
-    /// `[in, out]`.
-    pub backward: PackedDense,
-}
-
-impl BothWays {
-    /// w: `[out, in]`.
-    pub fn pack(w: &[f32], out: usize, inp: usize) -> Self {
-        BothWays {
-            forward: PackedDense::pack(w, out, inp),
-            backward: PackedDense::pack(&transposed(w, out, inp), inp, out),
-        }
-    }
-}
-
-/// `x wᵀ`. x: `[rows, in]`.
-fn product(x: &[f32], w: &PackedDense) -> Vec<f32> {
-    let rows = x.len() / w.in_features();
-    let mut y = vec![0.0; rows * w.out_features()];
-    matmul_packed(x, w, &mut y, rows);
-    y
-}
 
 /// x: `[rows, columns]`; returns `[columns, rows]`.
 fn transposed(x: &[f32], rows: usize, columns: usize) -> Vec<f32> {
@@ -84,9 +60,8 @@ pub(super) fn column_products(x: &[f32], y: &[f32], columns: usize) -> Vec<f32> 
 
 /// A linear layer's constants.
 struct Frozen {
-    out: usize,
-    /// The 4-bit weight as it acts on inputs before their transform.
-    weight: BothWays,
+    /// `[out, in - r]`.
+    weights: PackedWeights,
     bias: Option<Vec<f32>>,
 }
 
@@ -117,9 +92,7 @@ const LAYERS: [std::ops::Range<usize>; 4] = [0..3, 3..4, 4..6, 6..7];
 
 /// What a site's layers did.
 struct SiteSaved {
-    /// Their quantized input, `[tokens, in]`.
-    input: Vec<f32>,
-    /// Its kept coordinates, `[tokens, r]`.
+    /// The kept coordinates of their input, quantized, `[tokens, r]`.
     kept: Vec<f32>,
     /// Products with the 4-bit weights, before the factors, `[tokens, out]` each.
     products: Vec<Vec<f32>>,
@@ -156,33 +129,30 @@ impl Layer {
         kv: KvFormat,
         config: &TuneConfig,
     ) -> Result<Self> {
-        let hidden = model.hidden_size;
+        let Block { q, k, v, o, gate, up, down, input_norm, post_norm, q_norm, k_norm, .. } = block;
+        if block.rotations.down.is_some() || block.rotations.heads.is_some() {
+            return Err(Error::Untunable("rotations of whole inputs"));
+        }
         let mut params = Vec::from(
-            [&block.input_norm, &block.post_norm].map(|norm| Param::new(norm.clone(), config.norm_lr)),
+            [input_norm, post_norm].map(|norm| Param::new(norm, config.norm_lr, f32::NEG_INFINITY)),
         );
         let (mut linears, mut inputs, mut kept) = (Vec::new(), Vec::new(), Vec::new());
-        for site in Site::ALL {
-            let width = model.site_width(site);
-            let layers = block.site(site).into_iter().map(quantized).collect::<Option<Vec<_>>>();
-            let layers = layers.ok_or(Error::NotQuantized)?;
-            let input = FakeInput::new(width, block.inputs[site as usize].clone(), layers[0]);
-            for layer in layers {
-                let out = layer.weights.out_features();
-                let rest = layer.weights.dequantize();
-                let weight = match &input.transform {
-                    Some(t) => t.undo_weight(SplitInput { kept: vec![0.0; out * t.kept()], rest }, out),
-                    None => rest,
-                };
-                linears.push(Frozen {
-                    out,
-                    weight: BothWays::pack(&weight, out, width),
-                    bias: layer.bias.clone(),
-                });
-                params.push(Param::new(vec![1.0; out], config.scale_lr));
+        let sites = [vec![q, k, v], vec![o], vec![gate, up], vec![down]];
+        for ((site, layers), transform) in Site::ALL.into_iter().zip(sites).zip(block.inputs) {
+            for (i, layer) in layers.into_iter().enumerate() {
+                let Linear::Quantized(layer) = layer else { return Err(Error::NotQuantized) };
+                if layer.branch.is_some() {
+                    return Err(Error::Untunable("branches"));
+                }
+                if i == 0 {
+                    inputs.push(FakeInput::new(model.site_width(site), transform.clone(), &layer));
+                }
                 let columns = layer.kept.as_ref().map_or(Vec::new(), |kept| kept.weights.dequantize());
-                kept.push(Param::new(columns, config.kept_lr));
+                kept.push(Param::new(columns, config.kept_lr, f32::NEG_INFINITY));
+                let factors = vec![1.0; layer.weights.out_features()];
+                params.push(Param::new(factors, config.scale_lr, MIN_FACTOR));
+                linears.push(Frozen { weights: layer.weights, bias: layer.bias });
             }
-            inputs.push(input);
         }
         params.extend(kept);
         let KvCenter { keys, values } =
@@ -192,7 +162,7 @@ impl Layer {
             heads: model.num_heads,
             kv_heads: heads,
             head_dim,
-            hidden,
+            hidden: model.hidden_size,
             norm: RmsNorm { eps: model.rms_norm_eps },
             window: block.window,
             rope: Rope::new(&model.inv_freq(), longest, 1),
@@ -207,8 +177,8 @@ impl Layer {
                 head_dim,
             },
             values: FakeCached { side: KvSide::Values, center: values, rotation: None, kv, heads, head_dim },
-            q_norm: block.q_norm,
-            k_norm: block.k_norm,
+            q_norm,
+            k_norm,
             params,
         })
     }
@@ -244,9 +214,9 @@ impl Layer {
             |index: usize| heads_first(&qkv[index], tokens, self.heads_of(index), self.head_dim);
         let qkv = [heads_first(Q), heads_first(K), heads_first(V)];
         let attended = self.attend(&qkv, tokens);
-        let (mut o, o_saved) = self.site(Site::O, tokens_first(&attended, tokens, self.heads, self.head_dim));
+        let (o, o_saved) = self.site(Site::O, tokens_first(&attended, tokens, self.heads, self.head_dim));
         let mut x = x.to_vec();
-        add(&mut x, &std::mem::take(&mut o[0]));
+        add(&mut x, &o[0]);
 
         let (normed, after) = self.normed(&x, 1);
         let (mut inner, gate_up_saved) = self.site(Site::GateUp, normed);
@@ -323,20 +293,28 @@ impl Layer {
     /// The outputs of a site's layers. x: `[tokens, in]`.
     fn site(&self, site: Site, x: Vec<f32>) -> (Vec<Vec<f32>>, SiteSaved) {
         let input = &self.inputs[site as usize];
-        let (x, kept) = input.round(x);
-        let mut saved = SiteSaved { input: x, kept, products: Vec::new(), columns: Vec::new() };
+        let (tokens, r) = (x.len() / input.width, input.kept());
+        let SplitInput { kept, rest } = input.coordinates(x, tokens);
+        let mut saved =
+            SiteSaved { kept: input.round_kept(kept, tokens), products: Vec::new(), columns: Vec::new() };
+        let codes =
+            (input.bits < 16).then(|| quantize_input(&rest, tokens, input.bits, input.levels, input.clip));
         let outputs = LAYERS[site as usize].clone().map(|index| {
-            let layer = &self.linears[index];
-            let products = product(&saved.input, &layer.weight.forward);
+            let Frozen { weights, bias } = &self.linears[index];
+            let out = weights.out_features();
+            let mut products = vec![0.0; tokens * out];
+            match &codes {
+                Some(codes) => matmul_int(codes, weights, &mut products),
+                None => matmul_float(&rest, tokens, weights, &mut products),
+            }
             let mut y = scaled(&products, &self.params[FACTORS + index].values);
-            let r = input.kept();
             let mut columns = Vec::new();
             if r > 0 {
                 columns = forward(&FakeQuantWeight { bits: KEPT_BITS }, &self.params[KEPT + index].values, r);
-                matmul_nt(&saved.kept, &columns, &mut y, saved.kept.len() / r, r, layer.out, true);
+                matmul_nt(&saved.kept, &columns, &mut y, tokens, r, out, true);
             }
-            if let Some(bias) = &layer.bias {
-                let rows = y.par_chunks_exact_mut(layer.out);
+            if let Some(bias) = bias {
+                let rows = y.par_chunks_exact_mut(out);
                 rows.for_each(|row| row.iter_mut().zip(bias).for_each(|(y, b)| *y += b));
             }
             saved.products.push(products);
@@ -355,29 +333,32 @@ impl Layer {
         by_params: &mut [Vec<f32>],
     ) -> Vec<f32> {
         let input = &self.inputs[site as usize];
-        let (width, r) = (input.width, input.kept());
-        let tokens = saved.input.len() / width;
-        let (mut gx, mut g_kept) = (Vec::new(), vec![0.0; tokens * r]);
+        let r = input.kept();
+        let tokens = gy[0].len() / self.linears[LAYERS[site as usize].start].weights.out_features();
+        let mut rest = vec![0.0; tokens * (input.width - r)];
+        let mut kept = vec![0.0; tokens * r];
         let kept_first = transposed(&saved.kept, tokens, r);
         for ((i, index), gy) in LAYERS[site as usize].clone().enumerate().zip(gy) {
-            let out = self.linears[index].out;
+            let weights = &self.linears[index].weights;
+            let out = weights.out_features();
             by_params[FACTORS + index] = column_products(gy, &saved.products[i], out);
             if r > 0 {
                 let mut by_columns = vec![0.0; r * out];
                 matmul_nn(&kept_first, gy, &mut by_columns, r, tokens, out, false);
                 by_params[KEPT + index] = transposed(&by_columns, r, out);
-                matmul_nn(gy, &saved.columns[i], &mut g_kept, tokens, out, r, true);
+                matmul_nn(gy, &saved.columns[i], &mut kept, tokens, out, r, true);
             }
-            let g = product(
-                &scaled(gy, &self.params[FACTORS + index].values),
-                &self.linears[index].weight.backward,
-            );
-            if gx.is_empty() { gx = g } else { add(&mut gx, &g) }
+            let weights = PackedDense::pack_transposed(&weights.dequantize(), input.width - r, out);
+            let mut by_rest = vec![0.0; rest.len()];
+            let gy = scaled(gy, &self.params[FACTORS + index].values);
+            matmul_packed(&gy, &weights, &mut by_rest, tokens);
+            add(&mut rest, &by_rest);
         }
-        if r > 0 {
-            matmul_nn(&g_kept, &input.directions, &mut gx, tokens, r, width, true);
+        match &input.transform {
+            // A gradient changes coordinates as a weight does.
+            Some(transform) => transform.undo_weight(SplitInput { kept, rest }, tokens),
+            None => rest,
         }
-        gx
     }
 
     /// Attention weights of the queries of head `head`, `[tokens, tokens]`. q, k: `[tokens, head_dim]`.
@@ -462,19 +443,10 @@ fn tokens_first(x: &[f32], tokens: usize, heads: usize, dim: usize) -> Vec<f32> 
     heads_first(x, heads, tokens, dim)
 }
 
-fn quantized(layer: &Linear) -> Option<&QuantLinear> {
-    match layer {
-        Linear::Quantized(layer) => Some(layer),
-        Linear::Dense(_) => None,
-    }
-}
-
 /// The quantizer of a site's input.
 struct FakeInput {
     width: usize,
     transform: Option<InputTransform>,
-    /// What the kept coordinates are of the input, `[r, in]`.
-    directions: Vec<f32>,
     bits: u8,
     levels: Levels,
     clip: f32,
@@ -482,35 +454,28 @@ struct FakeInput {
 
 impl FakeInput {
     fn new(width: usize, transform: Option<InputTransform>, layer: &QuantLinear) -> Self {
-        let directions = transform.as_ref().map_or(Vec::new(), |transform| {
-            let mut unit = vec![0.0; width * width];
-            unit.iter_mut().step_by(width + 1).for_each(|v| *v = 1.0);
-            transposed(&transform.apply(unit, width).kept, width, transform.kept())
-        });
         let QuantLinear { act_bits: bits, act_levels: levels, act_clip: clip, .. } = *layer;
-        FakeInput { width, transform, directions, bits, levels, clip }
+        FakeInput { width, transform, bits, levels, clip }
     }
 
     fn kept(&self) -> usize {
         self.transform.as_ref().map_or(0, InputTransform::kept)
     }
 
-    /// What the quantizer leaves of the input, before its transform again, and of its kept coordinates. x: `[tokens, in]`.
-    fn round(&self, x: Vec<f32>) -> (Vec<f32>, Vec<f32>) {
-        let n = x.len() / self.width;
-        let round = |x: Vec<f32>, width: usize| match (self.bits, self.levels) {
-            (16, _) => x,
-            (_, Levels::Gaussian) => quantize_acts_gaussian(&x, n, width, self.clip).dequantize(),
-            (bits, Levels::Uniform) => quantize_acts(&x, n, width, bits, self.clip).dequantize(),
-        };
-        let Some(transform) = &self.transform else { return (round(x, self.width), Vec::new()) };
-        let SplitInput { mut kept, rest } = transform.apply(x, n);
-        let r = transform.kept();
-        let rest = round(rest, self.width - r);
-        if r > 0 && self.bits < 16 {
-            kept = quantize_acts(&kept, n, r, self.bits.max(KEPT_BITS), 1.0).dequantize();
+    /// x: `[tokens, in]`.
+    fn coordinates(&self, x: Vec<f32>, tokens: usize) -> SplitInput {
+        match &self.transform {
+            Some(transform) => transform.apply(x, tokens),
+            None => SplitInput { kept: Vec::new(), rest: x },
         }
-        (transform.undo(SplitInput { kept: kept.clone(), rest }, n), kept)
+    }
+
+    /// What the quantizer leaves of kept coordinates, `[tokens, r]`.
+    fn round_kept(&self, kept: Vec<f32>, tokens: usize) -> Vec<f32> {
+        if kept.is_empty() || self.bits == 16 {
+            return kept;
+        }
+        quantize_acts(&kept, tokens, self.kept(), self.bits.max(KEPT_BITS), 1.0).dequantize()
     }
 }
 
