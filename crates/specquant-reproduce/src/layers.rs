@@ -11,6 +11,7 @@ use specquant_quantize::rounding::{
 use specquant_quantize::transforms::smooth;
 use specquant_quantize::{Branch, SiteStats, observe};
 
+use crate::allocation::Allocation;
 use crate::lab::Lab;
 use crate::permute;
 use crate::{Result, Settings};
@@ -70,6 +71,9 @@ pub struct LayerStudy {
     pub plain: Residual,
     /// With the bits of [`MEAN_K`] Fourier bins per channel.
     pub by_basis: Vec<(BranchBasis, Residual)>,
+    /// What [`MEAN_K`] bins per channel catch, shared out in different ways.
+    #[serde(default)]
+    pub allocation: Allocation,
 }
 
 impl LayerStudy {
@@ -211,7 +215,7 @@ impl Layers {
         let blocks = blocks(source.config().num_layers, settings.quick);
         lab.stored(
             "layers",
-            json!({ "blocks": blocks, "alpha": ALPHA, "mean_k": MEAN_K, "samples": SAMPLES, "ratios": RATIOS }),
+            json!({ "blocks": blocks, "alpha": ALPHA, "mean_k": MEAN_K, "samples": SAMPLES, "ratios": RATIOS, "allocations": true }),
             |_| {
                 let mut found = Layers { spectra: spectra(source)?, ..Layers::default() };
                 found.parseval = parseval(source)?;
@@ -286,6 +290,7 @@ impl Layers {
                     smoothed,
                     plain: residual(values, w.out, inp, whole),
                     by_basis: Vec::new(),
+                    allocation: Allocation::of(&w, &input, MEAN_K).unwrap_or_default(),
                 };
                 for (basis, left) in &mut left {
                     let r = difference(values, &build(&w, *basis, MEAN_K, &input)?);

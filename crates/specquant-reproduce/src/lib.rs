@@ -4,6 +4,7 @@
 //! studies single layers, and writes a report: Markdown, SVG figures, and the raw measurements, a file each, by which an interrupted
 //! run continues. A configuration is described by [`Run`], the list of them by [`Plan`]; what is made of the measurements is a pure function of them.
 
+mod allocation;
 mod claims;
 mod error;
 mod figures;
@@ -14,6 +15,7 @@ mod permute;
 mod plan;
 mod report;
 
+pub use allocation::Allocation;
 pub use error::*;
 pub use lab::{Answers, Measured};
 pub use latency::{GENERATED, Latency, PROMPT, Speed};

@@ -141,6 +141,21 @@ pub fn spectral_entropy(w_hat: &[f32], out: usize, inp: usize) -> Vec<f32> {
     })
 }
 
+/// Energy of every bin of the half spectrum of every output channel, mirror images included, `[out, in / 2 + 1]`: a channel's sum is its energy.
+///
+/// # Panics
+/// If `w` is not `[out, inp]`.
+pub fn bin_energies(w: &[f32], out: usize, inp: usize) -> Vec<f64> {
+    let energies = map_spectra(w, out, inp, |_, spectrum| -> Vec<f64> {
+        spectrum.iter().enumerate().map(|(bin, f)| energy(f, bin, inp)).collect()
+    });
+    energies.concat()
+}
+
+fn energy(f: &Complex<f32>, bin: usize, n: usize) -> f64 {
+    (f64::from(f.re).powi(2) + f64::from(f.im).powi(2)) * f64::from(norm(bin, n)).powi(2)
+}
+
 /// Share of every output channel's energy that lies in the lowest `fraction` of its frequencies, rounded to whole bins of
 /// the half spectrum; mirror images count. White noise gives `fraction`, zeros give 0.
 ///
@@ -149,9 +164,7 @@ pub fn spectral_entropy(w_hat: &[f32], out: usize, inp: usize) -> Vec<f32> {
 pub fn low_frequency_energy(w: &[f32], out: usize, inp: usize, fraction: f64) -> Vec<f32> {
     map_spectra(w, out, inp, |_, spectrum| {
         let low = (fraction * spectrum.len() as f64).round() as usize;
-        let energy = |(bin, f): (usize, &Complex<f32>)| {
-            (f64::from(f.re).powi(2) + f64::from(f.im).powi(2)) * f64::from(norm(bin, inp)).powi(2)
-        };
+        let energy = |(bin, f): (usize, &Complex<f32>)| energy(f, bin, inp);
         let kept: f64 = spectrum.iter().enumerate().take(low).map(energy).sum();
         let total: f64 = spectrum.iter().enumerate().map(energy).sum();
         if total > 0.0 { (kept / total) as f32 } else { 0.0 }

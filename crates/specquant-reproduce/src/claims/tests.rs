@@ -120,6 +120,7 @@ fn layers_decide_about_spectra_and_residuals() {
             (BranchBasis::Rows, residual(0.6)),
             (BranchBasis::Svd, residual(0.5)),
         ],
+        allocation: Allocation { uniform: 0.06, adaptive: 0.07, best_lowest: 0.09, best: 0.234 },
     };
     let low = |mean| {
         let spread = crate::layers::Spread { mean, deviation: 0.01 };
@@ -135,6 +136,11 @@ fn layers_decide_about_spectra_and_residuals() {
     for id in ["T1", "T2", "T8"] {
         assert_eq!(verdict(&e, id), Verdict::Fails, "{id}");
     }
+    let found = adaptive(&e).unwrap().found;
+    assert!(
+        found.contains("over 1 layers), as many shared out by Eq. 12 7.0%") && found.ends_with("23.4%"),
+        "{found}"
+    );
     (e.layers.layers, e.layers.spectra) = (vec![layer(0.1, false), layer(0.1, true)], low(0.93));
     assert_eq!(verdict(&e, "T1"), Verdict::Holds);
     assert_eq!(verdict(&e, "T2"), Verdict::Holds);
