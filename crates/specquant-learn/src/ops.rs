@@ -6,7 +6,6 @@ use std::sync::Arc;
 use candle_core::op::BackpropOp;
 use candle_core::{CpuStorage, CustomOp1, Device, Layout, Result, Shape, Storage, Tensor};
 use rayon::prelude::*;
-use specquant_kernels::exp_in_place;
 
 /// Values that one thread takes at least; below, spawning costs more than it saves.
 const GRAIN: usize = 1 << 14;
@@ -240,7 +239,8 @@ pub(crate) struct CausalSoftmax {
 }
 
 impl CausalSoftmax {
-    fn visible(&self, row: usize) -> std::ops::Range<usize> {
+    /// The keys of a query.
+    pub fn visible(&self, row: usize) -> std::ops::Range<usize> {
         let end = row % self.tokens + 1;
         self.window.map_or(0, |w| end.saturating_sub(w))..end
     }
@@ -252,11 +252,12 @@ impl RowOp for CausalSoftmax {
     fn forward(&self, row: usize, x: &[f32], y: &mut [f32]) {
         let keys = self.visible(row);
         let max = x[keys.clone()].iter().copied().fold(f32::NEG_INFINITY, f32::max);
-        let y = &mut y[keys.clone()];
-        y.iter_mut().zip(&x[keys]).for_each(|(y, x)| *y = self.scale * (x - max));
-        exp_in_place(y);
-        let sum: f32 = y.iter().sum();
-        y.iter_mut().for_each(|y| *y /= sum);
+        let mut sum = 0.0;
+        for key in keys.clone() {
+            y[key] = (self.scale * (x[key] - max)).exp();
+            sum += y[key];
+        }
+        y[keys].iter_mut().for_each(|y| *y /= sum);
     }
 
     fn backward(&self, row: usize, _: &[f32], y: &[f32], gy: &[f32], gx: &mut [f32]) {

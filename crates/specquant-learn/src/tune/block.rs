@@ -4,8 +4,8 @@
 
 use rayon::prelude::*;
 use specquant_kernels::{
-    KvCache, KvFormat, KvSide, PackedDense, PackedWeights, matmul_float, matmul_int, matmul_nn, matmul_nt,
-    matmul_packed, quantize_acts,
+    KvCache, KvFormat, KvSide, PackedDense, PackedWeights, exp_in_place, matmul_float, matmul_int, matmul_nn,
+    matmul_nt, matmul_packed, quantize_acts,
 };
 use specquant_model::{
     Block, InputTransform, KEPT_BITS, KvCenter, Levels, Linear, ModelConfig, QuantLinear, Rotation, Site,
@@ -367,7 +367,19 @@ impl Layer {
             CausalSoftmax { tokens, scale: 1.0 / (self.head_dim as f32).sqrt(), window: self.window };
         let mut scores = vec![0.0; tokens * tokens];
         matmul_nt(q, k, &mut scores, tokens, self.head_dim, tokens, false);
-        let weights = forward(&softmax, &scores, tokens);
+        // As `CausalSoftmax`, with exponentials side by side.
+        let mut weights = vec![0.0; scores.len()];
+        for (row, (weights, scores)) in
+            weights.chunks_exact_mut(tokens).zip(scores.chunks_exact(tokens)).enumerate()
+        {
+            let keys = softmax.visible(row);
+            let (weights, scores) = (&mut weights[keys.clone()], &scores[keys]);
+            let max = scores.iter().copied().fold(f32::NEG_INFINITY, f32::max);
+            weights.iter_mut().zip(scores).for_each(|(w, s)| *w = softmax.scale * (s - max));
+            exp_in_place(weights);
+            let sum: f32 = weights.iter().sum();
+            weights.iter_mut().for_each(|w| *w /= sum);
+        }
         (scores, weights, softmax)
     }
 
