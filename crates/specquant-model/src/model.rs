@@ -9,7 +9,8 @@ use specquant_kernels::{KvCache, KvFormat};
 use crate::block::{Block, KvCenter, RopeTable, Site, Span};
 use crate::checkpoint::QuantizationConfig;
 use crate::linear::Linear;
-use crate::stored_linear::{StoredLinear, Truncation, read_basis, read_linear};
+use crate::stored_branch::{Truncation, read_basis};
+use crate::stored_linear::{StoredLinear, read_linear};
 use crate::stored_transform::{read_act_clip, read_transform};
 use crate::{Error, InputTransform, Levels, ModelConfig, Result, Rotations, Scheme, Source, TensorView};
 
