@@ -3,7 +3,7 @@
 use candle_core::{Result, Tensor};
 use specquant_model::{ModelConfig, Site};
 
-use crate::ops::{CausalSoftmax, RmsNorm, Rope, frozen, rows};
+use crate::ops::{CausalSoftmax, RmsNorm, Rope, exp_one_by_one, frozen, rows};
 
 /// Linear layers, in the order of [`ModelConfig::linear_shapes`].
 pub(crate) const Q: usize = 0;
@@ -114,7 +114,10 @@ impl Geometry {
         let k = k.transpose(0, 1)?.contiguous()?;
         let v = v.transpose(0, 1)?.contiguous()?;
         let scale = 1.0 / (dim as f32).sqrt();
-        let weights = rows(&q.matmul(&k.t()?)?, CausalSoftmax { tokens, scale, window: self.window })?;
+        let weights = rows(
+            &q.matmul(&k.t()?)?,
+            CausalSoftmax { tokens, scale, window: self.window, exp: exp_one_by_one },
+        )?;
         let y = weights.matmul(&v)?.reshape((self.kv_heads, group, tokens, dim))?;
         y.permute((2, 0, 1, 3))?.reshape((tokens, heads * dim))
     }

@@ -236,11 +236,17 @@ pub(crate) struct CausalSoftmax {
     pub scale: f32,
     /// Keys that a query sees, itself included; all before it if `None`.
     pub window: Option<usize>,
+    /// eˣ of every value, in place: [`exp_one_by_one`], or the kernels' vectorized one, which differs in the last bits.
+    pub exp: fn(&mut [f32]),
+}
+
+/// The system's exponential, which OmniQuant's and SpinQuant's published results here were learned with.
+pub(crate) fn exp_one_by_one(x: &mut [f32]) {
+    x.iter_mut().for_each(|x| *x = x.exp());
 }
 
 impl CausalSoftmax {
-    /// The keys of a query.
-    pub fn visible(&self, row: usize) -> std::ops::Range<usize> {
+    fn visible(&self, row: usize) -> std::ops::Range<usize> {
         let end = row % self.tokens + 1;
         self.window.map_or(0, |w| end.saturating_sub(w))..end
     }
@@ -252,12 +258,11 @@ impl RowOp for CausalSoftmax {
     fn forward(&self, row: usize, x: &[f32], y: &mut [f32]) {
         let keys = self.visible(row);
         let max = x[keys.clone()].iter().copied().fold(f32::NEG_INFINITY, f32::max);
-        let mut sum = 0.0;
-        for key in keys.clone() {
-            y[key] = (self.scale * (x[key] - max)).exp();
-            sum += y[key];
-        }
-        y[keys].iter_mut().for_each(|y| *y /= sum);
+        let (x, y) = (&x[keys.clone()], &mut y[keys]);
+        y.iter_mut().zip(x).for_each(|(y, x)| *y = self.scale * (x - max));
+        (self.exp)(y);
+        let sum: f32 = y.iter().sum();
+        y.iter_mut().for_each(|y| *y /= sum);
     }
 
     fn backward(&self, row: usize, _: &[f32], y: &[f32], gy: &[f32], gx: &mut [f32]) {

@@ -124,6 +124,17 @@ impl StoredLinear {
                 tensors.push(tensor("weight_bits", safetensors::Dtype::U8, vec![self.out], bits));
             }
         }
+        tensors.extend(self.scale_tensors(prefix));
+        tensors.extend(self.branch.iter().flat_map(|branch| branch.tensors(prefix)));
+        if let Some(bias) = &self.bias {
+            tensors.push(StoredTensor::f32(name("bias"), vec![self.out], bias));
+        }
+        tensors
+    }
+
+    /// Those of [`StoredLinear::tensors`] that lie beside the codes: scales, and kept columns with theirs.
+    pub fn scale_tensors(&self, prefix: &str) -> Vec<StoredTensor> {
+        let name = |suffix: &str| format!("{prefix}.{suffix}");
         let scales = |suffix: &str, scales: &[f32]| {
             let (name, shape) = (name(suffix), vec![self.out, scales.len() / self.out]);
             if scales_fit_f16(scales) {
@@ -133,16 +144,13 @@ impl StoredLinear {
                 StoredTensor::f32(name, shape, scales)
             }
         };
-        tensors.push(scales("weight_scale", &self.scales));
+        let mut tensors = vec![scales("weight_scale", &self.scales)];
         if let Some(kept) = &self.kept {
             let bytes = kept.codes.iter().map(|&c| c as u8).collect();
             let shape = vec![self.out, kept.codes.len() / self.out];
-            tensors.push(tensor("kept_packed", safetensors::Dtype::I8, shape, bytes));
+            let (name, dtype) = (name("kept_packed"), safetensors::Dtype::I8);
+            tensors.push(StoredTensor { name, dtype, shape, bytes });
             tensors.push(scales("kept_scale", &kept.scales));
-        }
-        tensors.extend(self.branch.iter().flat_map(|branch| branch.tensors(prefix)));
-        if let Some(bias) = &self.bias {
-            tensors.push(StoredTensor::f32(name("bias"), vec![self.out], bias));
         }
         tensors
     }

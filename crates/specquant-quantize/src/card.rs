@@ -13,12 +13,19 @@ pub fn render(source: &Source, recipe: &Recipe, report: &Report) -> String {
     let base = source.path().file_name().map_or_else(String::new, |n| n.to_string_lossy().into_owned());
     let mut worst: Vec<_> = report.layers.iter().collect();
     worst.sort_by(|a, b| b.relative_error.total_cmp(&a.relative_error));
+    let (tuned, when) = match report.tuning_losses.len() {
+        0 => (String::new(), ""),
+        steps => (
+            format!(" Then tuned for {steps} steps, a sequence each, on the predictions of its source."),
+            ", before they were tuned",
+        ),
+    };
     let mut card = format!(
         "---\nlibrary_name: specquant\ntags: [specquant, {scheme}]\n---\n\n# {base}, {scheme} by SpecQuant\n\n\
          Quantized by `specquant {version}` with the recipe `{name}`: {blocks} blocks, {bits:.3} bits per weight in the linear \
-         layers (codes, scales, kept directions, branch), {mib:.1} MiB of tensors, calibrated on {tokens} tokens.\n\n\
+         layers (codes, scales, kept directions, branch), {mib:.1} MiB of tensors, calibrated on {tokens} tokens.{tuned}\n\n\
          Run it: `specquant generate -m DIR --prompt \"...\"`. Per-layer figures are in report.json, the whole recipe in config.json.\n\n\
-         ## Layers with the largest output error\n\n| layer | relative error |\n|---|--:|\n",
+         ## Layers with the largest output error{when}\n\n| layer | relative error |\n|---|--:|\n",
         scheme = report.scheme,
         version = report.specquant_version,
         name = recipe.name,
@@ -27,17 +34,6 @@ pub fn render(source: &Source, recipe: &Recipe, report: &Report) -> String {
         mib = report.tensor_bytes as f64 / (1 << 20) as f64,
         tokens = report.calibration_tokens,
     );
-    if !report.tuning_losses.is_empty() {
-        let steps = report.tuning_losses.len();
-        card = card.replacen(
-            "\n\nRun it",
-            &format!(
-                " Then tuned for {steps} steps, a sequence each, on the predictions of its source.\n\nRun it"
-            ),
-            1,
-        );
-        card = card.replacen("largest output error\n", "largest output error, before they were tuned\n", 1);
-    }
     for layer in worst.iter().take(5) {
         let _ = writeln!(card, "| {} | {:.4} |", layer.name, layer.relative_error);
     }

@@ -57,6 +57,10 @@ impl Learn {
         if cfg!(not(feature = "learn")) {
             return refuse(NOT_BUILT);
         }
+        #[cfg(feature = "learn")]
+        if let Learn::Tune(config) = self {
+            config.validate().or_else(|e| refuse(&e.to_string()))?;
+        }
         match self {
             Learn::SpinQuant(_)
                 if recipe.rotate.is_none_or(|r| !r.residual || r.kind != RotationKind::Hadamard) =>
@@ -77,11 +81,6 @@ impl Learn {
                     "omniquant learns the scales and clips of the weight as a whole: it goes with neither rotate nor smooth, branch, input or kv_center",
                 )
             }
-            #[cfg(feature = "learn")]
-            Learn::Tune(config) if config.validate().is_err() => match config.validate() {
-                Err(e) => refuse(&e.to_string()),
-                Ok(()) => Ok(()),
-            },
             Learn::Tune(_) if recipe.branch.is_some() => {
                 refuse("tune knows no branch: leave one of them out")
             }
@@ -231,9 +230,7 @@ mod run {
                 }
                 stored.scales = storable_scales(stored.scales);
                 stored.kept = (r > 0).then(|| round_kept(kept, out));
-                // The codes are on disk as they are.
-                let same = [format!("{name}.weight_packed"), format!("{name}.bias")];
-                tensors.extend(stored.tensors(&name).into_iter().filter(|t| !same.contains(&t.name)));
+                tensors.extend(stored.scale_tensors(&name));
             }
         }
         Ok(tensors)

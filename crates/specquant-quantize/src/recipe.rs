@@ -491,6 +491,21 @@ mod tests {
         }
     }
 
+    /// Before anything is quantized.
+    #[cfg(feature = "learn")]
+    #[test]
+    fn settings_of_the_tuning_are_refused_by_name() {
+        let base = "name = \"x\"\n[rounding]\nkind = \"rtn\"\n[learn]\nmethod = \"tune\"\n";
+        for (text, word) in [
+            ("steps = 0", "steps"),
+            ("kept_lr = -1e-3", "kept_lr"),
+            ("steps = 1000000\n[calibration]\nsequence_length = 4096", "tokens"),
+        ] {
+            let error = Recipe::parse(&format!("{base}{text}"), "test").unwrap_err().to_string();
+            assert!(error.contains(word), "{text}: {error}");
+        }
+    }
+
     #[test]
     fn unknown_keys_names_and_ranges_are_refused_by_name() {
         let base = "name = \"x\"\n[rounding]\nkind = \"rtn\"\n";

@@ -363,23 +363,15 @@ impl Layer {
 
     /// Attention weights of the queries of head `head`, `[tokens, tokens]`. q, k: `[tokens, head_dim]`.
     fn weights(&self, q: &[f32], k: &[f32], tokens: usize) -> (Vec<f32>, Vec<f32>, CausalSoftmax) {
-        let softmax =
-            CausalSoftmax { tokens, scale: 1.0 / (self.head_dim as f32).sqrt(), window: self.window };
+        let softmax = CausalSoftmax {
+            tokens,
+            scale: 1.0 / (self.head_dim as f32).sqrt(),
+            window: self.window,
+            exp: exp_in_place,
+        };
         let mut scores = vec![0.0; tokens * tokens];
         matmul_nt(q, k, &mut scores, tokens, self.head_dim, tokens, false);
-        // As `CausalSoftmax`, with exponentials side by side.
-        let mut weights = vec![0.0; scores.len()];
-        for (row, (weights, scores)) in
-            weights.chunks_exact_mut(tokens).zip(scores.chunks_exact(tokens)).enumerate()
-        {
-            let keys = softmax.visible(row);
-            let (weights, scores) = (&mut weights[keys.clone()], &scores[keys]);
-            let max = scores.iter().copied().fold(f32::NEG_INFINITY, f32::max);
-            weights.iter_mut().zip(scores).for_each(|(w, s)| *w = softmax.scale * (s - max));
-            exp_in_place(weights);
-            let sum: f32 = weights.iter().sum();
-            weights.iter_mut().for_each(|w| *w /= sum);
-        }
+        let weights = forward(&softmax, &scores, tokens);
         (scores, weights, softmax)
     }
 
