@@ -5,13 +5,15 @@ use std::path::Path;
 use rand::Rng;
 use rand_chacha::ChaCha8Rng;
 use rand_chacha::rand_core::SeedableRng;
+use rayon::prelude::*;
+use specquant_kernels::KvFormat;
 use specquant_model::{Model, Sampler, Sampling, Sequence, Tokenizer, read_text};
 
 use crate::recipe::Calibration;
 use crate::{Error, Result};
 
 /// Sequences that the model writes side by side.
-pub(crate) const GENERATION_BATCH: usize = 16;
+pub(crate) const GENERATION_BATCH: usize = 32;
 
 /// Token sequences of `calibration.sequence_length` from a file that [`read_text`] reads, at random places drawn with `seed`. A text with fewer tokens than one sequence gives one shorter sequence.
 ///
@@ -43,36 +45,43 @@ pub fn from_file(
 }
 
 /// Text that the model writes itself, as in LLM-QAT (arXiv 2305.17888, section 3.1): every sequence starts with a random token and
-/// is sampled at temperature 1.
+/// is sampled at temperature 1. Each has a generator of its own, so that a text does not depend on how many are written.
 ///
+/// model: dropped in the end, for it is large; keys and values are cached in f16.
 /// progress: called with the number of finished tokens.
 ///
 /// # Errors
 /// When the model cannot be run.
 pub fn self_generated(
-    model: &Model,
+    mut model: Model,
     calibration: &Calibration,
     seed: u64,
     progress: &mut dyn FnMut(usize),
 ) -> Result<Vec<Vec<u32>>> {
+    model.set_kv_format(KvFormat::F16);
     let mut rng = ChaCha8Rng::seed_from_u64(seed);
-    let mut sampler = Sampler::new(Sampling { temperature: 1.0, top_k: 0, top_p: 1.0, seed });
     let vocab = model.config.vocab_size;
-    let mut texts: Vec<Vec<u32>> =
-        (0..calibration.samples).map(|_| vec![rng.random_range(0..vocab as u32)]).collect();
+    let mut texts: Vec<(Vec<u32>, Sampler)> = (0..calibration.samples)
+        .map(|_| {
+            let sampling = Sampling { temperature: 1.0, top_k: 0, top_p: 1.0, seed: rng.random() };
+            (vec![rng.random_range(0..vocab as u32)], Sampler::new(sampling))
+        })
+        .collect();
     let mut done = texts.len();
     for batch in texts.chunks_mut(GENERATION_BATCH) {
         let mut sequences: Vec<Sequence> = batch.iter().map(|_| model.sequence()).collect();
         for position in 0..calibration.sequence_length - 1 {
-            let feed: Vec<u32> = batch.iter().map(|text| text[position]).collect();
+            let feed: Vec<u32> = batch.iter().map(|(text, _)| text[position]).collect();
             let mut entries: Vec<_> = sequences.iter_mut().zip(feed.chunks(1)).collect();
             let logits = model.next_logits(&mut entries)?;
-            for (text, logits) in batch.iter_mut().zip(logits.chunks_exact(vocab)) {
-                text.push(sampler.sample(logits));
-            }
+            let logits = logits.par_chunks_exact(vocab);
+            batch
+                .par_iter_mut()
+                .zip(logits)
+                .for_each(|((text, sampler), logits)| text.push(sampler.sample(logits)));
             done += batch.len();
             progress(done);
         }
     }
-    Ok(texts)
+    Ok(texts.into_iter().map(|(text, _)| text).collect())
 }

@@ -165,7 +165,7 @@ pub fn plan(source: &Source, recipe: &Recipe) -> Result<Plan> {
             // The model that writes is the source, tied as it is.
             let copies = if config.tie_word_embeddings { 1 } else { 2 };
             let vocabulary = copies * config.vocab_size * config.hidden_size;
-            4 * (config.num_layers * block_weights + vocabulary + kv)
+            4 * (config.num_layers * block_weights + vocabulary) + 2 * kv
         }
     };
     let vocabulary = config.vocab_size * config.hidden_size * 6 + if tied { 0 } else { vocab_bytes / 2 };
