@@ -32,7 +32,7 @@ pub struct QuantizedActs {
     pub rows: usize,
     /// Values per token.
     pub cols: usize,
-    /// Codes per token: `cols` rounded up to a multiple of 8, the padding is 0.
+    /// Codes from one token to the next: at least `cols` rounded up to a multiple of 8; the padding is 0.
     pub stride: usize,
     /// Bit width, 2 to 8.
     pub bits: u8,
@@ -130,7 +130,7 @@ fn quantize(
     token: impl Fn(&dyn Quantizer, &[f32], &mut [u8]) -> (f32, i32) + Send + Sync,
 ) -> QuantizedActs {
     assert_eq!(x.len(), rows * cols, "x must be [rows, cols]");
-    let stride = cols.next_multiple_of(8);
+    let stride = stride(cols);
     let mut a = QuantizedActs {
         rows,
         cols,
@@ -156,6 +156,13 @@ fn quantize(
         })
     });
     a
+}
+
+/// Codes from one token to the next. Tokens a multiple of a kilobyte apart would share a few sets of the first cache: a line between them
+/// spreads them out.
+fn stride(cols: usize) -> usize {
+    let stride = cols.next_multiple_of(8);
+    if stride > 0 && stride.is_multiple_of(1024) { stride + 64 } else { stride }
 }
 
 /// Quantizes one token; returns scale and zero point. codes: as x.
@@ -280,7 +287,7 @@ mod tests {
     fn check(x: &[f32], rows: usize, cols: usize, bits: u8, clip: f32) {
         for isa in Isa::available() {
             let a = quantize_acts_with(isa, x, rows, cols, bits, clip);
-            assert_eq!((a.rows, a.cols, a.stride, a.bits), (rows, cols, cols.next_multiple_of(8), bits));
+            assert_eq!((a.rows, a.cols, a.stride, a.bits), (rows, cols, stride(cols), bits));
             for t in 0..rows {
                 let (codes, scale, zero) = twin(&x[t * cols..][..cols], bits, clip);
                 assert_eq!(&a.codes[t * a.stride..][..cols], codes, "{isa:?}");

@@ -4,8 +4,8 @@
 //! sum of exponentials and the unnormalized output (Dao et al., FlashAttention, arXiv 2205.14135, Algorithm 1). The query heads
 //! that share a kv head are rows of one tile, so that a tile of the cache is widened to f32 once for all of them.
 
-use crate::dense::{tile_nn_add, tile_nt};
 use crate::ops::{exp, exp_sum_body, fold, max_body, twin};
+use crate::packed_dense::{tile_nn_add, tile_nt};
 use crate::{KvCache, KvSide};
 use rayon::prelude::*;
 use std::ops::Range;
@@ -85,7 +85,7 @@ impl Job<'_> {
         let end = position + rows / self.group;
         let mut state = State::new(rows, d);
         let mut scores = vec![0.0; rows * KEYS];
-        let (mut kbuf, mut vbuf) = (Vec::new(), Vec::new());
+        let (mut kbuf, mut vbuf, mut packed) = (Vec::new(), Vec::new(), Vec::new());
         // Tiles start at multiples of KEYS; the first is the one of the first key that the first query sees.
         let mut from = (position + 1).saturating_sub(self.window) / KEYS * KEYS;
         while from < end {
@@ -93,10 +93,10 @@ impl Job<'_> {
             let n = keys.len();
             let scores = &mut scores[..rows * n];
             let k = self.cache.tile(KvSide::Keys, head, keys.clone(), &mut kbuf);
-            tile_nt(&q, k, scores, rows, d, n);
+            tile_nt(&q, k, scores, rows, d, n, &mut packed);
             absorb(scores, n, from, position, self.group, self.window, &mut state);
             let v = self.cache.tile(KvSide::Values, head, keys, &mut vbuf);
-            tile_nn_add(scores, v, &mut state.out, rows, n, d);
+            tile_nn_add(scores, v, &mut state.out, rows, n, d, &mut packed);
             from += KEYS;
         }
         state.finish(d)

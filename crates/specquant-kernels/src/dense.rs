@@ -1,35 +1,16 @@
 //! Dense f32 products.
 //!
-//! Products of many rows go to the `gemm` crate in fixed blocks of the output; products of a few rows, which are bound by
-//! reading the weights once, to dot products of our own, because `gemm` would pack the weights first. Neither depends on the
-//! number of threads.
+//! Products of many rows pack the weights and go to [`matmul_packed`](crate::matmul_packed); products of a few rows, which are bound by
+//! reading the weights once, to dot products. Neither depends on the number of threads.
 
 use crate::ops::fold;
+use crate::{PackedDense, add_matmul_packed, matmul_packed};
 use rayon::prelude::*;
 
-/// Largest output block of one task.
-const BLOCK_ROWS: usize = 256;
-const BLOCK_COLS: usize = 512;
 /// Up to this many rows go to dot products.
 const FEW_ROWS: usize = 8;
 /// Multiply-adds below which a second thread does not pay.
 const SMALL: usize = 1 << 17;
-
-/// How the right operand lies in memory.
-#[derive(Clone, Copy)]
-enum Right {
-    /// [n, k]: transposed, as weights are.
-    Nk,
-    /// [k, n].
-    Kn,
-}
-
-/// An output that tasks write disjoint blocks of.
-pub(crate) struct Output(pub(crate) *mut f32);
-// SAFETY: every task writes its own block and nobody reads until all are done.
-unsafe impl Send for Output {}
-// SAFETY: as above.
-unsafe impl Sync for Output {}
 
 /// y [m, n] = x [m, k] · w [n, k]ᵀ, added to y if `accumulate`. The result does not depend on the number of threads.
 ///
@@ -40,7 +21,7 @@ pub fn matmul_nt(x: &[f32], w: &[f32], y: &mut [f32], m: usize, k: usize, n: usi
         check(x, w, y, m, k, n);
         return few_rows(x, w, y, m, k, n, accumulate);
     }
-    product(x, w, Right::Nk, y, m, k, n, accumulate);
+    packed(x, &PackedDense::pack(w, n, k), y, m, accumulate);
 }
 
 /// y [m, n] = x [m, k] · w [k, n], added to y if `accumulate`. The result does not depend on the number of threads.
@@ -48,122 +29,21 @@ pub fn matmul_nt(x: &[f32], w: &[f32], y: &mut [f32], m: usize, k: usize, n: usi
 /// # Panics
 /// If a length does not follow from the shape.
 pub fn matmul_nn(x: &[f32], w: &[f32], y: &mut [f32], m: usize, k: usize, n: usize, accumulate: bool) {
-    product(x, w, Right::Kn, y, m, k, n, accumulate);
+    packed(x, &PackedDense::pack_transposed(w, n, k), y, m, accumulate);
+}
+
+fn packed(x: &[f32], w: &PackedDense, y: &mut [f32], m: usize, accumulate: bool) {
+    if accumulate {
+        add_matmul_packed(x, w, y, m);
+    } else {
+        matmul_packed(x, w, y, m);
+    }
 }
 
 fn check(x: &[f32], w: &[f32], y: &[f32], m: usize, k: usize, n: usize) {
     assert_eq!(x.len(), m * k, "dense product: x is not [{m}, {k}]");
     assert_eq!(w.len(), n * k, "dense product: w does not hold {n} x {k}");
     assert_eq!(y.len(), m * n, "dense product: y is not [{m}, {n}]");
-}
-
-/// Splits `len` into equal parts of at most `most`, rounded up to a multiple of 16; returns the size of a part.
-fn part(len: usize, most: usize) -> usize {
-    len.div_ceil(len.div_ceil(most).max(1)).next_multiple_of(16)
-}
-
-fn product(
-    x: &[f32],
-    w: &[f32],
-    right: Right,
-    y: &mut [f32],
-    m: usize,
-    k: usize,
-    n: usize,
-    accumulate: bool,
-) {
-    check(x, w, y, m, k, n);
-    if k == 0 && !accumulate {
-        y.fill(0.0);
-    }
-    if m == 0 || k == 0 || n == 0 {
-        return;
-    }
-    // Blocks follow from the shape alone. A product of one block of rows has its columns cut finer, for the sake of the
-    // other threads.
-    let rows = part(m, BLOCK_ROWS);
-    let cols = part(n, if m <= rows { BLOCK_COLS / 4 } else { BLOCK_COLS });
-    let col_blocks = n.div_ceil(cols);
-    let out = Output(y.as_mut_ptr());
-    let block = |b: usize| {
-        let (i, j) = (b / col_blocks * rows, b % col_blocks * cols);
-        let (mb, nb) = (rows.min(m - i), cols.min(n - j));
-        let (w, w_cs, w_rs) = match right {
-            Right::Nk => (&w[j * k..], k, 1),
-            Right::Kn => (&w[j..], 1, n),
-        };
-        let out = &out;
-        // SAFETY: rows i..i+mb of x, columns j..j+nb of w and the block of y at (i, j) lie within the lengths checked
-        // above; blocks of y are disjoint.
-        unsafe { block_product(&x[i * k..], w, w_cs, w_rs, out.0.add(i * n + j), n, mb, k, nb, accumulate) };
-    };
-    let blocks = m.div_ceil(rows) * col_blocks;
-    if blocks == 1 || m * k * n < SMALL {
-        (0..blocks).for_each(block);
-    } else {
-        (0..blocks).into_par_iter().for_each(block);
-    }
-}
-
-/// y [m, n] (rows `ldy` apart) = x [m, k] · w on this thread; element (l, j) of w is `w[l * w_rs + j * w_cs]`.
-///
-/// # Safety
-/// x and w must hold the elements that the shape names, and y must be valid for writing (and initialized) at its elements.
-unsafe fn block_product(
-    x: &[f32],
-    w: &[f32],
-    w_cs: usize,
-    w_rs: usize,
-    y: *mut f32,
-    ldy: usize,
-    m: usize,
-    k: usize,
-    n: usize,
-    accumulate: bool,
-) {
-    debug_assert!(x.len() >= m * k && w.len() > (k - 1) * w_rs + (n - 1) * w_cs);
-    // SAFETY: the caller's.
-    unsafe {
-        gemm::gemm(
-            m,
-            n,
-            k,
-            y,
-            1,
-            ldy as isize,
-            accumulate,
-            x.as_ptr(),
-            1,
-            k as isize,
-            w.as_ptr(),
-            w_cs as isize,
-            w_rs as isize,
-            1.0,
-            1.0,
-            false,
-            false,
-            false,
-            gemm::Parallelism::None,
-        );
-    }
-}
-
-/// y [m, n] = x [m, k] · w [n, k]ᵀ on this thread.
-pub(crate) fn tile_nt(x: &[f32], w: &[f32], y: &mut [f32], m: usize, k: usize, n: usize) {
-    check(x, w, y, m, k, n);
-    if m * k * n > 0 {
-        // SAFETY: the lengths were checked.
-        unsafe { block_product(x, w, k, 1, y.as_mut_ptr(), n, m, k, n, false) };
-    }
-}
-
-/// y [m, n] += x [m, k] · w [k, n] on this thread.
-pub(crate) fn tile_nn_add(x: &[f32], w: &[f32], y: &mut [f32], m: usize, k: usize, n: usize) {
-    check(x, w, y, m, k, n);
-    if m * k * n > 0 {
-        // SAFETY: the lengths were checked.
-        unsafe { block_product(x, w, 1, n, y.as_mut_ptr(), n, m, k, n, true) };
-    }
 }
 
 /// Output columns of one task of [`few_rows`]: enough to outweigh the start of a task, few enough to share.
@@ -308,6 +188,15 @@ fn dots(x: &[f32], w: &[f32], yt: &mut [f32], m: usize, k: usize) {
 mod tests {
     use super::*;
     use crate::ops::test_noise as noise;
+
+    /// How the right operand lies in memory.
+    #[derive(Clone, Copy)]
+    enum Right {
+        /// [n, k]: transposed, as weights are.
+        Nk,
+        /// [k, n].
+        Kn,
+    }
 
     fn naive(x: &[f32], w: &[f32], right: Right, m: usize, k: usize, n: usize) -> Vec<f64> {
         let at = |l: usize, j: usize| match right {

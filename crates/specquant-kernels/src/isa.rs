@@ -12,7 +12,7 @@ pub enum Isa {
     Scalar,
     /// x86-64 with AVX2, FMA and F16C.
     Avx2,
-    /// x86-64 with AVX-512 F, BW and VNNI (`vpdpbusd`), and everything that [`Isa::Avx2`] asks for.
+    /// x86-64 with AVX-512 F, BW, DQ, VL and VNNI (`vpdpbusd`), and everything that [`Isa::Avx2`] asks for.
     Avx512Vnni,
 }
 
@@ -93,6 +93,8 @@ impl Avx512Vnni {
     pub(crate) fn new() -> Option<Self> {
         let there = is_x86_feature_detected!("avx512f")
             && is_x86_feature_detected!("avx512bw")
+            && is_x86_feature_detected!("avx512dq")
+            && is_x86_feature_detected!("avx512vl")
             && is_x86_feature_detected!("avx512vnni");
         Avx2::new().filter(|_| there).map(|avx2| Avx512Vnni { avx2 })
     }

@@ -24,13 +24,18 @@ use crate::isa::with_token;
 use crate::weights::{Chunk, PANEL};
 use crate::{Isa, PackedWeights, QuantizedActs};
 use rayon::prelude::*;
+use std::ops::Range;
 
-/// Tokens of a rectangle at most: what the unpacking of a block of weights is shared by.
-const ROWS: usize = 64;
+/// Tokens of a rectangle at most: what the unpacking of a block of weights is shared by. A multiple of the rows of every tile.
+const ROWS: usize = 96;
+/// Rows of the tallest tile.
+const TILE_ROWS: usize = 12;
+/// Panels that an instruction set may take side by side.
+const PANELS: usize = 2;
 /// Multiply-accumulates that a rectangle has at least, if the product has them: below, spawning costs more than it saves.
 const GRAIN: usize = 1 << 18;
-/// Inputs of a block: 16 channels of unpacked codes take 16 kB.
-const INT_DEPTH: usize = 1024;
+/// Inputs of a block: unpacked, 32 channels take 24 kB.
+const INT_DEPTH: usize = 768;
 /// Inputs of a block: 16 channels of widened weights take 8 kB.
 const FLOAT_DEPTH: usize = 128;
 
@@ -41,27 +46,38 @@ const FLOAT_DEPTH: usize = 128;
 /// # Panics
 /// If the input widths differ or `y` or the buffers of `a` have the wrong length.
 pub fn matmul_int(a: &QuantizedActs, w: &PackedWeights, y: &mut [f32]) {
-    matmul_int_with(Isa::active(), a, w, y, false);
+    matmul_int_with(Isa::active(), &[(a, w)], y, false);
 }
 
-/// Adds the product of [`matmul_int`] to `y`.
+/// The sum of two products of [`matmul_int`], for inputs in two parts of different widths: y is passed over once.
 ///
 /// # Panics
-/// As [`matmul_int`].
-pub fn add_matmul_int(a: &QuantizedActs, w: &PackedWeights, y: &mut [f32]) {
-    matmul_int_with(Isa::active(), a, w, y, true);
+/// As [`matmul_int`], and if the two differ in rows or outputs.
+pub fn matmul_int_sum(parts: [(&QuantizedActs, &PackedWeights); 2], y: &mut [f32]) {
+    matmul_int_with(Isa::active(), &parts, y, false);
 }
 
-/// [`matmul_int`] on a given instruction set, for tests.
+/// The sum of products on a given instruction set, added to y or written there, for tests.
 #[doc(hidden)]
-pub fn matmul_int_with(isa: Isa, a: &QuantizedActs, w: &PackedWeights, y: &mut [f32], accumulate: bool) {
-    let (out, inp) = (w.out_features(), w.in_features());
-    assert_eq!(a.cols, inp, "activations have {} columns, the weights {inp} inputs", a.cols);
-    assert_eq!(a.stride, inp.next_multiple_of(8), "stride of the activations");
-    assert_eq!(a.codes.len(), a.rows * a.stride, "codes of the activations");
-    assert!(a.scale.len() == a.rows && a.zero.len() == a.rows, "scales of the activations");
-    assert_eq!(y.len(), a.rows * out, "y must be [rows, out]");
-    with_token!(isa, kernel => for_rects(y, a.rows, out, inp, |rect| int_rect(kernel, a, w, rect, accumulate)));
+pub fn matmul_int_with(
+    isa: Isa,
+    parts: &[(&QuantizedActs, &PackedWeights)],
+    y: &mut [f32],
+    accumulate: bool,
+) {
+    let Some((first, weights)) = parts.first() else { return };
+    let (rows, out) = (first.rows, weights.out_features());
+    for (a, w) in parts {
+        let inp = w.in_features();
+        assert_eq!(a.cols, inp, "activations have {} columns, the weights {inp} inputs", a.cols);
+        assert!(a.stride >= inp.next_multiple_of(8), "stride of the activations");
+        assert_eq!(a.codes.len(), a.rows * a.stride, "codes of the activations");
+        assert!(a.scale.len() == a.rows && a.zero.len() == a.rows, "scales of the activations");
+        assert!(a.rows == rows && w.out_features() == out, "parts of one product");
+    }
+    assert_eq!(y.len(), rows * out, "y must be [rows, out]");
+    let inp = parts.iter().map(|(_, w)| w.in_features()).sum();
+    with_token!(isa, kernel => for_rects(y, rows, out, inp, |rect| int_rect(kernel, parts, rect, accumulate)));
 }
 
 /// Product of float activations with quantized weights, whose codes are widened to f32 (for 16-bit activations).
@@ -133,33 +149,42 @@ fn i16_steps(a_max: i32, w_max: i32) -> usize {
     (i32::from(i16::MAX) / (2 * a_max * w_max)) as usize
 }
 
-/// One instruction set's multiplication of a block. `acc` and `sum` have a row of 16 channels per token of the block.
+/// One instruction set's multiplication of a block. `acc` and `sum` have a row of 16 channels per token of the block, the tokens of one
+/// panel after those of another.
 trait Kernel: Copy + Send + Sync {
+    /// Panels that [`int_block`](Self::int_block) likes to have side by side, at most [`PANELS`].
+    const INT_PANELS: usize = 1;
     /// Adds the block's integer products to `acc`.
     fn int_block(self, block: &IntBlock, scratch: &mut Vec<Chunk>, acc: &mut [[i32; PANEL]]);
     /// Adds the block's float products to `acc`, inputs in ascending order.
     fn float_block(self, block: &FloatBlock, scratch: &mut Vec<f32>, acc: &mut [[f32; PANEL]]);
-    /// Adds a group to the sum, which is `sum += scale · (acc − zero · colsum)`, and clears `acc`.
+    /// Adds a panel's group to the sum, which is `sum += scale · (acc − zero · colsum)`, or begins the sum with it; and clears `acc`.
     fn fold(
         self,
         group: (&[f32; PANEL], &[i32; PANEL]),
         zero: &[i32],
         acc: &mut [[i32; PANEL]],
         sum: &mut [[f32; PANEL]],
+        begin: bool,
     ) {
-        fold(group, zero, acc, sum);
+        fold(group, zero, acc, sum, begin);
+    }
+    /// Writes a panel's sums times the tokens' scales to the columns from `col` on, or adds them; columns that y does not have are
+    /// dropped.
+    fn store(self, sum: &[[f32; PANEL]], scale: &[f32], y: &mut [&mut [f32]], col: usize, accumulate: bool) {
+        store(sum, scale, y, col, accumulate);
     }
 }
 
-/// Some inputs of some tokens times one panel's weights.
+/// Some inputs of some tokens times the weights of a panel or two.
 #[cfg_attr(not(target_arch = "x86_64"), allow(dead_code))] // the scalar sums are wide
 struct IntBlock<'a> {
     /// Codes of the first token from the block's first input on, then every `stride` the next token's.
     a: &'a [u8],
     stride: usize,
     rows: usize,
-    /// Whole chunks; their depth is a multiple of 8, and every token has as many codes.
-    w: &'a [Chunk],
+    /// Whole chunks of every panel, as many of each; their depth is a multiple of 8, and every token has as many codes.
+    panels: &'a [&'a [Chunk]],
     nibbles: bool,
     /// What nibbles stand for.
     levels: &'a [i8; 16],
@@ -195,10 +220,10 @@ fn for_rects(y: &mut [f32], rows: usize, out: usize, inp: usize, f: impl Fn(Rect
     if y.is_empty() {
         return;
     }
-    let high = rows.div_ceil(rows.div_ceil(ROWS)).next_multiple_of(4);
+    let high = rows.div_ceil(rows.div_ceil(ROWS)).next_multiple_of(TILE_ROWS);
     let least = GRAIN / (high.min(rows) * inp);
-    let across = (out / least.max(PANEL)).max(1);
-    let wide = out.div_ceil(across).next_multiple_of(PANEL);
+    let across = (out / least.max(PANELS * PANEL)).max(1);
+    let wide = out.div_ceil(across).next_multiple_of(PANELS * PANEL);
     let mut rects: Vec<Rect> = Vec::with_capacity(rows.div_ceil(high) * across);
     for (i, strip) in y.chunks_mut(high * out).enumerate() {
         let first = rects.len();
@@ -214,58 +239,40 @@ fn for_rects(y: &mut [f32], rows: usize, out: usize, inp: usize, f: impl Fn(Rect
     if rects.len() == 1 { rects.into_iter().for_each(f) } else { rects.into_par_iter().for_each(f) }
 }
 
-/// For each panel of a rectangle: `sum_panel(panel, sums)`, then the sums times the tokens' scales are the result, or are added to it.
-fn for_panels(
-    rect: &mut Rect,
-    out: usize,
-    accumulate: bool,
-    scale: impl Fn(usize) -> f32,
-    mut sum_panel: impl FnMut(usize, &mut [[f32; PANEL]]),
-) {
-    let mut sums = [[0.; PANEL]; ROWS];
-    let sums = &mut sums[..rect.y.len()];
-    let width = rect.y[0].len();
-    for col in (0..width).step_by(PANEL) {
-        debug_assert!(rect.col.is_multiple_of(PANEL) && rect.col + col < out);
-        sums.fill([0.; PANEL]);
-        sum_panel((rect.col + col) / PANEL, sums);
-        for (t, (y, sum)) in rect.y.iter_mut().zip(&*sums).enumerate() {
-            let s = scale(rect.row + t);
-            let y = y[col..width.min(col + PANEL)].iter_mut().zip(sum);
-            if accumulate {
-                y.for_each(|(y, v)| *y += s * v);
-            } else {
-                y.for_each(|(y, v)| *y = s * v);
-            }
-        }
-    }
-}
-
 /// The blocks of a group: (start, end), of `depth` inputs at most, evenly, starting at multiples of 8.
 fn blocks(start: usize, size: usize, depth: usize) -> impl Iterator<Item = (usize, usize)> {
     let even = size.div_ceil(size.div_ceil(depth)).next_multiple_of(8);
     (start..start + size).step_by(even).map(move |k| (k, (k + even).min(start + size)))
 }
 
-fn int_rect(kernel: impl Kernel, a: &QuantizedActs, w: &PackedWeights, mut rect: Rect, accumulate: bool) {
+/// The panels of a rectangle, up to `step` at a time: (column within the rectangle, panels).
+fn panels(rect: &Rect, step: usize) -> impl Iterator<Item = (usize, Range<usize>)> + use<> {
+    let (first, end) = (rect.col / PANEL, rect.col / PANEL + rect.y[0].len().div_ceil(PANEL));
+    (first..end).step_by(step).map(move |p| ((p - first) * PANEL, p..end.min(p + step)))
+}
+
+fn int_rect<K: Kernel>(
+    kernel: K,
+    parts: &[(&QuantizedActs, &PackedWeights)],
+    mut rect: Rect,
+    accumulate: bool,
+) {
     let (row, rows) = (rect.row, rect.y.len());
-    let zero = &a.zero[row..][..rows];
     let mut scratch = Vec::new();
-    let mut acc = [[0; PANEL]; ROWS];
-    let acc = &mut acc[..rows];
-    for_panels(
-        &mut rect,
-        w.out_features(),
-        accumulate,
-        |t| a.scale[t],
-        |panel, sums| {
+    let (mut acc, mut sums) = ([[0; PANEL]; PANELS * ROWS], [[0.; PANEL]; PANELS * ROWS]);
+    for (col, range) in panels(&rect, K::INT_PANELS) {
+        let (acc, sums) = (&mut acc[..range.len() * rows], &mut sums[..range.len() * rows]);
+        for (i, (a, w)) in parts.iter().enumerate() {
+            let zero = &a.zero[row..][..rows];
             for g in 0..w.groups() {
                 for (k, end) in blocks(g * w.group_size(), w.group_size(), INT_DEPTH) {
+                    let mut chunks = [&[][..]; PANELS];
+                    chunks.iter_mut().zip(range.clone()).for_each(|(to, p)| *to = w.chunks(p, k, end));
                     let block = IntBlock {
                         a: &a.codes[row * a.stride + k..(row + rows) * a.stride],
                         stride: a.stride,
                         rows,
-                        w: w.chunks(panel, k, end),
+                        panels: &chunks[..range.len()],
                         nibbles: w.nibbles(),
                         levels: w.levels(),
                         a_max: code_max(a.bits),
@@ -273,47 +280,47 @@ fn int_rect(kernel: impl Kernel, a: &QuantizedActs, w: &PackedWeights, mut rect:
                     };
                     kernel.int_block(&block, &mut scratch, acc);
                 }
-                kernel.fold(w.group(panel, g), zero, acc, sums);
+                let each = acc.chunks_exact_mut(rows).zip(sums.chunks_exact_mut(rows)).zip(range.clone());
+                each.for_each(|((acc, sum), panel)| kernel.fold(w.group(panel, g), zero, acc, sum, g == 0));
             }
-        },
-    );
+            for (j, sum) in sums.chunks_exact(rows).enumerate() {
+                kernel.store(sum, &a.scale[row..][..rows], &mut rect.y, col + j * PANEL, accumulate || i > 0);
+            }
+        }
+    }
 }
 
 fn float_rect(kernel: impl Kernel, x: &[f32], w: &PackedWeights, mut rect: Rect, accumulate: bool) {
     let (row, rows, stride) = (rect.row, rect.y.len(), w.in_features());
     let mut scratch = Vec::new();
-    let mut acc = [[0.; PANEL]; ROWS];
-    let acc = &mut acc[..rows];
-    for_panels(
-        &mut rect,
-        w.out_features(),
-        accumulate,
-        |_| 1.,
-        |panel, sums| {
-            for g in 0..w.groups() {
-                let (scale, _) = w.group(panel, g);
-                for (k, end) in blocks(g * w.group_size(), w.group_size(), FLOAT_DEPTH) {
-                    let block = FloatBlock {
-                        x: &x[row * stride + k..(row + rows) * stride],
-                        stride,
-                        rows,
-                        depth: end - k,
-                        w: w.chunks(panel, k, end),
-                        nibbles: w.nibbles(),
-                        levels: w.levels(),
-                    };
-                    // Blocks sum on their own first: the error grows with a block's depth, not with the whole one.
-                    acc.fill([0.; PANEL]);
-                    kernel.float_block(&block, &mut scratch, acc);
-                    for (sum, acc) in sums.iter_mut().zip(&*acc) {
-                        for c in 0..PANEL {
-                            sum[c] += scale[c] * acc[c];
-                        }
+    let (mut acc, mut sums) = ([[0.; PANEL]; ROWS], [[0.; PANEL]; ROWS]);
+    let (acc, sums) = (&mut acc[..rows], &mut sums[..rows]);
+    for (col, panel) in panels(&rect, 1) {
+        sums.fill([0.; PANEL]);
+        for g in 0..w.groups() {
+            let (scale, _) = w.group(panel.start, g);
+            for (k, end) in blocks(g * w.group_size(), w.group_size(), FLOAT_DEPTH) {
+                let block = FloatBlock {
+                    x: &x[row * stride + k..(row + rows) * stride],
+                    stride,
+                    rows,
+                    depth: end - k,
+                    w: w.chunks(panel.start, k, end),
+                    nibbles: w.nibbles(),
+                    levels: w.levels(),
+                };
+                // Blocks sum on their own first: the error grows with a block's depth, not with the whole one.
+                acc.fill([0.; PANEL]);
+                kernel.float_block(&block, &mut scratch, acc);
+                for (sum, acc) in sums.iter_mut().zip(&*acc) {
+                    for c in 0..PANEL {
+                        sum[c] += scale[c] * acc[c];
                     }
                 }
             }
-        },
-    );
+        }
+        kernel.store(sums, &[1.; ROWS][..rows], &mut rect.y, col, accumulate);
+    }
 }
 
 #[inline(always)]
@@ -322,11 +329,28 @@ fn fold(
     zero: &[i32],
     acc: &mut [[i32; PANEL]],
     sum: &mut [[f32; PANEL]],
+    begin: bool,
 ) {
     for ((acc, sum), &zero) in acc.iter_mut().zip(sum).zip(zero) {
         for c in 0..PANEL {
-            sum[c] += scale[c] * (acc[c] - zero * colsum[c]) as f32;
+            let product = scale[c] * (acc[c] - zero * colsum[c]) as f32;
+            sum[c] = if begin { product } else { sum[c] + product };
             acc[c] = 0;
+        }
+    }
+}
+
+#[inline(always)]
+fn store(sum: &[[f32; PANEL]], scale: &[f32], y: &mut [&mut [f32]], col: usize, accumulate: bool) {
+    for ((y, sum), scale) in y.iter_mut().zip(sum).zip(scale) {
+        let y = &mut y[col..];
+        let width = y.len().min(PANEL);
+        // A whole panel has a length that the compiler knows.
+        match y.first_chunk_mut::<PANEL>() {
+            Some(y) if accumulate => (0..PANEL).for_each(|c| y[c] += scale * sum[c]),
+            Some(y) => (0..PANEL).for_each(|c| y[c] = scale * sum[c]),
+            None if accumulate => (0..width).for_each(|c| y[c] += scale * sum[c]),
+            None => (0..width).for_each(|c| y[c] = scale * sum[c]),
         }
     }
 }
@@ -387,7 +411,7 @@ mod tests {
         let (x, dense) = (a.dequantize(), w.dequantize());
         let want = naive(&x, &dense, rows, out, inp);
         let mut scalar = vec![f32::NAN; rows * out];
-        matmul_int_with(Isa::Scalar, a, w, &mut scalar, false);
+        matmul_int_with(Isa::Scalar, &[(a, w)], &mut scalar, false);
         for isa in Isa::available() {
             let what = format!(
                 "{} u{}s{} {rows}x{inp}x{out} group {}",
@@ -397,11 +421,13 @@ mod tests {
                 w.group_size()
             );
             let mut y = vec![f32::NAN; rows * out];
-            matmul_int_with(isa, a, w, &mut y, false);
+            matmul_int_with(isa, &[(a, w)], &mut y, false);
             assert!(y.iter().zip(&scalar).all(|(a, b)| a.to_bits() == b.to_bits()), "{what}");
             assert_close(&y, &want, &what);
             // Added to itself, exactly twice as much.
-            matmul_int_with(isa, a, w, &mut y, true);
+            matmul_int_with(isa, &[(a, w)], &mut y, true);
+            assert!(y.iter().zip(&scalar).all(|(a, b)| *a == 2.0 * b), "{what}");
+            matmul_int_with(isa, &[(a, w), (a, w)], &mut y, false);
             assert!(y.iter().zip(&scalar).all(|(a, b)| *a == 2.0 * b), "{what}");
             y.fill(f32::NAN);
             matmul_float_with(isa, &x, rows, w, &mut y, false);
@@ -471,7 +497,7 @@ mod tests {
                         };
                         for isa in Isa::available() {
                             let mut y = vec![0.; rows * out];
-                            matmul_int_with(isa, &a, &w, &mut y, false);
+                            matmul_int_with(isa, &[(&a, &w)], &mut y, false);
                             let want = (top * code * inp as i32) as f32;
                             assert!(
                                 y.iter().all(|&y| y == want),

@@ -1,27 +1,35 @@
 //! Float operations between the linear layers: RMS norm, gated SiLU, rotary embedding, exponentials.
 //!
-//! Each is written once, in plain loops over [`f32::mul_add`], and compiled twice by [`twin!`]: for AVX2 with FMA, where the
-//! loops become vector code, and for the baseline. `mul_add` rounds once either way and sums run in fixed lanes, so the two
+//! Each is written once, in plain loops over [`f32::mul_add`], and compiled three times by [`twin!`]: for AVX-512 and for AVX2 with FMA,
+//! where the loops become vector code, and for the baseline. `mul_add` rounds once either way and sums run in fixed lanes, so they
 //! agree bit for bit, and so do any two numbers of threads.
 
 use half::f16;
 use half::slice::HalfFloatSliceExt;
 use rayon::prelude::*;
 
-/// Defines `name`, which runs the `#[inline(always)]` function `body` compiled for AVX2 and FMA where they are active, and
-/// for the baseline elsewhere.
+/// Defines `name`, which runs the `#[inline(always)]` function `body` compiled for the active instruction set.
 macro_rules! twin {
     ($(#[$doc:meta])* $vis:vis fn $name:ident = $body:ident($($arg:ident: $ty:ty),* $(,)?) $(-> $ret:ty)?) => {
         $(#[$doc])*
         $vis fn $name($($arg: $ty),*) $(-> $ret)? {
             #[cfg(target_arch = "x86_64")]
-            if $crate::Isa::active() >= $crate::Isa::Avx2 {
+            {
+                #[target_feature(enable = "avx2,fma,avx512f,avx512bw,avx512dq,avx512vl")]
+                fn avx512($($arg: $ty),*) $(-> $ret)? {
+                    $body($($arg),*)
+                }
                 #[target_feature(enable = "avx2,fma")]
                 fn avx2($($arg: $ty),*) $(-> $ret)? {
                     $body($($arg),*)
                 }
-                // SAFETY: `Isa::Avx2` and above are active only on a machine with AVX2 and FMA.
-                return unsafe { avx2($($arg),*) };
+                match $crate::Isa::active() {
+                    // SAFETY: an instruction set is active only on a machine that has it, and this one means AVX-512 F, BW, DQ and VL, too.
+                    $crate::Isa::Avx512Vnni => return unsafe { avx512($($arg),*) },
+                    // SAFETY: as above; AVX2 and FMA.
+                    $crate::Isa::Avx2 => return unsafe { avx2($($arg),*) },
+                    $crate::Isa::Scalar => {}
+                }
             }
             $body($($arg),*)
         }

@@ -1,14 +1,14 @@
-//! Dense f32 products with weights that are packed once and used often.
+//! Dense f32 products with packed weights.
 //!
 //! Weights lie in panels of 16 output columns, input by input, so that a tile of a few rows and two panels streams through both without a
 //! copy: 12 × 32 sums in AVX-512's registers, 6 × 16 in AVX2's. The sum of one output is built in one order, which depends on the depth
 //! alone: not on the number of rows, nor on that of threads.
 
-use crate::dense::Output;
 #[cfg(target_arch = "x86_64")]
 use crate::isa::{Avx2, Avx512Vnni};
 use crate::isa::{Isa, Scalar, with_token};
 use rayon::prelude::*;
+use std::ops::Range;
 
 /// Output columns of a panel: the lanes of an AVX-512 register.
 const PANEL: usize = 16;
@@ -40,11 +40,8 @@ impl PackedDense {
         assert_eq!(Some(w.len()), n.checked_mul(k), "dense weight: {} values are not [{n}, {k}]", w.len());
         let mut panels = vec![0.0; n.div_ceil(PANEL) * k * PANEL];
         if k > 0 {
-            panels.par_chunks_exact_mut(k * PANEL).zip(w.par_chunks(PANEL * k)).for_each(|(panel, rows)| {
-                for (lane, row) in rows.chunks_exact(k).enumerate() {
-                    panel.iter_mut().skip(lane).step_by(PANEL).zip(row).for_each(|(p, w)| *p = *w);
-                }
-            });
+            let each = panels.par_chunks_exact_mut(k * PANEL).zip(w.par_chunks(PANEL * k));
+            each.for_each(|(panel, rows)| pack_rows(rows, k, panel));
         }
         PackedDense { n, k, panels }
     }
@@ -57,12 +54,8 @@ impl PackedDense {
         assert_eq!(Some(w.len()), n.checked_mul(k), "dense weight: {} values are not [{k}, {n}]", w.len());
         let mut panels = vec![0.0; n.div_ceil(PANEL) * k * PANEL];
         if k > 0 {
-            panels.par_chunks_exact_mut(k * PANEL).enumerate().for_each(|(i, panel)| {
-                let columns = i * PANEL..n.min((i + 1) * PANEL);
-                for (lanes, row) in panel.chunks_exact_mut(PANEL).zip(w.chunks_exact(n)) {
-                    lanes[..columns.len()].copy_from_slice(&row[columns.clone()]);
-                }
-            });
+            let each = panels.par_chunks_exact_mut(k * PANEL).enumerate();
+            each.for_each(|(i, panel)| pack_columns(w, n, i, panel));
         }
         PackedDense { n, k, panels }
     }
@@ -83,19 +76,47 @@ impl PackedDense {
     }
 }
 
+/// Up to 16 rows of w, `[.., k]`, as a panel, `[k, 16]`; lanes without a row stay as they are.
+fn pack_rows(rows: &[f32], k: usize, panel: &mut [f32]) {
+    // In blocks, so that what is written stays in the first cache until it is whole.
+    for (b, panel) in panel.chunks_mut(PANEL * PANEL).enumerate() {
+        for (lane, row) in rows.chunks_exact(k).enumerate() {
+            let row = &row[b * PANEL..];
+            panel.iter_mut().skip(lane).step_by(PANEL).zip(row).for_each(|(p, w)| *p = *w);
+        }
+    }
+}
+
+/// Columns 16 i to 16 i + 15 of w `[k, n]` as a panel, `[k, 16]`; lanes without a column stay as they are.
+fn pack_columns(w: &[f32], n: usize, i: usize, panel: &mut [f32]) {
+    let columns = i * PANEL..n.min((i + 1) * PANEL);
+    for (lanes, row) in panel.chunks_exact_mut(PANEL).zip(w.chunks_exact(n)) {
+        lanes[..columns.len()].copy_from_slice(&row[columns.clone()]);
+    }
+}
+
 /// y [m, n] = x [m, k] · wᵀ. A row's result depends neither on the other rows nor on the number of threads.
 ///
 /// # Panics
 /// If a length does not follow from the shape.
 pub fn matmul_packed(x: &[f32], w: &PackedDense, y: &mut [f32], m: usize) {
-    matmul_packed_with(Isa::active(), x, w, y, m);
+    matmul_packed_with(Isa::active(), x, w, y, m, false);
+}
+
+/// Adds the product of [`matmul_packed`] to y.
+///
+/// # Panics
+/// As [`matmul_packed`].
+pub fn add_matmul_packed(x: &[f32], w: &PackedDense, y: &mut [f32], m: usize) {
+    matmul_packed_with(Isa::active(), x, w, y, m, true);
 }
 
 /// [`matmul_packed`] with the kernel of an instruction set, or the scalar one if this machine lacks it.
 ///
 /// # Panics
 /// As [`matmul_packed`].
-pub fn matmul_packed_with(isa: Isa, x: &[f32], w: &PackedDense, y: &mut [f32], m: usize) {
+#[doc(hidden)]
+pub fn matmul_packed_with(isa: Isa, x: &[f32], w: &PackedDense, y: &mut [f32], m: usize, accumulate: bool) {
     let (n, k) = (w.n, w.k);
     // Checked: a product that wraps would let the tiles write beside y.
     assert_eq!(Some(x.len()), m.checked_mul(k), "packed product: x is not [{m}, {k}]");
@@ -104,7 +125,10 @@ pub fn matmul_packed_with(isa: Isa, x: &[f32], w: &PackedDense, y: &mut [f32], m
         return;
     }
     if k == 0 {
-        return y.fill(0.0);
+        if !accumulate {
+            y.fill(0.0);
+        }
+        return;
     }
     // Rows a multiple of a page apart share one set of the L1 cache; a few floats between them spread them out.
     let pitch = if k.is_multiple_of(1024) && m > 1 { k + PANEL } else { k };
@@ -119,18 +143,95 @@ pub fn matmul_packed_with(isa: Isa, x: &[f32], w: &PackedDense, y: &mut [f32], m
         spread = copy;
         &spread
     };
-    with_token!(isa, token => product(token, x, pitch, w, y, m));
-}
-
-fn product<T: Tile>(token: T, x: &[f32], pitch: usize, w: &PackedDense, y: &mut [f32], m: usize) {
-    let (n, k, panels) = (w.n, w.k, w.n.div_ceil(PANEL));
+    let panels = n.div_ceil(PANEL);
     let task_panels = if m <= TASK_ROWS { FEW_TASK_PANELS } else { TASK_PANELS };
     let (row_blocks, column_blocks) = (m.div_ceil(TASK_ROWS), panels.div_ceil(task_panels));
-    let out = Output(y.as_mut_ptr());
+    let (product, out) = (Product { x, pitch, panels: &w.panels, n, k, accumulate }, Output(y.as_mut_ptr()));
     let task = |t: usize| {
         let out = &out;
         let rows = t / column_blocks * TASK_ROWS..m.min((t / column_blocks + 1) * TASK_ROWS);
         let columns = t % column_blocks * task_panels..panels.min((t % column_blocks + 1) * task_panels);
+        // SAFETY: y is [m, n], and only this task touches these rows and columns.
+        with_token!(isa, token => unsafe { product.block(token, rows, columns, out.0) });
+    };
+    let tasks = row_blocks * column_blocks;
+    if tasks == 1 || m * k * n < SMALL {
+        (0..tasks).for_each(task);
+    } else {
+        (0..tasks).into_par_iter().for_each(task);
+    }
+}
+
+/// y [m, n] = x [m, k] · w [n, k]ᵀ on this thread. scratch: any.
+pub(crate) fn tile_nt(
+    x: &[f32],
+    w: &[f32],
+    y: &mut [f32],
+    m: usize,
+    k: usize,
+    n: usize,
+    scratch: &mut Vec<f32>,
+) {
+    assert!(x.len() == m * k && w.len() == n * k && y.len() == m * n);
+    scratch.resize(n.div_ceil(PANEL) * k * PANEL, 0.0);
+    for (panel, rows) in scratch.chunks_exact_mut(k * PANEL).zip(w.chunks(PANEL * k)) {
+        pack_rows(rows, k, panel);
+    }
+    whole(Product { x, pitch: k, panels: scratch, n, k, accumulate: false }, y, m);
+}
+
+/// y [m, n] += x [m, k] · w [k, n] on this thread. scratch: any.
+pub(crate) fn tile_nn_add(
+    x: &[f32],
+    w: &[f32],
+    y: &mut [f32],
+    m: usize,
+    k: usize,
+    n: usize,
+    scratch: &mut Vec<f32>,
+) {
+    assert!(x.len() == m * k && w.len() == n * k && y.len() == m * n);
+    scratch.resize(n.div_ceil(PANEL) * k * PANEL, 0.0);
+    for (i, panel) in scratch.chunks_exact_mut(k * PANEL).enumerate() {
+        pack_columns(w, n, i, panel);
+    }
+    whole(Product { x, pitch: k, panels: scratch, n, k, accumulate: true }, y, m);
+}
+
+/// All of y [m, n], which the caller has checked; on this thread.
+fn whole(product: Product, y: &mut [f32], m: usize) {
+    assert_eq!(y.len(), m * product.n);
+    // SAFETY: y is all there and borrowed for writing.
+    with_token!(Isa::active(), token => unsafe {
+        product.block(token, 0..m, 0..product.n.div_ceil(PANEL), y.as_mut_ptr())
+    });
+}
+
+/// An output that tasks write disjoint blocks of.
+struct Output(*mut f32);
+// SAFETY: every task writes its own block and nobody reads until all are done.
+unsafe impl Send for Output {}
+// SAFETY: as above.
+unsafe impl Sync for Output {}
+
+/// A product of rows, `pitch` apart, with panels `[ceil(n / 16), k, 16]`.
+struct Product<'a> {
+    x: &'a [f32],
+    pitch: usize,
+    panels: &'a [f32],
+    n: usize,
+    k: usize,
+    /// Whether it is added to y.
+    accumulate: bool,
+}
+
+impl Product<'_> {
+    /// Some rows, and the columns of some panels.
+    ///
+    /// # Safety
+    /// y must be valid for reading and writing these rows and columns of `[.., n]`, and nobody else may touch them.
+    unsafe fn block<T: Tile>(&self, token: T, rows: Range<usize>, columns: Range<usize>, y: *mut f32) {
+        let (n, k) = (self.n, self.k);
         for depth in (0..k).step_by(DEPTH) {
             let length = DEPTH.min(k - depth);
             for first in columns.clone().step_by(T::PANELS) {
@@ -139,27 +240,20 @@ fn product<T: Tile>(token: T, x: &[f32], pitch: usize, w: &PackedDense, y: &mut 
                 while row < rows.end {
                     let height = T::HEIGHTS.into_iter().find(|h| *h <= rows.end - row).unwrap_or(1);
                     let part = Part {
-                        x: &x[row * pitch + depth..],
-                        pitch,
-                        w: &w.panels[(first * k + depth) * PANEL..],
+                        x: &self.x[row * self.pitch + depth..],
+                        pitch: self.pitch,
+                        w: &self.panels[(first * k + depth) * PANEL..],
                         panel_stride: k * PANEL,
                         depth: length,
-                        begin: depth == 0,
+                        begin: depth == 0 && !self.accumulate,
                     };
                     let width = (count * PANEL).min(n - first * PANEL);
-                    // SAFETY: rows row..row + height and columns from first · 16 on, `width` of them, lie in y [m, n], and only this task
-                    // touches them.
-                    unsafe { token.tile(&part, height, count, width, out.0.add(row * n + first * PANEL), n) };
+                    // SAFETY: rows row..row + height and columns from first · 16 on, `width` of them, are among the caller's.
+                    unsafe { token.tile(&part, height, count, width, y.add(row * n + first * PANEL), n) };
                     row += height;
                 }
             }
         }
-    };
-    let tasks = row_blocks * column_blocks;
-    if tasks == 1 || m * k * n < SMALL {
-        (0..tasks).for_each(task);
-    } else {
-        (0..tasks).into_par_iter().for_each(task);
     }
 }
 
@@ -375,7 +469,7 @@ mod tests {
         let want = naive(&x, &w, m, k, n);
         for isa in Isa::available() {
             let mut y = vec![f32::NAN; m * n];
-            matmul_packed_with(isa, &x, &packed, &mut y, m);
+            matmul_packed_with(isa, &x, &packed, &mut y, m, false);
             for (c, (got, (want, magnitude))) in y.iter().zip(&want).enumerate() {
                 let error = (f64::from(*got) - want).abs();
                 assert!(
@@ -383,10 +477,18 @@ mod tests {
                     "{isa:?} [{m}, {k}] x [{n}]: {c}: {got} instead of {want}"
                 );
             }
+            let mut twice = y.clone();
+            matmul_packed_with(isa, &x, &packed, &mut twice, m, true);
+            for ((got, y), (_, magnitude)) in twice.iter().zip(&y).zip(&want) {
+                assert!(
+                    f64::from(got - 2.0 * y).abs() <= 1e-5 * magnitude,
+                    "{isa:?} [{m}, {k}] x [{n}], added"
+                );
+            }
             // Every row alone gives the same bits.
             for i in 0..m.min(3) {
                 let mut row = vec![f32::NAN; n];
-                matmul_packed_with(isa, &x[i * k..(i + 1) * k], &packed, &mut row, 1);
+                matmul_packed_with(isa, &x[i * k..(i + 1) * k], &packed, &mut row, 1, false);
                 assert_eq!(row, y[i * n..(i + 1) * n], "{isa:?} row {i}");
             }
         }

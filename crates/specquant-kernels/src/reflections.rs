@@ -9,20 +9,23 @@
 //! T_jj = 2 / |v_j|²,   T_ij = −T_jj Σ_k T_ik (v_k · v_j)   for i < j
 //! ```
 
-use crate::dense::{matmul_nn, matmul_nt};
+use crate::{PackedDense, add_matmul_packed, matmul_packed};
 use rayon::prelude::*;
 
 /// Rows of a task of [`Reflections::apply`].
 const ROWS: usize = 256;
 
 /// A product of reflections of vectors of n values.
-#[derive(Debug, Clone, PartialEq)]
+#[derive(Debug, Clone)]
 pub struct Reflections {
     n: usize,
     /// V, [r, n].
     vectors: Vec<f32>,
-    /// −T, [r, r].
-    factor: Vec<f32>,
+    /// Vᵀ and V as right operands.
+    along: PackedDense,
+    back: PackedDense,
+    /// −T, [r, r], and its transpose.
+    factors: [PackedDense; 2],
 }
 
 impl Reflections {
@@ -45,8 +48,14 @@ impl Reflections {
             }
             t[j * r + j] = tau;
         }
-        let factor = t.into_iter().map(|v| -v as f32).collect();
-        Reflections { n, vectors, factor }
+        let factor: Vec<f32> = t.into_iter().map(|v| -v as f32).collect();
+        Reflections {
+            n,
+            along: PackedDense::pack(&vectors, r, n),
+            back: PackedDense::pack_transposed(&vectors, n, r),
+            factors: [PackedDense::pack_transposed(&factor, r, r), PackedDense::pack(&factor, r, r)],
+            vectors,
+        }
     }
 
     /// Width n.
@@ -93,11 +102,10 @@ impl Reflections {
         }
         x.par_chunks_mut(ROWS * n).for_each(|x| {
             let rows = x.len() / n;
-            let by_factor = if transposed { matmul_nt } else { matmul_nn };
             let (mut along, mut shares) = (vec![0.0; rows * r], vec![0.0; rows * r]);
-            matmul_nt(x, &self.vectors, &mut along, rows, n, r, false);
-            by_factor(&along, &self.factor, &mut shares, rows, r, r, false);
-            matmul_nn(&shares, &self.vectors, x, rows, r, n, true);
+            matmul_packed(x, &self.along, &mut along, rows);
+            matmul_packed(&along, &self.factors[usize::from(transposed)], &mut shares, rows);
+            add_matmul_packed(&shares, &self.back, x, rows);
         });
     }
 }

@@ -48,7 +48,7 @@ pub struct Branch {
 pub struct Kept {
     /// `[out, r]`.
     pub weights: PackedWeights,
-    /// Bits of an activation code; 16 leaves the coordinates in f32.
+    /// Bits of an activation code; 16, which leaves the coordinates in f32, where the layer's others are 16.
     pub act_bits: u8,
 }
 
@@ -273,26 +273,24 @@ pub fn forward_shared<const N: usize>(
             Linear::Quantized(l) => {
                 if l.act_bits == 16 {
                     kernels::matmul_float(x, rows, &l.weights, y);
+                    if let Some(Kept { weights, .. }) = &l.kept {
+                        kernels::add_matmul_float(kept, rows, weights, y);
+                    }
                 } else {
                     let key = (l.act_bits, l.act_levels, l.act_clip.to_bits());
                     let acts = match codes.take() {
                         Some((k, acts)) if k == key => acts,
                         _ => quantize_input(x, rows, l.act_bits, l.act_levels, l.act_clip),
                     };
-                    kernels::matmul_int(&acts, &l.weights, y);
-                    codes = Some((key, acts));
-                }
-                match &l.kept {
-                    Some(Kept { weights, act_bits: 16 }) => {
-                        kernels::add_matmul_float(kept, rows, weights, y);
-                    }
-                    Some(Kept { weights, act_bits }) => {
-                        let acts = kept_codes.get_or_insert_with(|| {
+                    if let Some(Kept { weights, act_bits }) = &l.kept {
+                        let kept = kept_codes.get_or_insert_with(|| {
                             kernels::quantize_acts(kept, rows, kept.len() / rows, *act_bits, 1.0)
                         });
-                        kernels::add_matmul_int(acts, weights, y);
+                        kernels::matmul_int_sum([(&acts, &l.weights), (kept, weights)], y);
+                    } else {
+                        kernels::matmul_int(&acts, &l.weights, y);
                     }
-                    None => (),
+                    codes = Some((key, acts));
                 }
                 if let Some(Branch { basis, coeffs }) = &l.branch {
                     let this = Arc::as_ptr(basis);

@@ -7,22 +7,19 @@
 //!
 //! Float: a 32-bit lane holds a channel's quad; codes become floats where they stand in the lane (see [`widen`]).
 
-use super::{FloatBlock, IntBlock, Kernel, fold, i16_steps};
+use super::{FloatBlock, IntBlock, Kernel, fold, i16_steps, store as store_sums};
 use crate::isa::Avx2;
 use crate::weights::{Chunk, PANEL, UNIFORM_LEVELS};
 use std::arch::x86_64::*;
 
 impl Kernel for Avx2 {
     fn int_block(self, block: &IntBlock, scratch: &mut Vec<Chunk>, acc: &mut [[i32; PANEL]]) {
-        check(
-            block.a.len(),
-            block.stride,
-            block.rows,
-            block.w.len() * if block.nibbles { 8 } else { 4 },
-            acc.len(),
-        );
-        // SAFETY: the token proves AVX2; `check` has proved that every token has the codes that the chunks ask for.
-        unsafe { int_block(block, scratch, acc) }
+        for (panel, acc) in block.panels.iter().zip(acc.chunks_exact_mut(block.rows)) {
+            let depth = panel.len() * if block.nibbles { 8 } else { 4 };
+            check(block.a.len(), block.stride, block.rows, depth, acc.len());
+            // SAFETY: the token proves AVX2; `check` has proved that every token has the codes that the chunks ask for.
+            unsafe { int_block(block, panel, scratch, acc) }
+        }
     }
 
     fn float_block(self, block: &FloatBlock, scratch: &mut Vec<f32>, acc: &mut [[f32; PANEL]]) {
@@ -49,6 +46,7 @@ impl Kernel for Avx2 {
         zero: &[i32],
         acc: &mut [[i32; PANEL]],
         sum: &mut [[f32; PANEL]],
+        begin: bool,
     ) {
         #[target_feature(enable = "avx2")]
         fn fold_avx2(
@@ -56,11 +54,27 @@ impl Kernel for Avx2 {
             z: &[i32],
             acc: &mut [[i32; PANEL]],
             sum: &mut [[f32; PANEL]],
+            begin: bool,
         ) {
-            fold(g, z, acc, sum);
+            if begin { fold(g, z, acc, sum, true) } else { fold(g, z, acc, sum, false) }
         }
         // SAFETY: the token proves AVX2.
-        unsafe { fold_avx2(group, zero, acc, sum) }
+        unsafe { fold_avx2(group, zero, acc, sum, begin) }
+    }
+
+    fn store(self, sum: &[[f32; PANEL]], scale: &[f32], y: &mut [&mut [f32]], col: usize, accumulate: bool) {
+        #[target_feature(enable = "avx2")]
+        fn store_avx2(
+            sum: &[[f32; PANEL]],
+            scale: &[f32],
+            y: &mut [&mut [f32]],
+            col: usize,
+            accumulate: bool,
+        ) {
+            store_sums(sum, scale, y, col, accumulate);
+        }
+        // SAFETY: the token proves AVX2.
+        unsafe { store_avx2(sum, scale, y, col, accumulate) }
     }
 }
 
@@ -72,22 +86,22 @@ pub(super) fn check(len: usize, stride: usize, rows: usize, depth: usize, acc: u
 /// Unsafe contract of the functions below: `a` points to rows that lie `stride` apart, as many as `acc` has (or R), and each
 /// has as many values as the chunks have inputs.
 #[target_feature(enable = "avx2")]
-unsafe fn int_block(block: &IntBlock, scratch: &mut Vec<Chunk>, acc: &mut [[i32; PANEL]]) {
+unsafe fn int_block(block: &IntBlock, w: &[Chunk], scratch: &mut Vec<Chunk>, acc: &mut [[i32; PANEL]]) {
     let (a, stride) = (block.a.as_ptr(), block.stride);
     let steps = i16_steps(block.a_max, block.w_max);
     // SAFETY: forwarded.
     unsafe {
         if !block.nibbles {
-            for_tiles(block.w, a, stride, steps, acc);
+            for_tiles(w, a, stride, steps, acc);
         } else if block.rows <= 4 && steps >= 2 {
             match block.rows {
-                1 => nibbles::<1>(block.w, block.levels, a, stride, steps, acc),
-                2 => nibbles::<2>(block.w, block.levels, a, stride, steps, acc),
-                3 => nibbles::<3>(block.w, block.levels, a, stride, steps, acc),
-                _ => nibbles::<4>(block.w, block.levels, a, stride, steps, acc),
+                1 => nibbles::<1>(w, block.levels, a, stride, steps, acc),
+                2 => nibbles::<2>(w, block.levels, a, stride, steps, acc),
+                3 => nibbles::<3>(w, block.levels, a, stride, steps, acc),
+                _ => nibbles::<4>(w, block.levels, a, stride, steps, acc),
             }
         } else {
-            expand(block.w, block.levels, scratch);
+            expand(w, block.levels, scratch);
             for_tiles(scratch, a, stride, steps, acc);
         }
     }

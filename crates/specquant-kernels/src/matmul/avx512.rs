@@ -1,24 +1,27 @@
 //! AVX-512 kernel: `vpdpbusd` multiplies a chunk (a quad of inputs of 16 channels) with a token's quad and adds to 16 i32 lanes.
 //!
-//! Eight tokens at a time keep eight chains of accumulation busy at nine loads for eight products; a lone token splits its
-//! sum into four chains. Float products and the rest use the AVX2 code.
+//! Twelve tokens and two panels at a time: 24 sums in registers, and 14 loads for 24 products, of which two a cycle are done of either.
+//! A few tokens unpack nibbles in registers, one panel at a time, and a lone one splits its sum into four chains. Float products use the
+//! AVX2 code.
 
-use super::avx2::check;
-use super::{FloatBlock, IntBlock, Kernel};
+use super::{FloatBlock, IntBlock, Kernel, PANELS};
 use crate::isa::Avx512Vnni;
 use crate::weights::{Chunk, PANEL};
 use std::arch::x86_64::*;
 
+/// Up to as many tokens unpack nibbles in registers: for more, unpacking once costs less.
+const FEW_ROWS: usize = 8;
+
 impl Kernel for Avx512Vnni {
+    const INT_PANELS: usize = PANELS;
+
     fn int_block(self, block: &IntBlock, scratch: &mut Vec<Chunk>, acc: &mut [[i32; PANEL]]) {
-        check(
-            block.a.len(),
-            block.stride,
-            block.rows,
-            block.w.len() * if block.nibbles { 8 } else { 4 },
-            acc.len(),
-        );
-        // SAFETY: the token proves AVX-512 F, BW and VNNI; `check` has proved that every token has the chunks' codes.
+        let (rows, panels) = (block.rows, block.panels);
+        let depth = panels[0].len() * if block.nibbles { 8 } else { 4 };
+        assert!(panels.iter().all(|p| p.len() == panels[0].len()) && panels.len() <= PANELS);
+        assert!(rows > 0 && acc.len() == panels.len() * rows);
+        assert!(block.a.len() >= (rows - 1) * block.stride + depth);
+        // SAFETY: the token proves AVX-512 F, BW and VNNI; every token has the chunks' codes.
         unsafe { int_block(block, scratch, acc) }
     }
 
@@ -32,43 +35,116 @@ impl Kernel for Avx512Vnni {
         zero: &[i32],
         acc: &mut [[i32; PANEL]],
         sum: &mut [[f32; PANEL]],
+        begin: bool,
     ) {
-        self.avx2.fold(group, zero, acc, sum);
+        // SAFETY: the token proves AVX-512 F.
+        unsafe { fold(group, zero, acc, sum, begin) }
+    }
+
+    fn store(self, sum: &[[f32; PANEL]], scale: &[f32], y: &mut [&mut [f32]], col: usize, accumulate: bool) {
+        // SAFETY: the token proves AVX-512 F.
+        unsafe { store(sum, scale, y, col, accumulate) }
     }
 }
 
-/// Unsafe contract of the functions below: `a` points to rows that lie `stride` apart, as many as `acc` has (or R), and each
-/// has as many codes as the chunks have inputs.
+#[target_feature(enable = "avx512f")]
+fn fold(
+    (scale, colsum): (&[f32; PANEL], &[i32; PANEL]),
+    zero: &[i32],
+    acc: &mut [[i32; PANEL]],
+    sum: &mut [[f32; PANEL]],
+    begin: bool,
+) {
+    // SAFETY: 16 lanes from and to arrays of 16.
+    unsafe {
+        let (scale, colsum) = (_mm512_loadu_ps(scale.as_ptr()), _mm512_loadu_si512(colsum.as_ptr().cast()));
+        for ((acc, sum), zero) in acc.iter_mut().zip(sum).zip(zero) {
+            let acc = acc.as_mut_ptr();
+            let offset = _mm512_mullo_epi32(_mm512_set1_epi32(*zero), colsum);
+            let code_sum = _mm512_sub_epi32(_mm512_loadu_si512(acc.cast_const().cast()), offset);
+            let product = _mm512_mul_ps(scale, _mm512_cvtepi32_ps(code_sum));
+            let before = sum.as_ptr();
+            let total = if begin { product } else { _mm512_add_ps(_mm512_loadu_ps(before), product) };
+            _mm512_storeu_ps(sum.as_mut_ptr(), total);
+            _mm512_storeu_si512(acc.cast(), _mm512_setzero_si512());
+        }
+    }
+}
+
+#[target_feature(enable = "avx512f")]
+fn store(sum: &[[f32; PANEL]], scale: &[f32], y: &mut [&mut [f32]], col: usize, accumulate: bool) {
+    for ((y, sum), scale) in y.iter_mut().zip(sum).zip(scale) {
+        let y = &mut y[col..];
+        // The lanes that y has.
+        let mask = if y.len() < PANEL { (1u16 << y.len()) - 1 } else { u16::MAX };
+        // SAFETY: 16 lanes from an array of 16; of y, only those that it has.
+        unsafe {
+            let mut v = _mm512_mul_ps(_mm512_set1_ps(*scale), _mm512_loadu_ps(sum.as_ptr()));
+            if accumulate {
+                v = _mm512_add_ps(_mm512_maskz_loadu_ps(mask, y.as_ptr()), v);
+            }
+            _mm512_mask_storeu_ps(y.as_mut_ptr(), mask, v);
+        }
+    }
+}
+
+/// Unsafe contract of the functions below: `a` points to rows that lie `stride` apart, as many as `acc` has for each panel (or R), and each
+/// has as many codes as a panel's chunks have inputs.
 #[target_feature(enable = "avx512f,avx512bw,avx512vnni")]
 unsafe fn int_block(block: &IntBlock, scratch: &mut Vec<Chunk>, acc: &mut [[i32; PANEL]]) {
-    let (a, stride) = (block.a.as_ptr(), block.stride);
-    // SAFETY: forwarded; a tile's rows start 8 i rows on.
-    unsafe {
-        if block.nibbles && block.rows < 4 {
-            for (r, acc) in acc.iter_mut().enumerate() {
-                nibbles(block.w, block.levels, a.add(r * stride), acc);
-            }
-            return;
-        }
-        let w = if block.nibbles {
-            expand(block.w, block.levels, scratch);
-            &*scratch
-        } else {
-            block.w
-        };
-        for (i, acc) in acc.chunks_mut(8).enumerate() {
-            let a = a.add(8 * i * stride);
-            match acc.len() {
-                8 => tile::<8>(w, a, stride, acc),
-                7 => tile::<7>(w, a, stride, acc),
-                6 => tile::<6>(w, a, stride, acc),
-                5 => tile::<5>(w, a, stride, acc),
-                4 => tile::<4>(w, a, stride, acc),
-                3 => tile::<3>(w, a, stride, acc),
-                2 => tile::<2>(w, a, stride, acc),
-                _ => tile::<1>(w, a, stride, acc),
+    let (a, stride, rows) = (block.a.as_ptr(), block.stride, block.rows);
+    if block.nibbles && rows <= FEW_ROWS {
+        for (w, acc) in block.panels.iter().zip(acc.chunks_exact_mut(rows)) {
+            // SAFETY: forwarded.
+            unsafe {
+                match rows {
+                    1 => nibbles(w, block.levels, a, acc),
+                    2 => nibble_tile::<2>(w, block.levels, a, stride, acc),
+                    3 => nibble_tile::<3>(w, block.levels, a, stride, acc),
+                    4 => nibble_tile::<4>(w, block.levels, a, stride, acc),
+                    5 => nibble_tile::<5>(w, block.levels, a, stride, acc),
+                    6 => nibble_tile::<6>(w, block.levels, a, stride, acc),
+                    7 => nibble_tile::<7>(w, block.levels, a, stride, acc),
+                    _ => nibble_tile::<8>(w, block.levels, a, stride, acc),
+                }
             }
         }
+        return;
+    }
+    let mut panels = [&[][..]; PANELS];
+    if block.nibbles {
+        let quads = 2 * block.panels[0].len();
+        scratch.resize(block.panels.len() * quads, Chunk([0; 64]));
+        for ((nibbles, bytes), panel) in
+            block.panels.iter().zip(scratch.chunks_exact_mut(quads)).zip(&mut panels)
+        {
+            expand(nibbles, block.levels, bytes);
+            *panel = bytes;
+        }
+    } else {
+        panels[..block.panels.len()].copy_from_slice(block.panels);
+    }
+    let mut row = 0;
+    while row < rows {
+        macro_rules! tiles {
+            ($($height:literal),*) => {
+                match rows - row {
+                    $($height.. => {
+                        // SAFETY: forwarded; the tile's rows start `row` rows on.
+                        unsafe {
+                            let a = a.add(row * stride);
+                            match block.panels.len() {
+                                1 => tile::<$height, 1>([panels[0]], a, stride, acc, row, rows),
+                                _ => tile::<$height, 2>(panels, a, stride, acc, row, rows),
+                            }
+                        }
+                        row += $height;
+                    })*
+                    0 => {}
+                }
+            };
+        }
+        tiles!(12, 8, 6, 4, 2, 1);
     }
 }
 
@@ -93,11 +169,10 @@ fn unpack(chunk: &Chunk, table: __m512i) -> [__m512i; 2] {
     [v, _mm512_srli_epi16::<4>(v)].map(|v| _mm512_shuffle_epi8(table, _mm512_and_si512(v, mask)))
 }
 
-/// Nibble chunks to byte chunks.
+/// Nibble chunks to twice as many byte chunks.
 #[target_feature(enable = "avx512f,avx512bw")]
-fn expand(w: &[Chunk], levels: &[i8; 16], bytes: &mut Vec<Chunk>) {
+fn expand(w: &[Chunk], levels: &[i8; 16], bytes: &mut [Chunk]) {
     let table = table(levels);
-    bytes.resize(2 * w.len(), Chunk([0; 64]));
     for (chunk, pair) in w.iter().zip(bytes.as_chunks_mut::<2>().0) {
         for (quad, to) in unpack(chunk, table).into_iter().zip(pair) {
             // SAFETY: a chunk is 64 aligned bytes.
@@ -120,25 +195,64 @@ fn add_to(acc: &mut [i32; PANEL], v: __m512i) {
     unsafe { _mm512_storeu_si512(p, _mm512_add_epi32(_mm512_loadu_si512(p.cast_const()), v)) };
 }
 
-/// Byte chunks times R tokens.
+/// Byte chunks of P panels times R tokens, the ones from `row` on of the `rows` that acc has for each panel.
 #[target_feature(enable = "avx512f,avx512vnni")]
-unsafe fn tile<const R: usize>(w: &[Chunk], a: *const u8, stride: usize, acc: &mut [[i32; PANEL]]) {
-    let mut sum = [_mm512_setzero_si512(); R];
-    for (q, chunk) in w.iter().enumerate() {
-        let w = load(chunk);
+unsafe fn tile<const R: usize, const P: usize>(
+    panels: [&[Chunk]; P],
+    a: *const u8,
+    stride: usize,
+    acc: &mut [[i32; PANEL]],
+    row: usize,
+    rows: usize,
+) {
+    let quads = panels[0].len();
+    let panels = panels.map(|p| &p[..quads]);
+    let mut sum = [[_mm512_setzero_si512(); R]; P];
+    for q in 0..quads {
+        let w = panels.map(|p| load(&p[q]));
         for r in 0..R {
             // SAFETY: the row has as many quads as there are chunks.
-            sum[r] = _mm512_dpbusd_epi32(sum[r], unsafe { quad(a.add(r * stride + 4 * q)) }, w);
+            let x = unsafe { quad(a.add(r * stride + 4 * q)) };
+            for p in 0..P {
+                sum[p][r] = _mm512_dpbusd_epi32(sum[p][r], x, w[p]);
+            }
         }
     }
-    for r in 0..R {
-        add_to(&mut acc[r], sum[r]);
+    for p in 0..P {
+        for r in 0..R {
+            add_to(&mut acc[p * rows + row + r], sum[p][r]);
+        }
     }
 }
 
-/// Nibble chunks times one token, unpacked in registers.
+/// Nibble chunks of a panel times R tokens, unpacked in registers.
 #[target_feature(enable = "avx512f,avx512bw,avx512vnni")]
-unsafe fn nibbles(w: &[Chunk], levels: &[i8; 16], a: *const u8, acc: &mut [i32; PANEL]) {
+unsafe fn nibble_tile<const R: usize>(
+    w: &[Chunk],
+    levels: &[i8; 16],
+    a: *const u8,
+    stride: usize,
+    acc: &mut [[i32; PANEL]],
+) {
+    let table = table(levels);
+    let mut sum = [[_mm512_setzero_si512(); 2]; R];
+    for (j, chunk) in w.iter().enumerate() {
+        for (i, w) in unpack(chunk, table).into_iter().enumerate() {
+            for r in 0..R {
+                // SAFETY: the row has two quads for each chunk.
+                let x = unsafe { quad(a.add(r * stride + 8 * j + 4 * i)) };
+                sum[r][i] = _mm512_dpbusd_epi32(sum[r][i], x, w);
+            }
+        }
+    }
+    for r in 0..R {
+        add_to(&mut acc[r], _mm512_add_epi32(sum[r][0], sum[r][1]));
+    }
+}
+
+/// Nibble chunks of a panel times one token, unpacked in registers.
+#[target_feature(enable = "avx512f,avx512bw,avx512vnni")]
+unsafe fn nibbles(w: &[Chunk], levels: &[i8; 16], a: *const u8, acc: &mut [[i32; PANEL]]) {
     let table = table(levels);
     let mut sum = [_mm512_setzero_si512(); 4];
     let (pairs, last) = w.as_chunks::<2>();
@@ -155,5 +269,5 @@ unsafe fn nibbles(w: &[Chunk], levels: &[i8; 16], a: *const u8, acc: &mut [i32; 
             sum[i] = _mm512_dpbusd_epi32(sum[i], unsafe { quad(a.add(16 * pairs.len() + 4 * i)) }, w);
         }
     }
-    add_to(acc, _mm512_add_epi32(_mm512_add_epi32(sum[0], sum[1]), _mm512_add_epi32(sum[2], sum[3])));
+    add_to(&mut acc[0], _mm512_add_epi32(_mm512_add_epi32(sum[0], sum[1]), _mm512_add_epi32(sum[2], sum[3])));
 }

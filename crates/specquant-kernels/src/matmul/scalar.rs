@@ -6,16 +6,18 @@ use crate::weights::{Chunk, PANEL};
 
 impl Kernel for Scalar {
     fn int_block(self, block: &IntBlock, _: &mut Vec<Chunk>, acc: &mut [[i32; PANEL]]) {
-        for_quads(block.w, block.nibbles.then_some(block.levels), |q, w| {
-            for (t, acc) in acc.iter_mut().enumerate() {
-                let a = &block.a[t * block.stride + 4 * q..][..4];
-                for c in 0..PANEL {
-                    for i in 0..4 {
-                        acc[c] += i32::from(a[i]) * i32::from(w[c][i]);
+        for (panel, acc) in block.panels.iter().zip(acc.chunks_exact_mut(block.rows)) {
+            for_quads(panel, block.nibbles.then_some(block.levels), |q, w| {
+                for (t, acc) in acc.iter_mut().enumerate() {
+                    let a = &block.a[t * block.stride + 4 * q..][..4];
+                    for c in 0..PANEL {
+                        for i in 0..4 {
+                            acc[c] += i32::from(a[i]) * i32::from(w[c][i]);
+                        }
                     }
                 }
-            }
-        });
+            });
+        }
     }
 
     fn float_block(self, block: &FloatBlock, _: &mut Vec<f32>, acc: &mut [[f32; PANEL]]) {
