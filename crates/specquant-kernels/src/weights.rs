@@ -102,7 +102,8 @@ impl PackedWeights {
         group_size: usize,
         levels: &[i8; 16],
     ) -> Result<Self, KernelError> {
-        if let Some(i) = codes.iter().position(|q| levels.binary_search(q).is_err()) {
+        let numbers = numbers(levels);
+        if let Some(i) = codes.iter().position(|q| numbers[usize::from(*q as u8)] == NO_LEVEL) {
             return Err(KernelError::CodeRange {
                 code: codes[i],
                 row: i / inp.max(1),
@@ -155,24 +156,33 @@ impl PackedWeights {
         // Padding: a level near zero; there are no activations to multiply it with.
         let empty = Chunk([if w.nibbles() { 0x88 } else { 0 }; 64]);
         w.chunks = vec![empty; panels * w.panel_chunks()];
-        for n in 0..out {
-            let (panel, c) = (n / PANEL, n % PANEL);
-            for (k, &q) in codes[n * inp..][..inp].iter().enumerate() {
-                w.colsums[panel * groups + k / group_size][c] += i32::from(q);
-                let (chunk, byte, shift) = w.place(panel, c, k);
-                let b = &mut w.chunks[chunk].0[byte];
-                match shift {
-                    Some(s) => {
-                        let number = levels.binary_search(&q).unwrap_or_default() as u8;
-                        *b = *b & !(15 << s) | number << s;
+        let numbers = numbers(&levels);
+        let (nibbles, per_panel) = (w.nibbles(), w.panel_chunks());
+        let tables = w.scales.par_chunks_mut(groups).zip(w.colsums.par_chunks_mut(groups));
+        let rows = codes.par_chunks(PANEL * inp).zip(scales.par_chunks(PANEL * groups));
+        let each = w.chunks.par_chunks_mut(per_panel).zip(tables).zip(rows);
+        each.for_each(|((chunks, (to_scales, colsums)), (codes, scales))| {
+            for (c, (row, scales)) in codes.chunks_exact(inp).zip(scales.chunks_exact(groups)).enumerate() {
+                for (g, (row, scale)) in row.chunks_exact(group_size).zip(scales).enumerate() {
+                    to_scales[g][c] = *scale;
+                    colsums[g][c] = row.iter().map(|q| i32::from(*q)).sum();
+                }
+                if nibbles {
+                    for (chunk, eight) in chunks.iter_mut().zip(row.chunks(8)) {
+                        let bytes = &mut chunk.0[4 * c..4 * c + 4];
+                        for (i, q) in eight.iter().enumerate() {
+                            let (b, number) = (&mut bytes[i % 4], numbers[usize::from(*q as u8)]);
+                            *b = if i < 4 { *b & 0xf0 | number } else { *b & 0x0f | number << 4 };
+                        }
                     }
-                    None => *b = q as u8,
+                } else {
+                    for (chunk, quad) in chunks.iter_mut().zip(row.chunks(4)) {
+                        let bytes = &mut chunk.0[4 * c..4 * c + quad.len()];
+                        bytes.iter_mut().zip(quad).for_each(|(b, q)| *b = *q as u8);
+                    }
                 }
             }
-            for g in 0..groups {
-                w.scales[panel * groups + g][c] = scales[n * groups + g];
-            }
-        }
+        });
         Ok(w)
     }
 
@@ -274,6 +284,16 @@ impl PackedWeights {
         let shift = if k % 8 < 4 { 0 } else { 4 };
         (chunk, 4 * c + k % 4, self.nibbles().then_some(shift))
     }
+}
+
+/// In [`numbers`], of what is no level.
+const NO_LEVEL: u8 = 255;
+
+/// The number of the level that each byte is as an i8.
+fn numbers(levels: &[i8; 16]) -> [u8; 256] {
+    let mut numbers = [NO_LEVEL; 256];
+    levels.iter().zip(0..).for_each(|(level, number)| numbers[usize::from(*level as u8)] = number);
+    numbers
 }
 
 /// Largest magnitude of a code; of fewer than 4 bits only some of the levels are used.

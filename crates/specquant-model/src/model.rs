@@ -264,9 +264,12 @@ impl Model {
     pub fn load(source: &Source) -> Result<Self> {
         let quantization = QuantizationConfig::from_config(source.config_json(), source.path())?;
         let config = source.config().clone();
-        let blocks = (0..config.num_layers)
+        let blocks: Vec<Result<Block>> = (0..config.num_layers)
+            .into_par_iter()
             .map(|i| Block::read(source, i, quantization.as_ref()))
-            .collect::<Result<_>>()?;
+            .collect();
+        // Of several errors the first, whatever the threads did.
+        let blocks = blocks.into_iter().collect::<Result<_>>()?;
         let kv_format = quantization.as_ref().map_or(KvFormat::F32, |q| q.scheme.kv_format());
         Ok(Model {
             embedding: Embedding::read(source)?,

@@ -1,7 +1,7 @@
 //! Cache rows of 16 levels that suit a Gaussian, per token and head.
 //!
 //! ```text
-//! scale = f16(p · max |x| / 127)     q = the level nearest to clamp(round(x / scale), −127, 127)     x ≈ scale · q
+//! scale = f16(p · max |x| / 127)     q = the level of x's sign nearest to clamp(round(x / scale), −127, 127)     x ≈ scale · q
 //! ```
 //!
 //! with the levels of [`GAUSSIAN_LEVELS`], and of some shrink factors p the one of least squared error: a row is written once and read at every
@@ -11,50 +11,89 @@ use crate::Isa;
 #[cfg(target_arch = "x86_64")]
 use crate::isa::{Avx2, Avx512Vnni};
 use crate::isa::{Scalar, with_token};
-use crate::ops::twin;
-use crate::weights::{GAUSSIAN_LEVELS, nearest_levels};
+use super::range;
+use crate::ops::{fold, twin};
+use crate::weights::GAUSSIAN_LEVELS;
 use half::f16;
 
 /// Shrink factors that are tried. Of 64 Gaussian values the largest lies at 2.4 standard deviations, the outermost level best at 2.7.
 const SHRINK: [f32; 6] = [1.15, 1.05, 0.95, 0.85, 0.75, 0.65];
 
-/// The number of the level nearest to each number of −127 to 128.
-const NEAREST: [u8; 256] = nearest_levels(&GAUSSIAN_LEVELS, -127);
+/// Where the next larger magnitude of a level becomes the nearer one, and by how much it is larger.
+const STEPS: [(f32, f32); 7] = {
+    let mut steps = [(0.0, 0.0); 7];
+    let mut i = 0;
+    while i < 7 {
+        let (low, high) = (GAUSSIAN_LEVELS[8 + i] as i32, GAUSSIAN_LEVELS[9 + i] as i32);
+        steps[i] = (((low + high + 1) / 2) as f32, (high - low) as f32);
+        i += 1;
+    }
+    steps
+};
+/// Values at a time.
+const LANES: usize = 16;
 
 twin! {
     /// Quantizes one head of one token. codes: `[x.len() / 2]`, rounded up, zeros. Returns the scale, NaN for a row that is not finite.
     pub(super) fn quantize = quantize_body(x: &[f32], codes: &mut [u8]) -> f16
 }
 
+/// |x| / scale as an integer of at most 127.
+#[inline(always)]
+fn magnitude(v: f32, scale: f32) -> f32 {
+    let a = (v.abs() / scale).round_ties_even();
+    if a > 127.0 { 127.0 } else { a }
+}
+
 #[inline(always)]
 fn quantize_body(x: &[f32], codes: &mut [u8]) -> f16 {
-    let largest = x.iter().fold(0.0f32, |m, v| m.max(v.abs()));
-    // `max` forgets a NaN, a sum does not.
-    if !x.iter().map(|v| v * 0.0).sum::<f32>().is_finite() {
+    let (lo, hi) = range(x);
+    if lo.is_nan() {
         return f16::NAN;
     }
-    let number = |v: f32, scale: f32| {
-        let q = (v / scale).round_ties_even().clamp(-127.0, 127.0);
-        usize::from(NEAREST[(q as i32 + 127) as usize & 255])
+    let largest = if hi > -lo { hi } else { -lo };
+    let error = |v: f32, scale: f32| {
+        let (a, mut level) = (magnitude(v, scale), f32::from(GAUSSIAN_LEVELS[8]));
+        for (from, step) in STEPS {
+            level += if a >= from { step } else { 0.0 };
+        }
+        v.abs() - level * scale
     };
     // No level is zero: where the range rounds to nothing, the smallest scale comes nearest.
     let mut best = (f32::INFINITY, f16::from_bits(1));
+    let (whole, tail) = x.as_chunks::<LANES>();
     for shrink in SHRINK {
         let scale = f16::from_f32((shrink * largest / 127.0).min(f16::MAX.to_f32()));
         if scale == f16::ZERO {
             continue;
         }
-        let wide = scale.to_f32();
-        let error = |v: &f32| (v - f32::from(GAUSSIAN_LEVELS[number(*v, wide)]) * wide).powi(2);
-        let error: f32 = x.iter().map(error).sum();
-        if error < best.0 {
-            best = (error, scale);
+        let (wide, mut sums) = (scale.to_f32(), [0.0f32; LANES]);
+        for x in whole {
+            for l in 0..LANES {
+                let e = error(x[l], wide);
+                sums[l] = e.mul_add(e, sums[l]);
+            }
+        }
+        for (sum, v) in sums.iter_mut().zip(tail) {
+            let e = error(*v, wide);
+            *sum = e.mul_add(e, *sum);
+        }
+        let sum = fold(sums);
+        if sum < best.0 {
+            best = (sum, scale);
         }
     }
     let scale = best.1.to_f32();
+    let number = |v: f32| {
+        let (a, mut index) = (magnitude(v, scale), 0);
+        for (from, _) in STEPS {
+            index += u8::from(a >= from);
+        }
+        if v > 0.0 { 8 + index } else { 7 - index }
+    };
     let (first, second) = x.split_at(codes.len());
-    codes.iter_mut().zip(first).for_each(|(c, v)| *c = number(*v, scale) as u8);
-    codes.iter_mut().zip(second).for_each(|(c, v)| *c |= (number(*v, scale) as u8) << 4);
+    codes.iter_mut().zip(first).for_each(|(c, v)| *c = number(*v));
+    codes.iter_mut().zip(second).for_each(|(c, v)| *c |= number(*v) << 4);
     best.1
 }
 
