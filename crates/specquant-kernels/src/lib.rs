@@ -19,6 +19,7 @@ mod ceilings;
 mod dct;
 mod dense;
 mod error;
+mod fft;
 mod hadamard;
 mod isa;
 mod kv;

@@ -7,11 +7,11 @@
 //! with the levels of [`GAUSSIAN_LEVELS`], and of some shrink factors p the one of least squared error: a row is written once and read at every
 //! token, so that a search pays. Codes lie as those of other 4-bit caches do.
 
+use super::range;
 use crate::Isa;
 #[cfg(target_arch = "x86_64")]
 use crate::isa::{Avx2, Avx512Vnni};
 use crate::isa::{Scalar, with_token};
-use super::range;
 use crate::ops::{fold, twin};
 use crate::weights::GAUSSIAN_LEVELS;
 use half::f16;
