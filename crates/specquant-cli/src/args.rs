@@ -77,6 +77,9 @@ impl ModelArgs {
     }
 }
 
+/// What this project measured to come nearest to the source.
+const DEFAULT_RECIPE: &str = "spectral-tuned";
+
 #[derive(ClapArgs)]
 pub struct QuantizeArgs {
     /// A Hugging Face directory or a GGUF file, in full precision
@@ -86,7 +89,7 @@ pub struct QuantizeArgs {
     #[arg(short, long, value_name = "DST")]
     pub output: PathBuf,
     /// A built-in recipe (spectral[-tuned], specquant, svdquant, quarot, spinquant[-paper], omniquant[-paper], awq, gptq, smooth-gptq, smoothquant, rtn) or a TOML file
-    #[arg(short, long, value_name = "NAME|FILE", default_value = "spectral")]
+    #[arg(short, long, value_name = "NAME|FILE", default_value = DEFAULT_RECIPE)]
     pub recipe: String,
     /// Replace a SpecQuant checkpoint, or an empty directory, at DST
     #[arg(long)]
@@ -479,7 +482,7 @@ pub struct DemoArgs {
     #[arg(short, long, value_name = "DST", default_value = "specquant-demo")]
     pub output: PathBuf,
     /// A built-in recipe or a TOML file
-    #[arg(short, long, value_name = "NAME|FILE", default_value = "spectral")]
+    #[arg(short, long, value_name = "NAME|FILE", default_value = DEFAULT_RECIPE)]
     pub recipe: String,
     #[command(flatten)]
     pub overrides: Overrides,

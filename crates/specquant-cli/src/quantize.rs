@@ -152,7 +152,12 @@ fn describe(plan: &Plan, recipe: &Recipe) -> String {
         Rounding::Rtn {} => "nearest rounding",
         Rounding::Gptq(_) => "GPTQ",
     };
-    let tuned = if matches!(recipe.learn, Some(q::Learn::Tune(_))) { ", tuning" } else { "" };
+    let tuned = match recipe.learn {
+        Some(q::Learn::Tune(_)) => {
+            ", tuning, which takes most of the time (the recipe spectral does without)"
+        }
+        _ => "",
+    };
     format!(
         "plan: {} {}: {rotate}{smooth}{branch}{rounding}{tuned}\n  {} blocks, {} linear layers, {:.1} M weights at {:.3} bits\n  \
          calibration {} tokens, predicted peak memory {}, output about {}",

@@ -81,18 +81,18 @@ impl Learn {
                     "omniquant learns the scales and clips of the weight as a whole: it goes with neither rotate nor smooth, branch, input or kv_center",
                 )
             }
-            Learn::Tune(_) if recipe.branch.is_some() => {
-                refuse("tune knows no branch: leave one of them out")
-            }
+            Learn::Tune(_) if recipe.branch.is_some() => refuse(
+                "tune knows no branch: leave one of them out, or take a recipe that learns nothing, such as spectral",
+            ),
             Learn::Tune(_) if recipe.rotate.is_some_and(|r| r.residual) => refuse(
                 "tune knows no rotation of the residual stream: set rotate.residual = false, or leave learn out",
             ),
             Learn::OmniQuant(_) if recipe.scheme.group_size != 0 => refuse(
                 "omniquant learns one clip ratio per output channel: set scheme.group_size = 0 (--group-size 0)",
             ),
-            _ if recipe.scheme.weight_bits == 16 => {
-                refuse("there is nothing to learn for weights of 16 bits")
-            }
+            _ if recipe.scheme.weight_bits == 16 => refuse(
+                "there is nothing to learn for weights of 16 bits: take a recipe that learns nothing, such as spectral",
+            ),
             _ => Ok(()),
         }
     }
