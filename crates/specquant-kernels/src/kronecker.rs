@@ -78,6 +78,13 @@ impl Kronecker {
         Kronecker { left: Factor::new(n1, left), right: Factor::new(n2, right) }
     }
 
+    /// n₁ ≤ n₂ with n₁ n₂ = n > 0, as near to each other as can be, both even or both odd if possible (FlatQuant, function_utils.py, `get_decompose_dim`,
+    /// which does not come back where that is not possible).
+    pub fn widths(n: usize) -> (usize, usize) {
+        let pairs = || (1..=n.isqrt()).rev().filter(|n1| n.is_multiple_of(*n1)).map(|n1| (n1, n / n1));
+        pairs().find(|(n1, n2)| (n1 + n2).is_multiple_of(2)).or_else(|| pairs().next()).unwrap_or((1, n))
+    }
+
     /// Width n of the vectors.
     pub fn width(&self) -> usize {
         self.left.n * self.right.n
@@ -218,6 +225,24 @@ mod tests {
                     }
                 }
             }
+        }
+    }
+
+    #[test]
+    fn widths_are_split_as_flatquant_splits_them() {
+        for (n, want) in [
+            (576, (24, 24)),
+            (1536, (32, 48)),
+            (4096, (64, 64)),
+            (11008, (86, 128)),
+            (14336, (112, 128)),
+            (13824, (108, 128)),
+            (6, (2, 3)),
+            (12, (2, 6)),
+            (7, (1, 7)),
+            (1, (1, 1)),
+        ] {
+            assert_eq!(Kronecker::widths(n), want, "{n}");
         }
     }
 

@@ -144,12 +144,6 @@ pub struct FlatBlock {
     pub losses: Vec<f64>,
 }
 
-/// n₁ ≤ n₂ with n₁ n₂ = n, as near to each other as can be, both even or both odd if possible (FlatQuant, function_utils.py, `get_decompose_dim`).
-pub fn kronecker_widths(n: usize) -> (usize, usize) {
-    let pairs = || (1..=n.isqrt()).rev().filter(|n1| n.is_multiple_of(*n1)).map(|n1| (n1, n / n1));
-    pairs().find(|(n1, n2)| (n1 + n2).is_multiple_of(2)).or_else(|| pairs().next()).unwrap_or((1, n))
-}
-
 /// Learns the parameters of block `layer`.
 ///
 /// inputs: the residual stream before the block in full precision, `[tokens, hidden]` a sequence from its start. act_max: the largest magnitudes of

@@ -14,7 +14,7 @@ mod stiefel;
 mod tune;
 
 pub use error::{Error, Result};
-pub use flatquant::{FlatBlock, FlatQuantConfig, flatquant, kronecker_widths};
+pub use flatquant::{FlatBlock, FlatQuantConfig, flatquant};
 pub use omniquant::{BlockWeights, Learned, OmniQuantConfig, omniquant};
 pub use spinquant::{Rotations, SpinQuantConfig, Start, spinquant};
 pub use tune::{TuneConfig, Tuned, TunedBlock, tune};

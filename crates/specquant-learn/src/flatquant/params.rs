@@ -3,10 +3,11 @@
 use candle_core::{Result as Candle, Tensor, Var, backprop::GradStore};
 use rand::Rng;
 use rand_chacha::ChaCha8Rng;
+use specquant_kernels::Kronecker;
 use specquant_model::{ModelConfig, Site};
 
 use super::ops::cayley;
-use super::{FlatQuantConfig, kronecker_widths};
+use super::FlatQuantConfig;
 use crate::adam::Adam;
 use crate::error::{Result, check_len};
 use crate::omniquant::BlockWeights;
@@ -102,7 +103,7 @@ impl Params {
         let (head_dim, heads) = (model.head_dim, model.num_heads);
         let mut square = |n: usize| params.square(n, config.lr, rng);
         let mut site = |n: usize| -> Result<(Square, Option<Square>)> {
-            let (n1, n2) = kronecker_widths(n);
+            let (n1, n2) = Kronecker::widths(n);
             Ok((square(n1)?, Some(square(n2)?)))
         };
         let [qkv, gate_up, down] = [Site::Qkv, Site::GateUp, Site::Down].map(|s| site(model.site_width(s)));

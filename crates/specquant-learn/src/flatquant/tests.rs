@@ -24,25 +24,6 @@ fn run(source: &Source, config: &FlatQuantConfig) -> FlatBlock {
     learned
 }
 
-#[test]
-fn widths_are_split_as_flatquant_splits_them() {
-    for (n, want) in [
-        (576, (24, 24)),
-        (1536, (32, 48)),
-        (4096, (64, 64)),
-        (11008, (86, 128)),
-        (14336, (112, 128)),
-        (13824, (108, 128)),
-        // Its code would not come back from this one.
-        (6, (2, 3)),
-        (12, (2, 6)),
-        (7, (1, 7)),
-        (1, (1, 1)),
-    ] {
-        assert_eq!(kronecker_widths(n), want, "{n}");
-    }
-}
-
 /// At the start and after learning: the transforms cancel, whatever they are.
 #[test]
 fn with_sixteen_bits_transforms_leave_the_block_alone() {
