@@ -198,15 +198,12 @@ mod tests {
             true => f64::from(u8::from(i == j)),
             false => f64::from(m[i * n + j]),
         };
-        let entry = |i: usize, j: usize| {
-            at(left, n1, i / n2, j / n2) * at(right, n2, i % n2, j % n2)
-        };
+        let entry = |i: usize, j: usize| at(left, n1, i / n2, j / n2) * at(right, n2, i % n2, j % n2);
         let out = |x: &[f32], j: usize| (0..n).map(|i| f64::from(x[i]) * entry(i, j)).sum::<f64>();
         x.chunks_exact(n).flat_map(|x| (0..n).map(|j| out(x, j)).collect::<Vec<_>>()).collect()
     }
 
-    const SHAPES: [(usize, usize); 8] =
-        [(1, 1), (1, 7), (5, 1), (3, 4), (4, 6), (9, 64), (24, 24), (32, 48)];
+    const SHAPES: [(usize, usize); 8] = [(1, 1), (1, 7), (5, 1), (3, 4), (4, 6), (9, 64), (24, 24), (32, 48)];
 
     #[test]
     fn equals_the_dense_product() {

@@ -366,7 +366,9 @@ mod tests {
         let want = product(&x, &w, n);
         // Far from orthonormal, and from singular.
         let matrix = |n: usize| {
-            (0..n * n).map(|i| value(i + 3) * 0.3 + if i % (n + 1) == 0 { 1.5 } else { 0.0 }).collect::<Vec<f32>>()
+            (0..n * n)
+                .map(|i| value(i + 3) * 0.3 + if i % (n + 1) == 0 { 1.5 } else { 0.0 })
+                .collect::<Vec<f32>>()
         };
         let kinds = [
             (Some(RotationKind::Dct), 0),

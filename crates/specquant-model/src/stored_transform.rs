@@ -6,7 +6,8 @@ use specquant_kernels::{Kronecker, Reflections};
 use crate::checkpoint::StoredTensor;
 use crate::stored_linear::Reader;
 use crate::{
-    Dtype, InputRotation, InputTransform, KeyTransform, QuantizationConfig, Result, RotationKind, Site, Source,
+    Dtype, InputRotation, InputTransform, KeyTransform, QuantizationConfig, Result, RotationKind, Site,
+    Source,
 };
 
 /// The matrix of a learned transform as the disk will hold it, so that weights get the inverse of what the engine will multiply by.

@@ -142,19 +142,20 @@ impl Learn {
 mod run {
     use std::collections::HashMap;
 
-    use specquant_kernels::{Hadamard, Kronecker};
-    use specquant_learn::{BlockWeights, FlatBlock, Start, flatquant, omniquant, spinquant};
+    use specquant_kernels::Hadamard;
+    use specquant_learn::{BlockWeights, Start, flatquant, omniquant, spinquant};
     use specquant_model::{
-        Block, InputTransform, KeyTransform, ModelConfig, OnlineRotations, QuantizationConfig, RotationKind, Site,
-        Source, StoredLinear, StoredTensor, storable_matrix, storable_scales,
+        Block, ModelConfig, OnlineRotations, QuantizationConfig, RotationKind, Site, Source, StoredLinear,
+        StoredTensor, storable_scales,
     };
 
     use super::{FlatQuantConfig, Learned, OmniQuantConfig, SpinQuantConfig, TuneConfig};
-    use crate::{Error, Result};
+    use crate::Result;
     use crate::block::{apply_scales, round_kept};
     use crate::pipeline::observe;
     use crate::recipe::{Recipe, Rounding};
-    use crate::transforms::rotate::{Orthogonal, transposed};
+    use crate::transforms::flat;
+    use crate::transforms::rotate::Orthogonal;
 
     /// The learned rotations: of the residual stream, and of the heads of v of every layer. `progress` is told step, number of steps and
     /// loss.
@@ -271,49 +272,10 @@ mod run {
         };
         let maxima = stats.each_ref().map(|stats| stats.max.as_slice());
         let flat = flatquant(&block_weights(block), model, index, &before, maxima, &config, &mut |_, _| ())?;
-        apply_transforms(block, model, index, flat)
-    }
-
-    /// See [`transforms`].
-    fn apply_transforms(block: &mut Block, model: &ModelConfig, index: usize, flat: FlatBlock) -> Result<Learned> {
-        let singular = |what: &str| {
-            Error::Recipe(format!("learn: the transform of model.layers.{index}.{what} became singular; lower learn.lr"))
-        };
-        for (site, scales) in Site::ALL.into_iter().zip(&flat.scales) {
-            if let Some(scales) = scales {
-                // An input is multiplied by them.
-                apply_scales(block, site, &scales.iter().map(|d| 1.0 / d).collect::<Vec<f32>>(), model);
-            }
-        }
-        let head_dim = model.head_dim;
-        let values = Kronecker::new(head_dim, Vec::new(), flat.values);
-        let inverse = values.inverse_transposed().ok_or_else(|| singular("self_attn.v_proj"))?;
-        if let Some((w, bias)) = block.v.dense_mut() {
-            let (out, inp) = (model.num_kv_heads * head_dim, model.hidden_size);
-            let mut columns = transposed(w, out, inp);
-            let heads = columns.len() / head_dim;
-            values.apply(&mut columns, heads);
-            *w = transposed(&columns, inp, out);
-            if let Some(bias) = bias {
-                values.apply(bias, model.num_kv_heads);
-            }
-        }
-        if let Some((w, _)) = block.o.dense_mut() {
-            let heads = w.len() / head_dim;
-            inverse.apply(w, heads);
-        }
-        if let Some(keys) = flat.keys {
-            let keys = KeyTransform::new(storable_matrix(keys), head_dim);
-            block.rotations.keys = Some(keys.ok_or_else(|| singular("self_attn.k_proj"))?);
-        }
-        let mut inputs = [const { None }; 4];
-        for ((site, input), (left, right)) in Site::ALL.into_iter().zip(&mut inputs).zip(flat.inputs) {
-            let (left, right) = (storable_matrix(left), storable_matrix(right));
-            let kronecker = Kronecker::new(model.site_width(site), left, right);
-            *input = Some(InputTransform::kronecker(kronecker).ok_or_else(|| singular(site.name()))?);
-        }
+        let clips = named(block, index, flat.weight_clip.clone());
         let act_clips = flat.act_clip.map_or([None; 4], |clips| clips.map(Some));
-        Ok(Learned { clips: named(block, index, flat.weight_clip), inputs, act_clips })
+        let inputs = flat::apply(block, model, index, flat)?;
+        Ok(Learned { clips, inputs: inputs.map(Some), act_clips })
     }
 
     /// Tunes the quantized `checkpoint` on what `source` predicts, and returns the tensors that have changed. `progress` is told step, number

@@ -9,8 +9,9 @@ use serde::Serialize;
 use serde_json::json;
 use specquant_kernels::{KvCache, KvFormat, KvSide};
 use specquant_model::{
-    Block, FORMAT_VERSION, InputRotation, KvCenter, Linear, ModelConfig, OnlineRotations, QuantizationConfig, RopeTable,
-    Site, Source, Span, StoredTensor, act_clip_tensor, basis_tensors, key_transform_tensor, transform_tensors,
+    Block, FORMAT_VERSION, InputRotation, KvCenter, Linear, ModelConfig, OnlineRotations, QuantizationConfig,
+    RopeTable, Site, Source, Span, StoredTensor, act_clip_tensor, basis_tensors, key_transform_tensor,
+    transform_tensors,
 };
 
 use crate::block::{LayerReport, quantize_block};

@@ -206,7 +206,8 @@ mod tests {
         let x = correlated(rows, n, 3);
         let mut stats = SiteStats::new(n, rows, rows, true);
         stats.add(&x, "test").unwrap();
-        let matrix = |n: usize| (0..n * n).map(move |i| (i as f32).sin() + if i % (n + 1) == 0 { 2.0 } else { 0.0 });
+        let matrix =
+            |n: usize| (0..n * n).map(move |i| (i as f32).sin() + if i % (n + 1) == 0 { 2.0 } else { 0.0 });
         let kronecker = Kronecker::new(n, matrix(5).collect(), matrix(8).collect());
         let transform = InputTransform::kronecker(kronecker).unwrap();
         let mut seen = SiteStats::new(n, rows, rows, true);
@@ -215,7 +216,9 @@ mod tests {
         assert_eq!((&got.sample, &got.max), (&seen.sample, &seen.max));
         let [got, want] = [&got, &seen].map(|s| s.hessian.as_ref().unwrap().normalized());
         let size = want.iter().step_by(n + 1).sum::<f64>() / n as f64;
-        got.iter().zip(&want).for_each(|(got, want)| assert!((got - want).abs() < 1e-4 * size, "{got} {want}"));
+        got.iter()
+            .zip(&want)
+            .for_each(|(got, want)| assert!((got - want).abs() < 1e-4 * size, "{got} {want}"));
     }
 
     /// More directions than tokens: those that this text does not have must not be blown up on another.

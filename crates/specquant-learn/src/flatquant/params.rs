@@ -6,8 +6,8 @@ use rand_chacha::ChaCha8Rng;
 use specquant_kernels::Kronecker;
 use specquant_model::{ModelConfig, Site};
 
-use super::ops::cayley;
 use super::FlatQuantConfig;
+use super::ops::cayley;
 use crate::adam::Adam;
 use crate::error::{Result, check_len};
 use crate::omniquant::BlockWeights;
@@ -92,7 +92,9 @@ impl Params {
             for ((name, _), (w, _)) in shapes.iter().zip(weights.linears) {
                 if site.layers().iter().any(|layer| name.ends_with(layer)) {
                     let rows = w.chunks_exact(inp);
-                    rows.for_each(|row| weight_max.iter_mut().zip(row).for_each(|(m, w)| *m = m.max(w.abs())));
+                    rows.for_each(|row| {
+                        weight_max.iter_mut().zip(row).for_each(|(m, w)| *m = m.max(w.abs()))
+                    });
                 }
             }
             let start = max.iter().zip(weight_max).map(|(x, w)| {
@@ -134,9 +136,7 @@ impl Params {
     }
 
     pub fn vars(&self) -> Candle<Vec<Tensor>> {
-        let var = |p: &Param| {
-            Ok(Var::from_tensor(&tensor(p.values.clone(), p.shape.clone())?)?.into_inner())
-        };
+        let var = |p: &Param| Ok(Var::from_tensor(&tensor(p.values.clone(), p.shape.clone())?)?.into_inner());
         self.all.iter().map(var).collect()
     }
 

@@ -6,7 +6,13 @@ use crate::net::tests::tiny;
 use crate::omniquant::tests::{Owned, inputs};
 
 fn fast() -> FlatQuantConfig {
-    FlatQuantConfig { epochs: 20, samples: 3, sequence_length: 20, batch_size: 2, ..FlatQuantConfig::default() }
+    FlatQuantConfig {
+        epochs: 20,
+        samples: 3,
+        sequence_length: 20,
+        batch_size: 2,
+        ..FlatQuantConfig::default()
+    }
 }
 
 fn run(source: &Source, config: &FlatQuantConfig) -> FlatBlock {
