@@ -132,7 +132,7 @@ enum Rest {
     /// The same in inputs and weights.
     Rotation(Rotation),
     /// K, and K⁻ᵀ for the weights.
-    Kronecker(Kronecker, Kronecker),
+    Kronecker(Box<[Kronecker; 2]>),
 }
 
 impl Rest {
@@ -140,7 +140,7 @@ impl Rest {
     fn apply(&self, x: &mut [f32], rows: usize) {
         match self {
             Rest::Rotation(rotation) => rotation.apply(x, rows),
-            Rest::Kronecker(kronecker, _) => kronecker.apply(x, rows),
+            Rest::Kronecker(pair) => pair[0].apply(x, rows),
         }
     }
 
@@ -148,7 +148,7 @@ impl Rest {
     fn apply_to_weight(&self, w: &mut [f32], rows: usize) {
         match self {
             Rest::Rotation(rotation) => rotation.apply(w, rows),
-            Rest::Kronecker(_, inverse) => inverse.apply(w, rows),
+            Rest::Kronecker(pair) => pair[1].apply(w, rows),
         }
     }
 
@@ -156,7 +156,7 @@ impl Rest {
     fn undo(&self, x: &mut [f32], rows: usize) {
         match self {
             Rest::Rotation(rotation) => rotation.apply_transposed(x, rows),
-            Rest::Kronecker(_, inverse) => inverse.transposed().apply(x, rows),
+            Rest::Kronecker(pair) => pair[1].transposed().apply(x, rows),
         }
     }
 
@@ -164,7 +164,7 @@ impl Rest {
     fn undo_weight(&self, w: &mut [f32], rows: usize) {
         match self {
             Rest::Rotation(rotation) => rotation.apply_transposed(w, rows),
-            Rest::Kronecker(kronecker, _) => kronecker.transposed().apply(w, rows),
+            Rest::Kronecker(pair) => pair[0].transposed().apply(w, rows),
         }
     }
 }
@@ -228,13 +228,17 @@ impl InputTransform {
     pub fn kronecker(kronecker: Kronecker) -> Option<Self> {
         let inverse = kronecker.inverse_transposed()?;
         let reflections = Reflections::new(kronecker.width(), Vec::new());
-        Some(InputTransform { reflections, norms: Vec::new(), rest: Rest::Kronecker(kronecker, inverse) })
+        Some(InputTransform {
+            reflections,
+            norms: Vec::new(),
+            rest: Rest::Kronecker(Box::new([kronecker, inverse])),
+        })
     }
 
     /// K of a transform that is one.
     pub fn as_kronecker(&self) -> Option<&Kronecker> {
         match &self.rest {
-            Rest::Kronecker(kronecker, _) => Some(kronecker),
+            Rest::Kronecker(pair) => Some(&pair[0]),
             Rest::Rotation(_) => None,
         }
     }

@@ -158,8 +158,11 @@ fn what_makes_no_sense_is_refused_with_the_reason() {
     }
 }
 
-/// Writes a checkpoint's tensor anew, as `edit` changes its type, shape and bytes; without a shape it goes.
-fn damage(checkpoint: &Path, name: &str, edit: &dyn Fn(&mut (Dtype, Vec<usize>, Vec<u8>))) {
+/// Type, shape and bytes of a tensor.
+type Content = (Dtype, Vec<usize>, Vec<u8>);
+
+/// Writes a checkpoint's tensor anew, as `edit` changes it.
+fn damage(checkpoint: &Path, name: &str, edit: &dyn Fn(&mut Content)) {
     let index: serde_json::Value =
         serde_json::from_slice(&fs::read(checkpoint.join("model.safetensors.index.json")).unwrap()).unwrap();
     let shard = checkpoint.join(index["weight_map"][name].as_str().unwrap());
@@ -199,7 +202,7 @@ fn damaged_matrices_are_named() {
         let error = Model::open(checkpoint).err().map(|e| e.to_string()).unwrap_or_default();
         assert!(words.iter().all(|word| error.contains(word)), "{words:?}: {error}");
     };
-    type Edit<'a> = &'a dyn Fn(&mut (Dtype, Vec<usize>, Vec<u8>));
+    type Edit<'a> = &'a dyn Fn(&mut Content);
     let cases: [(&str, Edit, &[&str]); 7] = [
         ("gate_up.kronecker_left", &|t| t.0 = Dtype::BF16, &["gate_up.kronecker_left", "BF16", "F16"]),
         (
