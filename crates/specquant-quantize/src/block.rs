@@ -24,7 +24,8 @@ pub struct LayerReport {
     pub name: String,
     /// `[out, in]`.
     pub shape: [usize; 2],
-    /// Stored bits per weight: codes, scales, counts, indices, coefficients, and the layer's share of a stored basis.
+    /// Stored bits per weight: codes, scales, counts, indices, coefficients, and the layer's share of a stored basis and of
+    /// its input's transform.
     pub bits_per_weight: f64,
     /// Migration strength; absent without smoothing.
     #[serde(skip_serializing_if = "Option::is_none")]
