@@ -278,6 +278,7 @@ mod tests {
     use rand_chacha::ChaCha8Rng;
 
     use super::*;
+    use crate::ops::{FakeQuant, rows};
     use crate::stiefel::deviation;
 
     fn random(shape: &[usize], seed: u64) -> Tensor {
@@ -333,16 +334,39 @@ mod tests {
         assert_eq!(zero, [1.0, 0.0, 0.0, 1.0]);
     }
 
-    /// At 20 bits almost nothing is rounded, so that finite differences see what clipping does and the straight-through gradient is exact but for
-    /// the codes' own jumps; the ratio's slope is that of the clamped values.
+    /// At 20 bits almost nothing is rounded, so that finite differences see what clipping does, and the straight-through gradient is exact but for
+    /// the codes' own jumps.
     #[test]
     fn clipping_has_the_slope_of_the_clamped_values() {
-        for (codes, ratio) in [(Codes::Signed, 0.6), (Codes::Unsigned, 0.6)] {
-            let x = random(&[5, 40], 3);
+        let x = random(&[5, 40], 3);
+        for codes in [Codes::Signed, Codes::Unsigned] {
             let quantize = |x: &Tensor, ratio: &Tensor| Clipped { bits: 20, codes }.apply(x, ratio).unwrap();
             for count in [1, 5] {
-                let ratios = tensor(vec![ratio; count], count).unwrap();
-                check(&format!("{codes:?}"), 1e-3, &[x.clone(), ratios], |v| quantize(&v[0], &v[1]));
+                let ratios = tensor(vec![0.6; count], count).unwrap();
+                check("ratio", 1e-3, std::slice::from_ref(&ratios), |v| quantize(&x, &v[0]));
+                // The zero point, a constant in the gradient, moves with the ends of an asymmetric range.
+                if codes == Codes::Signed {
+                    check("both", 1e-3, &[x.clone(), ratios], |v| quantize(&v[0], &v[1]));
+                }
+            }
+        }
+    }
+
+    /// With a ratio that is not learned it is OmniQuant's quantizer.
+    #[test]
+    fn activations_have_the_gradient_of_a_fixed_clip() {
+        let (x, g) = (random(&[6, 64], 9), random(&[6, 64], 10));
+        let gradient = |f: &dyn Fn(&Tensor) -> Tensor| {
+            let var = Var::from_tensor(&x).unwrap();
+            let grads = (f(&var) * &g).unwrap().sum_all().unwrap().backward().unwrap();
+            to_vec(grads.get(&var).unwrap()).unwrap()
+        };
+        for clip in [1.0, 0.7] {
+            let ratio = tensor(vec![clip], 1).unwrap();
+            let found = gradient(&|x| Clipped { bits: 4, codes: Codes::Unsigned }.apply(x, &ratio).unwrap());
+            let want = gradient(&|x| rows(x, FakeQuant { bits: 4, clip, through_range: true }).unwrap());
+            for (found, want) in found.iter().zip(&want) {
+                assert!((found - want).abs() < 1e-5, "{clip}: {found}, not {want}");
             }
         }
     }
