@@ -88,7 +88,7 @@ pub struct QuantizeArgs {
     /// Directory to write; it must not exist, but for --overwrite
     #[arg(short, long, value_name = "DST")]
     pub output: PathBuf,
-    /// A built-in recipe (spectral[-tuned], specquant, svdquant, quarot, spinquant[-paper], omniquant[-paper], awq, gptq, smooth-gptq, smoothquant, rtn) or a TOML file
+    /// A built-in recipe (spectral[-tuned], specquant, svdquant, quarot, spinquant[-paper], flatquant[-paper], omniquant[-paper], awq, gptq, smooth-gptq, smoothquant, rtn) or a TOML file
     #[arg(short, long, value_name = "NAME|FILE", default_value = DEFAULT_RECIPE)]
     pub recipe: String,
     /// Replace a SpecQuant checkpoint, or an empty directory, at DST

@@ -138,7 +138,11 @@ fn branch(r: &mut Recipe, flags: &Overrides) -> anyhow::Result<()> {
 
 /// The plan, for people.
 fn describe(plan: &Plan, recipe: &Recipe) -> String {
-    let rotate = if recipe.rotate.is_some() { "rotation, " } else { "" };
+    let rotate = match (&recipe.rotate, &recipe.learn) {
+        (Some(_), _) => "rotation, ",
+        (None, Some(q::Learn::FlatQuant(_))) => "learned transforms, ",
+        (None, _) => "",
+    };
     let smooth = if recipe.smooth.is_some() { "smoothing, " } else { "" };
     let branch = recipe.branch.map_or(String::new(), |b| {
         let name = b.basis.name();

@@ -277,7 +277,7 @@ fn nonsense_flags() {
             ["--recipe", "nosuch"],
             &[
                 "\"nosuch\"",
-                "spectral, spectral-tuned, specquant, svdquant, quarot, spinquant, spinquant-paper, omniquant, omniquant-paper, awq, gptq, smooth-gptq, smoothquant, rtn",
+                "spectral, spectral-tuned, specquant, svdquant, quarot, spinquant, spinquant-paper, flatquant, flatquant-paper, omniquant, omniquant-paper, awq, gptq, smooth-gptq, smoothquant, rtn",
             ],
         ),
         (["--bits", "4"], &["--bits"]),

@@ -214,16 +214,17 @@ fn samples(
 }
 
 /// A block's constants, and the block in full precision.
-struct Block {
+pub(crate) struct Block {
     /// Weights of the norms before attention and MLP, `[hidden]`.
-    norms: [Tensor; 2],
+    pub norms: [Tensor; 2],
     q_norm: Option<Tensor>,
     k_norm: Option<Tensor>,
-    linears: Vec<Dense>,
+    /// Q to DOWN.
+    pub linears: Vec<Dense>,
 }
 
 impl Block {
-    fn new(weights: &BlockWeights, model: &ModelConfig, layer: usize) -> Result<Self> {
+    pub fn new(weights: &BlockWeights, model: &ModelConfig, layer: usize) -> Result<Self> {
         let vector = |what: &str, values: &[f32], n: usize| -> Result<Tensor> {
             check_len(what, values.len(), &[n])?;
             Ok(tensor(values.to_vec(), n)?)
@@ -445,4 +446,4 @@ impl Parts for Quantized<'_> {
 }
 
 #[cfg(test)]
-mod tests;
+pub(crate) mod tests;

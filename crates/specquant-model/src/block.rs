@@ -225,6 +225,7 @@ impl Block {
                 rotation.apply(x, heads);
             }
         }
+        self.rotations.keys.iter().for_each(|keys| keys.apply(&mut q, &mut k));
         let mut attended = vec![0.0; q.len()];
         self.kv_center.iter().for_each(|center| center.subtract(&mut k, &mut v));
         self.attend(config, &q, &k, &v, spans, &mut attended);

@@ -20,9 +20,11 @@
 //! and for the layers that read one input (`model.layers.N.qkv`, `.o`, `.gate_up`, `.down`) what a basis that is not computed consists of:
 //! `branch_basis` F16 `[r, in]` (`svd`, `wsvd`) or `branch_inputs` I32 `[r]` (`rows`). Where `input_rotation` is given, the input goes through
 //! the Householder reflections of the vectors `reflections` I8 `[r, in]`, which need no scale; its first r coordinates are divided by `kept_norm`
-//! F32 `[r]`, the others rotated. `act_clip` F32 `[1]` is the input's own clip ratio, in place of the scheme's.
+//! F32 `[r]`, the others rotated. Where `input_rotation` is `kronecker`, an input x is multiplied by A ⊗ B, `kronecker_left` F16 `[n₁, n₁]` and
+//! `kronecker_right` F16 `[n₂, n₂]` with n₁ n₂ = in, one of which may be absent for the identity. `act_clip` F32 `[1]` is the input's own clip ratio, in place of the scheme's.
 //! `model.layers.N.self_attn.k_center` and `.v_center` F32 `[kv_heads · head_dim]` are subtracted from keys (after RoPE and rotation) and values before they are
-//! cached.
+//! cached. `model.layers.N.self_attn.k_transform` F16 `[head_dim, head_dim]` is the matrix that keys are multiplied by after RoPE, and queries by its inverse
+//! transpose.
 //!
 //! Everything else keeps its Hugging Face name: norms in F32 (smoothing and rotations are folded into the weights), embeddings and
 //! `lm_head` in 16 bit or as `weight_packed` I8 + `weight_scale`.
@@ -32,7 +34,7 @@ use std::path::Path;
 use half::f16;
 use serde::{Deserialize, Serialize};
 
-use crate::{Error, OnlineRotations, Result, RotationKind, Scheme};
+use crate::{Error, InputRotation, OnlineRotations, Result, Scheme};
 
 /// Version of this layout.
 pub const FORMAT_VERSION: u32 = 3;
@@ -116,9 +118,9 @@ pub struct QuantizationConfig {
     /// Rotations that could not be folded into weights.
     #[serde(default)]
     pub online_rotations: OnlineRotations,
-    /// Rotation of the input of every linear layer, behind its kept coordinates; absent without.
+    /// Rotation of the input of every linear layer, behind its kept coordinates, or that it has a learned transform; absent without.
     #[serde(default, skip_serializing_if = "Option::is_none")]
-    pub input_rotation: Option<RotationKind>,
+    pub input_rotation: Option<InputRotation>,
     /// The whole recipe, as the quantizer was given it.
     pub recipe: serde_json::Value,
 }

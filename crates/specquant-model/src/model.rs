@@ -11,7 +11,7 @@ use crate::checkpoint::QuantizationConfig;
 use crate::linear::Linear;
 use crate::stored_branch::{Truncation, read_basis};
 use crate::stored_linear::{StoredLinear, read_linear};
-use crate::stored_transform::{read_act_clip, read_transform};
+use crate::stored_transform::{read_act_clip, read_key_transform, read_transform};
 use crate::{Error, InputTransform, Levels, ModelConfig, Result, Rotations, Scheme, Source, TensorView};
 
 /// Rows of logits computed at a time: `64 × 49152` f32 are 12 MiB, which the allocator keeps.
@@ -198,7 +198,10 @@ impl Block {
             up: linear("mlp.up_proj", [inner, hidden], Site::GateUp)?,
             down: linear("mlp.down_proj", [hidden, inner], Site::Down)?,
             window: c.sliding_window.get(index).copied().flatten(),
-            rotations: quant.map_or_else(Rotations::default, |q| Rotations::new(&q.online_rotations, c)),
+            rotations: Rotations {
+                keys: read_key_transform(source, quant, &prefix, c.head_dim)?,
+                ..quant.map_or_else(Rotations::default, |q| Rotations::new(&q.online_rotations, c))
+            },
             inputs,
             kv_center,
         })

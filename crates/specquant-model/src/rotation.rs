@@ -1,7 +1,7 @@
 //! Orthonormal transforms that run on activations because they could not be folded into weights (QuaRot, arXiv 2404.00456).
 
 use serde::{Deserialize, Serialize};
-use specquant_kernels::{Dct, Hadamard, Reflections};
+use specquant_kernels::{Dct, Hadamard, Kronecker, Reflections};
 
 use crate::ModelConfig;
 
@@ -40,6 +40,39 @@ pub struct Rotations {
     pub heads: Option<Hadamard>,
     /// Of each head of q and k, `[head_dim]`.
     pub qk: Option<Rotation>,
+    /// Of the same, where it was learned.
+    pub keys: Option<KeyTransform>,
+}
+
+/// An invertible transform P of each head of k after RoPE, and what undoes it in the product with q: q P⁻ᵀ.
+#[derive(Debug, Clone)]
+pub struct KeyTransform {
+    keys: Kronecker,
+    queries: Kronecker,
+}
+
+impl KeyTransform {
+    /// P: `[head_dim, head_dim]`; nothing if it is singular.
+    ///
+    /// # Panics
+    /// If it is not square.
+    pub fn new(matrix: Vec<f32>, head_dim: usize) -> Option<Self> {
+        let keys = Kronecker::new(head_dim, Vec::new(), matrix);
+        keys.inverse_transposed().map(|queries| KeyTransform { keys, queries })
+    }
+
+    /// P, `[head_dim, head_dim]`.
+    pub fn matrix(&self) -> &[f32] {
+        self.keys.right()
+    }
+
+    /// q: `[rows, heads * head_dim]`; k: `[rows, kv_heads * head_dim]`.
+    pub(crate) fn apply(&self, q: &mut [f32], k: &mut [f32]) {
+        for (transform, x) in [(&self.queries, q), (&self.keys, k)] {
+            let heads = x.len() / transform.width();
+            transform.apply(x, heads);
+        }
+    }
 }
 
 impl Rotations {
@@ -51,13 +84,35 @@ impl Rotations {
             // Mixing whole heads is done by Hadamard matrices alone.
             heads: online.heads.map(|_| Hadamard::new(config.num_heads)),
             qk: plan(online.qk, config.head_dim),
+            keys: None,
+        }
+    }
+}
+
+/// What an [`InputTransform`] does to the coordinates that it does not keep.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum InputRotation {
+    /// See [`RotationKind::Hadamard`].
+    Hadamard,
+    /// See [`RotationKind::Dct`].
+    Dct,
+    /// Nothing is kept, and every input has a learned matrix of its own, see [`Kronecker`].
+    Kronecker,
+}
+
+impl From<RotationKind> for InputRotation {
+    fn from(kind: RotationKind) -> Self {
+        match kind {
+            RotationKind::Hadamard => InputRotation::Hadamard,
+            RotationKind::Dct => InputRotation::Dct,
         }
     }
 }
 
 /// What the input of some layers goes through in front of them: a change of coordinates whose first few carry most of the energy and are
-/// quantized to more bits than the others, and a rotation of the others, which spreads what is left of the outliers. The weights went
-/// through the same, so that nothing changes but the rounding.
+/// quantized to more bits than the others, and a rotation of the others, which spreads what is left of the outliers; or a learned matrix in place of both. The weights went
+/// through the same, or through the matrix's inverse transpose, so that nothing changes but the rounding.
 ///
 /// Without it those few directions would set the range, and so the step, of all others (ResQ, arXiv 2412.14363, which folds such a change of
 /// coordinates into the residual stream; here every input has its own, fitted behind its norm).
@@ -68,7 +123,50 @@ pub struct InputTransform {
     /// What the kept coordinates are divided by, `[r]`.
     norms: Vec<f32>,
     /// Of the coordinates after the first r.
-    rotation: Rotation,
+    rest: Rest,
+}
+
+/// What happens to coordinates that are not kept.
+#[derive(Debug, Clone)]
+enum Rest {
+    /// The same in inputs and weights.
+    Rotation(Rotation),
+    /// K, and K⁻ᵀ for the weights.
+    Kronecker(Box<[Kronecker; 2]>),
+}
+
+impl Rest {
+    /// x: `[rows, n]` of inputs, in place.
+    fn apply(&self, x: &mut [f32], rows: usize) {
+        match self {
+            Rest::Rotation(rotation) => rotation.apply(x, rows),
+            Rest::Kronecker(pair) => pair[0].apply(x, rows),
+        }
+    }
+
+    /// w: `[rows, n]` of weights, in place.
+    fn apply_to_weight(&self, w: &mut [f32], rows: usize) {
+        match self {
+            Rest::Rotation(rotation) => rotation.apply(w, rows),
+            Rest::Kronecker(pair) => pair[1].apply(w, rows),
+        }
+    }
+
+    /// Undoes [`Rest::apply`].
+    fn undo(&self, x: &mut [f32], rows: usize) {
+        match self {
+            Rest::Rotation(rotation) => rotation.apply_transposed(x, rows),
+            Rest::Kronecker(pair) => pair[1].transposed().apply(x, rows),
+        }
+    }
+
+    /// Undoes [`Rest::apply_to_weight`].
+    fn undo_weight(&self, w: &mut [f32], rows: usize) {
+        match self {
+            Rest::Rotation(rotation) => rotation.apply_transposed(w, rows),
+            Rest::Kronecker(pair) => pair[0].transposed().apply(w, rows),
+        }
+    }
 }
 
 /// A rotation of some width.
@@ -122,8 +220,33 @@ impl InputTransform {
     /// If there is not one norm for every reflection.
     pub fn new(reflections: Reflections, norms: Vec<f32>, rotation: RotationKind) -> Self {
         assert_eq!(norms.len(), reflections.len(), "a norm for every kept coordinate");
-        let rotation = Rotation::new(rotation, reflections.width() - reflections.len());
-        InputTransform { reflections, norms, rotation }
+        let rest = Rest::Rotation(Rotation::new(rotation, reflections.width() - reflections.len()));
+        InputTransform { reflections, norms, rest }
+    }
+
+    /// x ↦ x K, which keeps nothing; or nothing if K is singular.
+    pub fn kronecker(kronecker: Kronecker) -> Option<Self> {
+        let inverse = kronecker.inverse_transposed()?;
+        let reflections = Reflections::new(kronecker.width(), Vec::new());
+        Some(InputTransform {
+            reflections,
+            norms: Vec::new(),
+            rest: Rest::Kronecker(Box::new([kronecker, inverse])),
+        })
+    }
+
+    /// K of a transform that is one.
+    pub fn as_kronecker(&self) -> Option<&Kronecker> {
+        match &self.rest {
+            Rest::Kronecker(pair) => Some(&pair[0]),
+            Rest::Rotation(_) => None,
+        }
+    }
+
+    /// Bits on disk, see [`transform_tensors`](crate::transform_tensors).
+    pub fn stored_bits(&self) -> usize {
+        let matrices = self.as_kronecker().map_or(0, |k| 16 * (k.left().len() + k.right().len()));
+        (8 * self.width() + 32) * self.kept() + matrices
     }
 
     /// Number r of kept coordinates.
@@ -151,7 +274,7 @@ impl InputTransform {
     /// # Panics
     /// If x is not `[rows, n]`.
     pub fn apply(&self, x: Vec<f32>, rows: usize) -> SplitInput {
-        let mut split = self.split(x, rows);
+        let mut split = self.split(x, rows, Rest::apply);
         for row in split.kept.chunks_exact_mut(self.kept().max(1)) {
             row.iter_mut().zip(&self.norms).for_each(|(x, norm)| *x /= norm);
         }
@@ -163,7 +286,7 @@ impl InputTransform {
     /// # Panics
     /// If w is not `[out, n]`.
     pub fn apply_to_weight(&self, w: Vec<f32>, out: usize) -> SplitInput {
-        let mut split = self.split(w, out);
+        let mut split = self.split(w, out, Rest::apply_to_weight);
         for row in split.kept.chunks_exact_mut(self.kept().max(1)) {
             row.iter_mut().zip(&self.norms).for_each(|(w, norm)| *w *= norm);
         }
@@ -178,6 +301,7 @@ impl InputTransform {
         for row in split.kept.chunks_exact_mut(self.kept().max(1)) {
             row.iter_mut().zip(&self.norms).for_each(|(x, norm)| *x *= norm);
         }
+        self.rest.undo(&mut split.rest, rows);
         self.join(split, rows)
     }
 
@@ -189,12 +313,12 @@ impl InputTransform {
         for row in split.kept.chunks_exact_mut(self.kept().max(1)) {
             row.iter_mut().zip(&self.norms).for_each(|(w, norm)| *w /= norm);
         }
+        self.rest.undo_weight(&mut split.rest, out);
         self.join(split, out)
     }
 
-    fn join(&self, SplitInput { kept, mut rest }: SplitInput, rows: usize) -> Vec<f32> {
+    fn join(&self, SplitInput { kept, rest }: SplitInput, rows: usize) -> Vec<f32> {
         let (n, r) = (self.width(), self.kept());
-        self.rotation.apply_transposed(&mut rest, rows);
         let mut x = rest;
         if r > 0 {
             let mut whole = Vec::with_capacity(rows * n);
@@ -208,7 +332,7 @@ impl InputTransform {
         x
     }
 
-    fn split(&self, mut x: Vec<f32>, rows: usize) -> SplitInput {
+    fn split(&self, mut x: Vec<f32>, rows: usize, mix: fn(&Rest, &mut [f32], usize)) -> SplitInput {
         let (n, r) = (self.width(), self.kept());
         self.reflections.apply(&mut x, rows);
         let mut kept = Vec::with_capacity(rows * r);
@@ -220,7 +344,7 @@ impl InputTransform {
             }
             x = rest;
         }
-        self.rotation.apply(&mut x, rows);
+        mix(&self.rest, &mut x, rows);
         SplitInput { kept, rest: x }
     }
 }
@@ -244,10 +368,25 @@ mod tests {
             y
         };
         let want = product(&x, &w, n);
-        for (kind, keep) in [(RotationKind::Dct, 0), (RotationKind::Dct, 7), (RotationKind::Hadamard, 4)] {
+        // Far from orthonormal, and from singular.
+        let matrix = |n: usize| {
+            (0..n * n)
+                .map(|i| value(i + 3) * 0.3 + if i % (n + 1) == 0 { 1.5 } else { 0.0 })
+                .collect::<Vec<f32>>()
+        };
+        let kinds = [
+            (Some(RotationKind::Dct), 0),
+            (Some(RotationKind::Dct), 7),
+            (Some(RotationKind::Hadamard), 4),
+            (None, 0),
+        ];
+        for (kind, keep) in kinds {
             let vectors = (0..keep * n).map(|i| (value(i + 5) * 127.0).round()).collect();
             let norms = (0..keep).map(|i| 0.5 + i as f32).collect();
-            let transform = InputTransform::new(Reflections::new(n, vectors), norms, kind);
+            let transform = match kind {
+                Some(kind) => InputTransform::new(Reflections::new(n, vectors), norms, kind),
+                None => InputTransform::kronecker(Kronecker::new(n, matrix(6), matrix(10))).unwrap(),
+            };
             let (a, b) = (transform.apply(x.clone(), rows), transform.apply_to_weight(w.clone(), out));
             assert_eq!((a.kept.len(), b.rest.len()), (rows * keep, out * (n - keep)));
             let (kept, rest) = (product(&a.kept, &b.kept, keep), product(&a.rest, &b.rest, n - keep));

@@ -1,6 +1,5 @@
 //! One decoder block: smoothing search and folds, then its seven layers.
 
-use std::collections::HashMap;
 use std::sync::Arc;
 
 use serde::Serialize;
@@ -12,6 +11,7 @@ use specquant_model::{
 };
 
 use crate::layer::{self, Input, RoundingReport, Weight};
+use crate::learn::Learned;
 use crate::recipe::{Recipe, Rounding, Searched, SmoothMethod};
 use crate::rounding::{self, ClipSearch, Factor, Grid, factorize};
 use crate::transforms::{awq, smooth};
@@ -24,7 +24,8 @@ pub struct LayerReport {
     pub name: String,
     /// `[out, in]`.
     pub shape: [usize; 2],
-    /// Stored bits per weight: codes, scales, counts, indices, coefficients, and the layer's share of a stored basis.
+    /// Stored bits per weight: codes, scales, counts, indices, coefficients, and the layer's share of a stored basis and of
+    /// its input's transform.
     pub bits_per_weight: f64,
     /// Migration strength; absent without smoothing.
     #[serde(skip_serializing_if = "Option::is_none")]
@@ -184,12 +185,11 @@ pub struct QuantizedBlock {
     pub layers: Vec<(LayerReport, StoredLinear)>,
     /// The bases of the branches, in the order of [`Site::ALL`].
     pub bases: [Option<Arc<Basis>>; 4],
-    /// The clip ratios of activations that were searched, in the order of [`Site::ALL`].
+    /// The clip ratios of activations that were searched or learned, in the order of [`Site::ALL`].
     pub act_clips: [Option<f32>; 4],
 }
 
-/// Quantizes the block in place. `block` holds owned dense weights; `stats` is in the order of [`Site::ALL`]; clips: learned clip ratios, by the
-/// layer's full name.
+/// Quantizes the block in place. `block` holds owned dense weights; `stats` is in the order of [`Site::ALL`].
 ///
 /// # Errors
 /// When something is not finite or cannot be packed.
@@ -197,7 +197,7 @@ pub fn quantize_block(
     block: &mut Block,
     prefix: &str,
     stats: &mut [SiteStats; 4],
-    clips: &HashMap<String, Vec<f32>>,
+    learned: &Learned,
     recipe: &Recipe,
     config: &ModelConfig,
 ) -> Result<QuantizedBlock> {
@@ -210,7 +210,11 @@ pub fn quantize_block(
         let linears = block.site(site);
         let sample = whole.input(&[]);
         let full_outputs = outputs(&linears, &sample)?;
-        let change = recipe.input.as_ref().map(|change| whole.transform(change));
+        let change = match (&learned.inputs[i], &recipe.input) {
+            (Some(transform), _) => Some((transform.clone(), whole.transformed(transform))),
+            (None, Some(change)) => Some(whole.transform(change)),
+            (None, None) => None,
+        };
         let stats = change.as_ref().map_or(whole, |(_, rest)| rest);
         let mean_abs = stats.mean_abs();
         let input = stats.input(&mean_abs);
@@ -219,7 +223,7 @@ pub fn quantize_block(
             _ => None,
         };
         let mut weights = weights(&linears, &names);
-        weights.iter_mut().for_each(|w| w.clip = clips.get(w.name).map(Vec::as_slice));
+        weights.iter_mut().for_each(|w| w.clip = learned.clips.get(w.name).map(Vec::as_slice));
         let mut parts = Vec::new();
         if let Some((transform, _)) = &change {
             parts.extend(weights.iter().map(|w| Parts::of(w, transform, &input)));
@@ -235,7 +239,10 @@ pub fn quantize_block(
         let (basis, mut finished) = layer::finish(&weights, recipe, &input, factor.as_ref(), &wants)?;
         let transform = change.as_ref().map(|(transform, _)| transform);
         let kept = transform.map(InputTransform::kept).filter(|&r| r > 0);
-        let reflection_bits = transform.map_or(0, |t| (8 * t.width() + 32) * t.kept());
+        let mut transform_bits = transform.map_or(0, InputTransform::stored_bits);
+        if let (Site::Qkv, Some(keys)) = (site, &block.rotations.keys) {
+            transform_bits += 16 * keys.matrix().len();
+        }
         let mut quantized = Vec::new();
         for (l, done) in finished.iter_mut().enumerate() {
             done.stored.kept = parts.get_mut(l).and_then(|part| part.kept.take());
@@ -253,13 +260,16 @@ pub fn quantize_block(
             };
             quantized.iter().zip(&full_outputs).map(error).collect()
         };
-        if recipe.search_act_clip && recipe.scheme.act_bits < 16 {
+        if let Some(clip) = learned.act_clips[i] {
+            set_act_clip(&mut quantized, clip);
+            act_clips[i] = Some(clip);
+        } else if recipe.search_act_clip && recipe.scheme.act_bits < 16 {
             act_clips[i] = Some(search_act_clip(&mut quantized, errors)?);
         }
         let errors = errors(&quantized)?;
         for (l, layer::Done { stored, rounding, temperature }) in finished.into_iter().enumerate() {
             let (out, inp) = (stored.out, quantized[l].in_features());
-            let shared = (basis.as_ref().map_or(0, |b| layer::shared_bits(b)) + reflection_bits) * out / outs;
+            let shared = (basis.as_ref().map_or(0, |b| layer::shared_bits(b)) + transform_bits) * out / outs;
             let items = stored.branch.as_ref().map(|b| {
                 let total: usize = b.counts.iter().map(|&k| usize::from(k)).sum();
                 (total as f64 / out as f64, b.counts.iter().copied().max().unwrap_or(0))
@@ -290,24 +300,25 @@ pub fn quantize_block(
 /// largest of 500 values lies about 3.1 from the mean.
 const ACT_CLIPS: [f32; 8] = [1.0, 0.95, 0.9, 0.85, 0.8, 0.75, 0.7, 0.65];
 
+fn set_act_clip(layers: &mut [Linear], clip: f32) {
+    for layer in layers {
+        if let Linear::Quantized(layer) = layer {
+            layer.act_clip = clip;
+        }
+    }
+}
+
 /// Gives the layers of a site the clip ratio of least error, and returns it. errors: of every layer.
 fn search_act_clip(layers: &mut [Linear], errors: impl Fn(&[Linear]) -> Result<Vec<f64>>) -> Result<f32> {
-    let set = |layers: &mut [Linear], clip: f32| {
-        for layer in layers {
-            if let Linear::Quantized(layer) = layer {
-                layer.act_clip = clip;
-            }
-        }
-    };
     let mut best = (f64::INFINITY, 1.0);
     for clip in ACT_CLIPS {
-        set(layers, clip);
+        set_act_clip(layers, clip);
         let error: f64 = errors(layers)?.into_iter().sum();
         if error < best.0 {
             best = (error, clip);
         }
     }
-    set(layers, best.1);
+    set_act_clip(layers, best.1);
     Ok(best.1)
 }
 

@@ -1,15 +1,20 @@
 //! Parts of a recipe that are learned by gradients, in specquant-learn: the bridge between its plain vectors and the pipeline. Without the
 //! feature `learn` such recipes parse, so that they can be named, and are refused.
 
+use std::collections::HashMap;
+
 use serde::{Deserialize, Serialize};
-use specquant_model::RotationKind;
+use specquant_model::{InputTransform, RotationKind};
 
 use crate::recipe::Recipe;
 use crate::{Error, Result};
 
 #[cfg(feature = "learn")]
-pub use specquant_learn::{OmniQuantConfig, SpinQuantConfig, TuneConfig};
+pub use specquant_learn::{FlatQuantConfig, OmniQuantConfig, SpinQuantConfig, TuneConfig};
 
+/// Settings, without the code that could use them.
+#[cfg(not(feature = "learn"))]
+pub type FlatQuantConfig = serde_json::Map<String, serde_json::Value>;
 /// Settings, without the code that could use them.
 #[cfg(not(feature = "learn"))]
 pub type OmniQuantConfig = serde_json::Map<String, serde_json::Value>;
@@ -26,10 +31,23 @@ pub type TuneConfig = serde_json::Map<String, serde_json::Value>;
 pub enum Learn {
     /// Scales and clip ratios, block by block.
     OmniQuant(OmniQuantConfig),
+    /// Transforms of inputs and heads and clip ratios, block by block.
+    FlatQuant(FlatQuantConfig),
     /// Rotations of the residual stream and of the heads of v, on the whole model.
     SpinQuant(SpinQuantConfig),
     /// What is stored beside the codes, on the predictions of the whole model, after everything else.
     Tune(TuneConfig),
+}
+
+/// What was learned of a block before it is quantized.
+#[derive(Default)]
+pub struct Learned {
+    /// Clip ratios of weights by the layer's full name, `[out]`; they take the place of the recipe's search.
+    pub clips: HashMap<String, Vec<f32>>,
+    /// Transforms of inputs, in the order of [`Site::ALL`](specquant_model::Site::ALL), which keep nothing.
+    pub inputs: [Option<InputTransform>; 4],
+    /// Clip ratios of those inputs.
+    pub act_clips: [Option<f32>; 4],
 }
 
 const NOT_BUILT: &str =
@@ -41,7 +59,7 @@ impl Learn {
     pub(crate) fn sequences(&self) -> usize {
         match self {
             Learn::Tune(config) => config.steps,
-            Learn::OmniQuant(_) | Learn::SpinQuant(_) => 0,
+            Learn::OmniQuant(_) | Learn::FlatQuant(_) | Learn::SpinQuant(_) => 0,
         }
     }
 
@@ -58,8 +76,10 @@ impl Learn {
             return refuse(NOT_BUILT);
         }
         #[cfg(feature = "learn")]
-        if let Learn::Tune(config) = self {
-            config.validate().or_else(|e| refuse(&e.to_string()))?;
+        match self {
+            Learn::Tune(config) => config.validate().or_else(|e| refuse(&e.to_string()))?,
+            Learn::FlatQuant(config) => config.validate().or_else(|e| refuse(&e.to_string()))?,
+            _ => (),
         }
         match self {
             Learn::SpinQuant(_)
@@ -81,6 +101,26 @@ impl Learn {
                     "omniquant learns the scales and clips of the weight as a whole: it goes with neither rotate nor smooth, branch, input or kv_center",
                 )
             }
+            Learn::FlatQuant(_)
+                if [
+                    recipe.rotate.is_some(),
+                    recipe.smooth.is_some(),
+                    recipe.branch.is_some(),
+                    recipe.input.is_some(),
+                    recipe.kv_center,
+                ]
+                .contains(&true) =>
+            {
+                refuse(
+                    "flatquant learns what every input and every head goes through: it goes with neither rotate nor smooth, branch, input or kv_center",
+                )
+            }
+            Learn::FlatQuant(_) if recipe.search_act_clip || recipe.scheme.act_clip != 1.0 => refuse(
+                "flatquant learns the clip ratios of activations: leave out search_act_clip, and scheme.act_clip (--act-clip)",
+            ),
+            Learn::FlatQuant(_) if recipe.scheme.group_size != 0 => refuse(
+                "flatquant learns one clip ratio per output channel: set scheme.group_size = 0 (--group-size 0)",
+            ),
             Learn::Tune(_) if recipe.branch.is_some() => refuse(
                 "tune knows no branch: leave one of them out, or take a recipe that learns nothing, such as spectral",
             ),
@@ -103,17 +143,18 @@ mod run {
     use std::collections::HashMap;
 
     use specquant_kernels::Hadamard;
-    use specquant_learn::{BlockWeights, Start, omniquant, spinquant};
+    use specquant_learn::{BlockWeights, Start, flatquant, omniquant, spinquant};
     use specquant_model::{
         Block, ModelConfig, OnlineRotations, QuantizationConfig, RotationKind, Site, Source, StoredLinear,
         StoredTensor, storable_scales,
     };
 
-    use super::{OmniQuantConfig, SpinQuantConfig, TuneConfig};
+    use super::{FlatQuantConfig, Learned, OmniQuantConfig, SpinQuantConfig, TuneConfig};
     use crate::Result;
     use crate::block::{apply_scales, round_kept};
     use crate::pipeline::observe;
     use crate::recipe::{Recipe, Rounding};
+    use crate::transforms::flat;
     use crate::transforms::rotate::Orthogonal;
 
     /// The learned rotations: of the residual stream, and of the heads of v of every layer. `progress` is told step, number of steps and
@@ -154,7 +195,24 @@ mod run {
         Ok((dense(hidden, learned.r1), learned.r2.into_iter().map(|r2| dense(head_dim, r2)).collect()))
     }
 
-    /// Learns the scales of a block with owned dense weights, applies them, and returns the clip ratios by the layers' full names.
+    /// A block with owned dense weights, as learning takes it.
+    fn block_weights(block: &Block) -> BlockWeights<'_> {
+        BlockWeights {
+            input_norm: &block.input_norm,
+            post_norm: &block.post_norm,
+            q_norm: block.q_norm.as_deref(),
+            k_norm: block.k_norm.as_deref(),
+            linears: block.linears().map(|(_, linear)| linear.dense().unwrap_or((&[], None))),
+        }
+    }
+
+    /// Clip ratios by the layers' full names.
+    fn named(block: &Block, index: usize, clips: [Vec<f32>; 7]) -> HashMap<String, Vec<f32>> {
+        let names = block.linears().map(|(name, _)| format!("model.layers.{index}.{name}"));
+        names.into_iter().zip(clips).collect()
+    }
+
+    /// Learns the scales of a block with owned dense weights, applies them, and returns the clip ratios.
     ///
     /// full, states: the residual stream before the block, in full precision and as the quantized blocks bring it; `full` moves through
     /// the block.
@@ -166,7 +224,7 @@ mod run {
         config: &OmniQuantConfig,
         full: &mut [Vec<f32>],
         states: &[Vec<f32>],
-    ) -> Result<HashMap<String, Vec<f32>>> {
+    ) -> Result<Learned> {
         let before = full.to_vec();
         let (full_stats, _) = observe(block, model, index, full, 1, false)?;
         let scheme = &recipe.scheme;
@@ -178,26 +236,46 @@ mod run {
             kv_clip: scheme.kv_clip(),
             ..config.clone()
         };
-        let learned = {
-            let linears = block.linears().map(|(_, linear)| linear.dense().unwrap_or((&[], None)));
-            let weights = BlockWeights {
-                input_norm: &block.input_norm,
-                post_norm: &block.post_norm,
-                q_norm: block.q_norm.as_deref(),
-                k_norm: block.k_norm.as_deref(),
-                linears,
-            };
-            let maxima =
-                [Site::Qkv, Site::O, Site::GateUp].map(|site| full_stats[site as usize].max.as_slice());
-            omniquant(&weights, model, index, &before, states, maxima, &config, &mut |_, _| ())?
-        };
+        let maxima = [Site::Qkv, Site::O, Site::GateUp].map(|site| full_stats[site as usize].max.as_slice());
+        let weights = block_weights(block);
+        let learned = omniquant(&weights, model, index, &before, states, maxima, &config, &mut |_, _| ())?;
         for (site, scales) in Site::ALL.into_iter().zip(&learned.scales) {
             if let Some(scales) = scales {
                 apply_scales(block, site, scales, model);
             }
         }
-        let names = block.linears().map(|(name, _)| format!("model.layers.{index}.{name}"));
-        Ok(names.into_iter().zip(learned.clip).collect())
+        Ok(Learned { clips: named(block, index, learned.clip), ..Learned::default() })
+    }
+
+    /// Learns the transforms of a block with owned dense weights, applies those that fold into its weights and norms, and returns the others with the
+    /// clip ratios; the transform of keys becomes the block's.
+    ///
+    /// full: the residual stream before the block in full precision; it moves through the block.
+    pub fn transforms(
+        block: &mut Block,
+        model: &ModelConfig,
+        index: usize,
+        recipe: &Recipe,
+        config: &FlatQuantConfig,
+        full: &mut [Vec<f32>],
+    ) -> Result<Learned> {
+        let before = full.to_vec();
+        let (stats, _) = observe(block, model, index, full, 1, false)?;
+        let scheme = &recipe.scheme;
+        let config = FlatQuantConfig {
+            seed: recipe.seed,
+            weight_bits: scheme.weight_bits,
+            act_bits: scheme.act_bits,
+            kv_bits: scheme.kv_bits,
+            kv_clip: scheme.kv_clip(),
+            ..config.clone()
+        };
+        let maxima = stats.each_ref().map(|stats| stats.max.as_slice());
+        let flat = flatquant(&block_weights(block), model, index, &before, maxima, &config, &mut |_, _| ())?;
+        let clips = named(block, index, flat.weight_clip.clone());
+        let act_clips = flat.act_clip.map_or([None; 4], |clips| clips.map(Some));
+        let inputs = flat::apply(block, model, index, flat)?;
+        Ok(Learned { clips, inputs: inputs.map(Some), act_clips })
     }
 
     /// Tunes the quantized `checkpoint` on what `source` predicts, and returns the tensors that have changed. `progress` is told step, number
@@ -240,11 +318,9 @@ mod run {
 /// What [`Learn::validate`] has refused before.
 #[cfg(not(feature = "learn"))]
 mod run {
-    use std::collections::HashMap;
-
     use specquant_model::{Block, ModelConfig, OnlineRotations, Source, StoredTensor};
 
-    use super::{NOT_BUILT, OmniQuantConfig, SpinQuantConfig, TuneConfig};
+    use super::{FlatQuantConfig, Learned, NOT_BUILT, OmniQuantConfig, SpinQuantConfig, TuneConfig};
     use crate::recipe::Recipe;
     use crate::transforms::rotate::Orthogonal;
     use crate::{Error, Result};
@@ -268,7 +344,18 @@ mod run {
         _: &OmniQuantConfig,
         _: &mut [Vec<f32>],
         _: &[Vec<f32>],
-    ) -> Result<HashMap<String, Vec<f32>>> {
+    ) -> Result<Learned> {
+        Err(Error::Recipe(NOT_BUILT.to_owned()))
+    }
+
+    pub fn transforms(
+        _: &mut Block,
+        _: &ModelConfig,
+        _: usize,
+        _: &Recipe,
+        _: &FlatQuantConfig,
+        _: &mut [Vec<f32>],
+    ) -> Result<Learned> {
         Err(Error::Recipe(NOT_BUILT.to_owned()))
     }
 
@@ -283,4 +370,4 @@ mod run {
     }
 }
 
-pub(crate) use run::{rotations, scales_and_clips, tuned_tensors};
+pub(crate) use run::{rotations, scales_and_clips, transforms, tuned_tensors};

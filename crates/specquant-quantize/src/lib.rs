@@ -23,7 +23,7 @@ mod vocabulary;
 
 pub use block::*;
 pub use error::*;
-pub use learn::{Learn, OmniQuantConfig, SpinQuantConfig, TuneConfig};
+pub use learn::{FlatQuantConfig, Learn, Learned, OmniQuantConfig, SpinQuantConfig, TuneConfig};
 pub use output::check_output;
 pub use pipeline::*;
 pub use plan::*;

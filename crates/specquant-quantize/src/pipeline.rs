@@ -3,19 +3,19 @@
 //! Block n is calibrated on the outputs of the quantized blocks before it. Only one block's weights are in memory at a time,
 //! widened to f32; a finished block is a finished shard.
 
-use std::collections::HashMap;
 use std::path::Path;
 
 use serde::Serialize;
 use serde_json::json;
 use specquant_kernels::{KvCache, KvFormat, KvSide};
 use specquant_model::{
-    Block, FORMAT_VERSION, KvCenter, Linear, ModelConfig, OnlineRotations, QuantizationConfig, RopeTable,
-    Site, Source, Span, StoredTensor, act_clip_tensor, basis_tensors, transform_tensors,
+    Block, FORMAT_VERSION, InputRotation, KvCenter, Linear, ModelConfig, OnlineRotations, QuantizationConfig,
+    RopeTable, Site, Source, Span, StoredTensor, act_clip_tensor, basis_tensors, key_transform_tensor,
+    transform_tensors,
 };
 
 use crate::block::{LayerReport, quantize_block};
-use crate::learn::{self, Learn};
+use crate::learn::{self, Learn, Learned};
 use crate::output::Output;
 use crate::recipe::Recipe;
 use crate::transforms::rotate::{self, Orthogonal};
@@ -131,7 +131,8 @@ pub fn run(
         })
         .collect::<Result<Vec<_>>>()?;
     // What full precision makes of the same texts, for methods that compare with it.
-    let mut full = matches!(recipe.learn, Some(Learn::OmniQuant(_))).then(|| states.clone());
+    let compares = matches!(recipe.learn, Some(Learn::OmniQuant(_) | Learn::FlatQuant(_)));
+    let mut full = compares.then(|| states.clone());
     let mut layers = Vec::new();
     for index in 0..config.num_layers {
         let (tensors, reports) = one_block(
@@ -165,7 +166,10 @@ pub fn run(
         specquant_version: report.specquant_version.clone(),
         scheme: recipe.scheme,
         branch_basis: recipe.branch.as_ref().map(|b| b.basis),
-        input_rotation: recipe.input.map(|input| input.rotation),
+        input_rotation: match recipe.learn {
+            Some(Learn::FlatQuant(_)) => Some(InputRotation::Kronecker),
+            _ => recipe.input.map(|input| input.rotation.into()),
+        },
         online_rotations: rotation.as_ref().map_or_else(OnlineRotations::default, |r| r.online),
         recipe: json!(recipe),
     };
@@ -255,18 +259,21 @@ fn one_block(
     let mut reports = Vec::new();
     let mut tensors = Vec::new();
     if recipe.scheme.weight_bits < 16 {
-        let clips = match (&recipe.learn, full) {
+        let learned = match (&recipe.learn, full) {
             (Some(Learn::OmniQuant(settings)), Some(full)) => {
                 learn::scales_and_clips(&mut block, config, index, recipe, settings, full, states)?
             }
-            _ => HashMap::new(),
+            (Some(Learn::FlatQuant(settings)), Some(full)) => {
+                learn::transforms(&mut block, config, index, recipe, settings, full)?
+            }
+            _ => Learned::default(),
         };
         // Statistics come from the full-precision block on the quantized blocks' outputs; the states themselves stay.
         let sampled = recipe.calibration.search_tokens;
         let (mut stats, center) =
             observe(&block, config, index, &mut states.to_vec(), sampled, recipe.needs_hessian())?;
         block.kv_center = recipe.kv_center.then_some(center);
-        let done = quantize_block(&mut block, &prefix, &mut stats, &clips, recipe, config)?;
+        let done = quantize_block(&mut block, &prefix, &mut stats, &learned, recipe, config)?;
         for (report, stored) in done.layers {
             tensors.extend(stored.tensors(&report.name));
             reports.push(report);
@@ -280,6 +287,7 @@ fn one_block(
         for (site, input) in Site::ALL.into_iter().zip(&block.inputs) {
             tensors.extend(input.iter().flat_map(|input| transform_tensors(input, &prefix, site)));
         }
+        tensors.extend(block.rotations.keys.iter().map(|keys| key_transform_tensor(keys, &prefix)));
     } else {
         let names = block.linears().map(|(name, _)| name);
         for (name, linear) in names.into_iter().zip(block.linears_mut()) {

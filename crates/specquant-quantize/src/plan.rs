@@ -1,6 +1,7 @@
 //! What can be known before a weight is read: whether the recipe fits the model, and what the run will cost.
 
 use serde::Serialize;
+use specquant_kernels::Kronecker;
 use specquant_model::{BranchBasis, Site, Source};
 
 use crate::calibration::GENERATION_BATCH;
@@ -138,6 +139,16 @@ pub fn plan(source: &Source, recipe: &Recipe) -> Result<Plan> {
         let (outs, whole) = (site_outputs(&shapes, site), config.site_width(site));
         let inp = whole - keep;
         let kept = if keep > 0 { outs * (8 * keep + 16) + keep * (8 * whole + 32) } else { 0 };
+        let learned = matches!(recipe.learn, Some(Learn::FlatQuant(_)));
+        let matrices = match site {
+            _ if !learned => 0,
+            Site::O => config.num_heads.pow(2),
+            _ => {
+                let (n1, n2) = Kronecker::widths(whole);
+                let keys = if site == Site::Qkv && scheme.kv_bits < 16 { config.head_dim } else { 0 };
+                n1.pow(2) + n2.pow(2) + keys.pow(2)
+            }
+        };
         let code_bits = match scheme.weight_bits {
             bits @ ..=4 => (usize::from(bits) * inp).next_multiple_of(8),
             16 => 16 * inp,
@@ -146,7 +157,7 @@ pub fn plan(source: &Source, recipe: &Recipe) -> Result<Plan> {
         let groups = if scheme.weight_bits == 16 { 0 } else { inp / scheme.group(inp) };
         let plain = recipe.branch.as_ref().filter(|b| b.overhead == Overhead::Plain);
         let branch = plain.map_or(0, |b| branch::bits(b, outs, inp));
-        (outs * (code_bits + 16 * groups) + kept + branch) as f64
+        (outs * (code_bits + 16 * groups) + kept + 16 * matrices + branch) as f64
     };
     let block_weights: usize = shapes.iter().map(|(_, [out, inp])| out * inp).sum();
     let block_bits: f64 = Site::ALL.into_iter().map(bits).sum();
@@ -212,7 +223,17 @@ pub fn plan(source: &Source, recipe: &Recipe) -> Result<Plan> {
         }
         _ => 0,
     };
-    let peak = BASE_BYTES + generation.max(vocabulary).max(hessians + work + branches).max(tuning);
+    // Of a step over the sequences of a batch: the weights transformed, rounded and the gradients of each; what a block's backward pass needs, the scores of attention
+    // among it; and the states in full precision beside the others.
+    let learning = match recipe.learn {
+        Some(Learn::FlatQuant(_)) => {
+            let (batch, length) = batch(recipe);
+            let scores = 3 * config.num_heads * length;
+            4 * (8 * block_weights + batch * length * (8 * wide + scores) + tokens * config.hidden_size)
+        }
+        _ => 0,
+    };
+    let peak = BASE_BYTES + generation.max(vocabulary).max(hessians + work + branches + learning).max(tuning);
     Ok(Plan {
         blocks: config.num_layers,
         layers: config.num_layers * shapes.len(),
@@ -222,6 +243,16 @@ pub fn plan(source: &Source, recipe: &Recipe) -> Result<Plan> {
         output_bytes: (config.num_layers as f64 * block_bits / 8.0) as u64 + vocab_bytes as u64,
         bits_per_weight: block_bits / block_weights as f64,
     })
+}
+
+/// Sequences of a step of FlatQuant's learning, and the tokens of each.
+fn batch(recipe: &Recipe) -> (usize, usize) {
+    let longest = recipe.calibration.sequence_length;
+    #[cfg(feature = "learn")]
+    if let Some(Learn::FlatQuant(settings)) = &recipe.learn {
+        return (settings.batch_size.min(settings.samples), settings.sequence_length.min(longest));
+    }
+    (0, longest)
 }
 
 /// Output channels of all layers that read a site. shapes: of one block's layers.

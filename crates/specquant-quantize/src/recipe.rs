@@ -15,7 +15,7 @@ use crate::rounding::{ClipSearch, GptqConfig};
 use crate::{Error, Result};
 
 /// The built-in recipes: name and text.
-pub const BUILT_IN: [(&str, &str); 14] = [
+pub const BUILT_IN: [(&str, &str); 16] = [
     ("spectral", include_str!("../recipes/spectral.toml")),
     ("spectral-tuned", include_str!("../recipes/spectral-tuned.toml")),
     ("specquant", include_str!("../recipes/specquant.toml")),
@@ -23,6 +23,8 @@ pub const BUILT_IN: [(&str, &str); 14] = [
     ("quarot", include_str!("../recipes/quarot.toml")),
     ("spinquant", include_str!("../recipes/spinquant.toml")),
     ("spinquant-paper", include_str!("../recipes/spinquant-paper.toml")),
+    ("flatquant", include_str!("../recipes/flatquant.toml")),
+    ("flatquant-paper", include_str!("../recipes/flatquant-paper.toml")),
     ("omniquant", include_str!("../recipes/omniquant.toml")),
     ("omniquant-paper", include_str!("../recipes/omniquant-paper.toml")),
     ("awq", include_str!("../recipes/awq.toml")),
@@ -377,7 +379,8 @@ impl Recipe {
             );
         }
         if self.scheme.levels == Levels::Gaussian {
-            let rotated = self.input.is_some() || self.rotate.is_some_and(|r| r.residual);
+            let learned = matches!(self.learn, Some(Learn::FlatQuant(_)));
+            let rotated = self.input.is_some() || self.rotate.is_some_and(|r| r.residual) || learned;
             let why = match (&self.branch, &self.learn) {
                 _ if !rotated => "without a rotation inputs are far from Gaussian: add [input] or [rotate]",
                 _ if self.scheme.kv_clip.is_some() && self.scheme.kv_bits == 4 => {
@@ -386,7 +389,7 @@ impl Recipe {
                 (Some(Branch { overhead: Overhead::Matched, .. }), _) => {
                     "branch.overhead = \"matched\" gives some channels 3 bits, for which there are no levels"
                 }
-                (_, Some(Learn::OmniQuant(_) | Learn::SpinQuant(_))) => {
+                (_, Some(Learn::OmniQuant(_) | Learn::FlatQuant(_) | Learn::SpinQuant(_))) => {
                     "what [learn] learns is learned for evenly spaced codes"
                 }
                 _ => "",

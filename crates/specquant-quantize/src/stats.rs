@@ -120,6 +120,20 @@ impl SiteStats {
         let transform = InputTransform::new(Reflections::new(n, vectors), norms, change.rotation);
         let rest = n - transform.kept();
         let rotation = InputTransform::new(Reflections::new(rest, Vec::new()), Vec::new(), change.rotation);
+        let hessian = hessian.map(|h| h.rotated(|x| rotation.apply(x, rest).rest));
+        let stats = self.behind(&transform, hessian);
+        (transform, stats)
+    }
+
+    /// The statistics of the transformed input. transform: one that keeps nothing.
+    pub fn transformed(&self, transform: &InputTransform) -> SiteStats {
+        let n = self.max.len();
+        self.behind(transform, self.hessian.as_ref().map(|h| h.rotated(|x| transform.apply(x, n).rest)))
+    }
+
+    /// The statistics of what `transform` does not keep, which has this second moment; the others come from the sample.
+    fn behind(&self, transform: &InputTransform, hessian: Option<Hessian>) -> SiteStats {
+        let rest = self.max.len() - transform.kept();
         let sample = transform.apply(self.sample.clone(), self.sampled_rows()).rest;
         let of_sample = |f: &dyn Fn(f32, f32) -> f32| {
             let mut values = vec![0.0f32; rest];
@@ -129,15 +143,14 @@ impl SiteStats {
             values
         };
         let sum = of_sample(&|sum, x| sum + x).into_iter().map(f64::from).collect();
-        let stats = SiteStats {
+        SiteStats {
             max: of_sample(&f32::max),
             sum,
             rows: self.sampled_rows(),
-            hessian: hessian.map(|h| h.rotated(|x| rotation.apply(x, rest).rest)),
+            hessian,
             sample,
             stride: self.stride,
-        };
-        (transform, stats)
+        }
     }
 
     /// Mean magnitudes, `[in]`.
@@ -155,6 +168,7 @@ impl SiteStats {
 mod tests {
     use super::*;
     use crate::rounding::testing::correlated;
+    use specquant_kernels::Kronecker;
     use specquant_model::RotationKind;
 
     /// Statistics that are transformed are those of transformed inputs.
@@ -183,6 +197,28 @@ mod tests {
                 assert!((square / rows as f32 - 1.0).abs() < 1e-2, "{i}: {square}");
             }
         }
+    }
+
+    /// The same for a transform that is no rotation.
+    #[test]
+    fn a_learned_transform_carries_over() {
+        let (rows, n) = (200, 40);
+        let x = correlated(rows, n, 3);
+        let mut stats = SiteStats::new(n, rows, rows, true);
+        stats.add(&x, "test").unwrap();
+        let matrix =
+            |n: usize| (0..n * n).map(move |i| (i as f32).sin() + if i % (n + 1) == 0 { 2.0 } else { 0.0 });
+        let kronecker = Kronecker::new(n, matrix(5).collect(), matrix(8).collect());
+        let transform = InputTransform::kronecker(kronecker).unwrap();
+        let mut seen = SiteStats::new(n, rows, rows, true);
+        seen.add(&transform.apply(x, rows).rest, "test").unwrap();
+        let got = stats.transformed(&transform);
+        assert_eq!((&got.sample, &got.max), (&seen.sample, &seen.max));
+        let [got, want] = [&got, &seen].map(|s| s.hessian.as_ref().unwrap().normalized());
+        let size = want.iter().step_by(n + 1).sum::<f64>() / n as f64;
+        got.iter()
+            .zip(&want)
+            .for_each(|(got, want)| assert!((got - want).abs() < 1e-4 * size, "{got} {want}"));
     }
 
     /// More directions than tokens: those that this text does not have must not be blown up on another.

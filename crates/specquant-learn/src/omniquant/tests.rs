@@ -8,14 +8,14 @@ use crate::net::Net;
 use crate::net::tests::{identity, tiny};
 
 /// A block's tensors, widened.
-struct Owned {
+pub(crate) struct Owned {
     norms: [Vec<f32>; 2],
     head_norms: Option<[Vec<f32>; 2]>,
     linears: Vec<(Vec<f32>, Option<Vec<f32>>)>,
 }
 
 impl Owned {
-    fn read(source: &Source, layer: usize) -> Self {
+    pub fn read(source: &Source, layer: usize) -> Self {
         let c = source.config();
         let get = |name: &str| source.tensor(name).unwrap().to_f32().unwrap();
         let own = |name: &str| get(&format!("model.layers.{layer}.{name}.weight"));
@@ -30,7 +30,7 @@ impl Owned {
         }
     }
 
-    fn weights(&self) -> BlockWeights<'_> {
+    pub fn weights(&self) -> BlockWeights<'_> {
         let head_norm = |i: usize| self.head_norms.as_ref().map(|n| n[i].as_slice());
         BlockWeights {
             input_norm: &self.norms[0],
@@ -43,7 +43,7 @@ impl Owned {
 }
 
 /// Three sequences with a few strong channels.
-fn inputs(hidden: usize) -> Vec<Vec<f32>> {
+pub(crate) fn inputs(hidden: usize) -> Vec<Vec<f32>> {
     let mut rng = ChaCha8Rng::seed_from_u64(1);
     let strength = |i: usize| if i % 17 == 3 { 12.0 } else { 1.0 };
     [20, 13, 24]

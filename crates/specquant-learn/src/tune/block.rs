@@ -133,6 +133,10 @@ impl Layer {
         if block.rotations.down.is_some() || block.rotations.heads.is_some() {
             return Err(Error::Untunable("rotations of whole inputs"));
         }
+        let learned = |t: &Option<InputTransform>| t.as_ref().is_some_and(|t| t.as_kronecker().is_some());
+        if block.rotations.keys.is_some() || block.inputs.iter().any(learned) {
+            return Err(Error::Untunable("learned transforms"));
+        }
         let mut params = Vec::from(
             [input_norm, post_norm].map(|norm| Param::new(norm, config.norm_lr, f32::NEG_INFINITY)),
         );

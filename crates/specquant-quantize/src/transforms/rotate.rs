@@ -95,7 +95,7 @@ impl Orthogonal {
 const DENSE_ROWS: usize = 4096;
 
 /// w `[rows, cols]` as `[cols, rows]`.
-fn transposed(w: &[f32], rows: usize, cols: usize) -> Vec<f32> {
+pub(crate) fn transposed(w: &[f32], rows: usize, cols: usize) -> Vec<f32> {
     let mut t = vec![0.0; w.len()];
     t.par_chunks_exact_mut(rows.max(1)).enumerate().for_each(|(col, out)| {
         out.iter_mut().zip(w[col..].iter().step_by(cols)).for_each(|(t, w)| *t = *w);
