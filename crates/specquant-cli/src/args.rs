@@ -26,6 +26,8 @@ pub enum Command {
     Eval(EvalArgs),
     /// Compare models with the first one: perplexity, distance, tasks; tables and a page with plots
     Compare(Box<CompareArgs>),
+    /// Measure speed: products, decoder blocks and whole models, beside f32 and the machine's limits
+    Bench(BenchArgs),
     /// Measure the paper's tables, figures and claims on a model, and write the report
     Reproduce(ReproduceArgs),
     /// Continue a prompt
@@ -466,6 +468,28 @@ pub struct InspectArgs {
 #[derive(ClapArgs)]
 pub struct DoctorArgs {
     /// Print JSON
+    #[arg(long)]
+    pub json: bool,
+    /// Worker threads; all cores by default
+    #[arg(long, value_name = "N")]
+    pub threads: Option<usize>,
+}
+
+#[derive(ClapArgs)]
+pub struct BenchArgs {
+    /// Models and checkpoints to run whole; the first is what the others are compared with
+    #[arg(value_name = "MODEL")]
+    pub models: Vec<PathBuf>,
+    /// All block shapes of the paper's Table 2, up to 8192 tokens a sequence: hours
+    #[arg(long)]
+    pub full: bool,
+    /// Least time for every figure, in seconds
+    #[arg(long, value_name = "S", default_value_t = 1.0)]
+    pub seconds: f64,
+    /// Also draw the roofline of the products as an SVG file
+    #[arg(long, value_name = "FILE")]
+    pub plot: Option<PathBuf>,
+    /// Print the result as JSON
     #[arg(long)]
     pub json: bool,
     /// Worker threads; all cores by default

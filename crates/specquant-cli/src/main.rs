@@ -3,6 +3,7 @@
 //! Exit codes: 0 success, 1 an integrity check failed, 2 bad input or a failed run, with one message on stderr.
 
 mod args;
+mod bench;
 mod chat;
 mod compare;
 mod demo;
@@ -63,6 +64,7 @@ fn run(args: Args) -> anyhow::Result<ExitCode> {
         Command::Eval(a) => eval::run(a),
         Command::Compare(a) => compare::run(*a),
         Command::Reproduce(a) => reproduce::run(a),
+        Command::Bench(a) => bench::run(a),
         Command::Generate(a) => generate::run(a),
         Command::Chat(a) => chat::run(a),
         Command::Inspect(a) => inspect::run(a),

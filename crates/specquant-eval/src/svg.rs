@@ -234,6 +234,8 @@ pub struct Series {
     pub points: Vec<(f64, f64, String)>,
     /// Written beside the last point.
     pub label: String,
+    /// How they are drawn.
+    pub drawn: Points,
 }
 
 /// How the points of a series are drawn.
@@ -248,14 +250,7 @@ pub enum Points {
 }
 
 /// x to the right, y upwards.
-pub fn plane(
-    series: &[Series],
-    x: &Axis,
-    y: &Axis,
-    points: Points,
-    titles: (&str, &str),
-    name: &str,
-) -> Chart {
+pub fn plane(series: &[Series], x: &Axis, y: &Axis, titles: (&str, &str), name: &str) -> Chart {
     let (left, right, top, bottom) = (52.0, WIDTH - 14.0, 26.0, 250.0);
     let mut canvas = Canvas { body: String::new() };
     x_axis(&mut canvas, x, left, right, top, bottom, titles.0);
@@ -268,7 +263,7 @@ pub fn plane(
     let mut labelled: Vec<(f64, f64)> = Vec::new();
     for s in series {
         let place = |(px, py, _): &(f64, f64, String)| (x.place(*px, left, right), y.place(*py, bottom, top));
-        if points != Points::Loose {
+        if s.drawn != Points::Loose {
             let path: Vec<String> =
                 s.points.iter().map(place).map(|(x, y)| format!("{x:.1},{y:.1}")).collect();
             let _ = write!(
@@ -278,7 +273,7 @@ pub fn plane(
                 path.join(" ")
             );
         }
-        for point in s.points.iter().filter(|_| points != Points::Line) {
+        for point in s.points.iter().filter(|_| s.drawn != Points::Line) {
             let (px, py) = place(point);
             canvas.dot(s.series, px, py, &point.2);
         }

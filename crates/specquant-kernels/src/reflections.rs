@@ -78,6 +78,12 @@ impl Reflections {
         &self.vectors
     }
 
+    /// Resident bytes.
+    pub fn bytes(&self) -> usize {
+        let factors: usize = self.factors.iter().map(PackedDense::bytes).sum();
+        size_of_val(self.vectors.as_slice()) + self.along.bytes() + self.back.bytes() + factors
+    }
+
     /// x ↦ x H(v₁) ⋯ H(vᵣ) for every row, in place. x: [rows, n]. The result does not depend on the number of threads.
     ///
     /// # Panics

@@ -23,9 +23,10 @@ fn lines(series: &[Vec<(f64, f64)>], log: bool, titles: (&str, &str), name: &str
             series: i,
             points: line.iter().map(|&(x, y)| (x, y, String::new())).collect(),
             label: String::new(),
+            drawn: Points::Line,
         })
         .collect();
-    plane(&drawn, &x, &y, Points::Line, titles, name).standalone(names)
+    plane(&drawn, &x, &y, titles, name).standalone(names)
 }
 
 /// Values by their number.
@@ -76,10 +77,10 @@ fn k_run(e: &Evidence) -> Option<String> {
     let series = [own.clone(), cut.clone()]
         .into_iter()
         .enumerate()
-        .map(|(series, points)| Series { series, points, label: String::new() })
+        .map(|(series, points)| Series { series, points, label: String::new(), drawn: Points::Joined })
         .collect::<Vec<_>>();
     let titles = ("bins per channel", "perplexity (log scale)");
-    let chart = plane(&series, &x, &y, Points::Joined, titles, "Perplexity against bins");
+    let chart = plane(&series, &x, &y, titles, "Perplexity against bins");
     Some(chart.standalone(&["made for as many", "loaded with --k-run"]))
 }
 
@@ -95,13 +96,13 @@ fn latency(e: &Evidence) -> Option<String> {
     let series = [points(|s| s.prefill)]
         .into_iter()
         .enumerate()
-        .map(|(series, points)| Series { series, points, label: String::new() })
+        .map(|(series, points)| Series { series, points, label: String::new(), drawn: Points::Joined })
         .collect::<Vec<_>>();
     let all = || series.iter().flat_map(|s| &s.points);
     let (x, y) =
         (Axis::around(all().map(|p| p.0), false), Axis::around(all().map(|p| p.1).chain([0.0]), false));
     let titles = ("bins per channel", "prefill of 512 tokens, ms");
-    Some(plane(&series, &x, &y, Points::Joined, titles, "Time against bins").standalone(&[]))
+    Some(plane(&series, &x, &y, titles, "Time against bins").standalone(&[]))
 }
 
 /// File names and contents.

@@ -125,6 +125,7 @@ impl Comparison {
                     series: i,
                     points: ranges.iter().filter(|p| p.kl > 0.0).map(point).collect(),
                     label: String::new(),
+                    drawn: Points::Joined,
                 })
             })
             .collect();
@@ -133,7 +134,7 @@ impl Comparison {
         points().next()?;
         let (x, y) = (Axis::around(points().map(|p| p.0), false), Axis::around(points().map(|p| p.1), true));
         let titles = ("position in the window, tokens", "KL(reference ‖ model), nats (log scale)");
-        let svg = svg::plane(&series, &x, &y, Points::Joined, titles, "Divergence by position");
+        let svg = svg::plane(&series, &x, &y, titles, "Divergence by position");
         let text = "How far the next-token distributions are from the reference's. A line that climbs means that errors of the KV cache add up.";
         Some(Figure { title: "Divergence by position", text: text.to_owned(), svg: svg.inline() })
     }
@@ -147,14 +148,19 @@ impl Comparison {
                 let megabytes = r.info.tensor_bytes as f64 / 1e6;
                 let p = r.perplexity.as_ref()?.perplexity;
                 let title = format!("{}: {megabytes:.0} MB, perplexity {p:.3}", r.name);
-                Some(Series { series: i, points: vec![(megabytes, p, title)], label: r.name.clone() })
+                Some(Series {
+                    series: i,
+                    points: vec![(megabytes, p, title)],
+                    label: r.name.clone(),
+                    drawn: Points::Loose,
+                })
             })
             .collect();
         let series = series?;
         let points = || series.iter().flat_map(|s| &s.points);
         let (x, y) = (Axis::around(points().map(|p| p.0), false), Axis::around(points().map(|p| p.1), true));
         let titles = ("size of all tensors, MB", "perplexity (log scale)");
-        let svg = svg::plane(&series, &x, &y, Points::Loose, titles, "Size against perplexity");
+        let svg = svg::plane(&series, &x, &y, titles, "Size against perplexity");
         let text = "Lower and further left is better. The size counts everything stored: codes, scales, branch and embeddings.";
         Some(Figure { title: "Size against quality", text: text.to_owned(), svg: svg.inline() })
     }

@@ -1,0 +1,140 @@
+//! Speed and memory: integer products by shape, decoder blocks of the shapes in the paper's Table 2, and whole models; each beside the same in f32 and
+//! beside what the machine can do, all in one run.
+//!
+//! A time is the best of several calls that take turns with what they are compared with, for other programs only ever make a call slower. A
+//! multiply-accumulate counts as two operations.
+
+mod blocks;
+mod made;
+mod models;
+mod plot;
+mod products;
+
+pub use blocks::{BlockRow, Shape};
+pub use models::ModelRow;
+pub use plot::roofline;
+pub use products::{Product, ProductRow};
+
+use std::path::PathBuf;
+use std::time::{Duration, Instant};
+
+use serde::Serialize;
+use specquant_kernels::{Isa, measure_ceilings};
+use specquant_model::Result;
+
+/// What to measure.
+#[derive(Debug, Clone)]
+pub struct Settings {
+    /// Every shape of the paper's Table 2, up to 8192 tokens a sequence, where otherwise two of them take part.
+    pub full: bool,
+    /// Models and checkpoints to run whole; the first is what the others are compared with.
+    pub models: Vec<PathBuf>,
+    /// Least time for every figure, in seconds.
+    pub seconds: f64,
+}
+
+/// Everything measured.
+#[derive(Debug, Clone, Serialize)]
+pub struct Report {
+    /// What the machine can do.
+    pub machine: Machine,
+    /// Products.
+    pub products: Vec<ProductRow>,
+    /// Decoder blocks.
+    pub blocks: Vec<BlockRow>,
+    /// Whole models.
+    pub models: Vec<ModelRow>,
+}
+
+/// The machine and its limits, measured.
+#[derive(Debug, Clone, Serialize)]
+pub struct Machine {
+    /// The processor, as the system names it.
+    pub cpu: String,
+    /// Instruction set of the kernels.
+    pub isa: &'static str,
+    /// Threads of all other figures.
+    pub threads: usize,
+    /// 8-bit multiply-accumulates from registers, 10⁹ operations a second.
+    pub int8_gops: f64,
+    /// The same in f32.
+    pub f32_gflops: f64,
+    /// Reading memory, 10⁹ bytes a second.
+    pub read_gbs: f64,
+}
+
+/// A part of the work, for whoever waits.
+#[derive(Debug, Clone, Copy)]
+pub struct Step<'a> {
+    /// Parts done.
+    pub done: usize,
+    /// Of so many.
+    pub of: usize,
+    /// The one that comes now.
+    pub name: &'a str,
+}
+
+/// Measures everything; `progress` is told what comes next.
+///
+/// # Errors
+/// When a model cannot be opened or run.
+pub fn run(settings: &Settings, progress: &mut dyn FnMut(Step)) -> Result<Report> {
+    let shapes = Shape::all(settings.full);
+    let of = 1 + products::SHAPES.len() + shapes.len() + settings.models.len();
+    let mut done = 0;
+    let mut tell = |name: &str| {
+        progress(Step { done, of, name });
+        done += 1;
+    };
+    tell("limits of the machine");
+    let threads = rayon::current_num_threads();
+    let ceilings = measure_ceilings(threads, (6.0 * settings.seconds).min(6.0));
+    let machine = Machine {
+        cpu: cpu(),
+        isa: Isa::active().name(),
+        threads,
+        int8_gops: ceilings.int8_gops,
+        f32_gflops: ceilings.f32_gflops,
+        read_gbs: ceilings.read_gbs,
+    };
+    let mut report = Report { machine, products: Vec::new(), blocks: Vec::new(), models: Vec::new() };
+    for shape in products::SHAPES {
+        tell(&format!("product {} x {}", shape[0], shape[1]));
+        report.products.extend(products::measure(shape, settings));
+    }
+    for shape in &shapes {
+        tell(&format!("block of {}", shape.name));
+        report.blocks.extend(blocks::measure(shape, settings)?);
+    }
+    for path in &settings.models {
+        tell(&path.display().to_string());
+        report.models.push(models::measure(path, settings)?);
+    }
+    Ok(report)
+}
+
+/// The processor, as the system names it.
+fn cpu() -> String {
+    let info = std::fs::read_to_string("/proc/cpuinfo").unwrap_or_default();
+    let line = info.lines().find(|l| l.starts_with("model name")).and_then(|l| l.split_once(':'));
+    line.map_or_else(|| std::env::consts::ARCH.to_owned(), |(_, name)| name.trim().to_owned())
+}
+
+/// Shortest time of each of some calls, in seconds: they take turns for at least `seconds` each and twice each.
+fn best<const N: usize>(seconds: f64, mut calls: [&mut dyn FnMut(); N]) -> [f64; N] {
+    let mut least = [f64::INFINITY; N];
+    let (start, mut rounds) = (Instant::now(), 0);
+    let enough = Duration::from_secs_f64((seconds * N as f64).clamp(0.0, 1e6));
+    // The first round warms up.
+    while rounds < 3 || start.elapsed() < enough {
+        for (call, least) in calls.iter_mut().zip(&mut least) {
+            let begun = Instant::now();
+            call();
+            if rounds > 0 {
+                *least = least.min(begun.elapsed().as_secs_f64());
+            }
+        }
+        rounds += 1;
+    }
+    least
+}

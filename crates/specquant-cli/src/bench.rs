@@ -1,0 +1,136 @@
+//! `specquant bench`.
+
+use std::io::Write;
+use std::process::ExitCode;
+
+use specquant_bench::{BlockRow, ModelRow, Product, ProductRow, Report, Settings, roofline, run as measure};
+use specquant_eval::write_whole;
+
+use crate::args::BenchArgs;
+use crate::system;
+use crate::ui::{Progress, table};
+
+pub fn run(args: BenchArgs) -> anyhow::Result<ExitCode> {
+    system::set_threads(args.threads)?;
+    anyhow::ensure!(
+        args.seconds > 0.0 && args.seconds <= 3600.0,
+        "--seconds is {}; take 0.1 to 3600",
+        args.seconds
+    );
+    let settings = Settings { full: args.full, models: args.models, seconds: args.seconds };
+    let mut progress: Option<Progress> = None;
+    let report = measure(&settings, &mut |step| {
+        let progress = progress.get_or_insert_with(|| Progress::new("measured", step.of as u64, args.json));
+        progress.step(step.done as u64, step.name);
+    })?;
+    drop(progress);
+    if let Some(path) = &args.plot {
+        let svg = roofline(&report);
+        write_whole(path, |file| file.write_all(svg.as_bytes()))?;
+    }
+    let mut out = std::io::stdout();
+    if args.json {
+        writeln!(out, "{}", serde_json::to_string_pretty(&report)?)?;
+    } else {
+        write!(out, "{}", text(&report))?;
+    }
+    Ok(ExitCode::SUCCESS)
+}
+
+fn text(report: &Report) -> String {
+    let m = &report.machine;
+    let mut text = format!(
+        "{}, {} threads, {}\nlimits: int8 {:.0} GOP/s, f32 {:.0} GFLOP/s, memory read {:.1} GB/s\n\n",
+        m.cpu, m.threads, m.isa, m.int8_gops, m.f32_gflops, m.read_gbs
+    );
+    text += "products, with the quantizer of their activations; of the limit: arithmetic, or memory where few tokens are bound by it\n";
+    text += &table(&products(report));
+    text += "\none decoder block on 4 prompts, times faster than in f32; memory of weights and cache, times less than at 16 bits\n";
+    text += &table(&blocks(&report.blocks));
+    if !report.models.is_empty() {
+        text += "\nwhole models, tokens a second; in brackets, times the first one's\n";
+        text += &table(&models(&report.models));
+    }
+    text
+}
+
+fn cells<const N: usize>(cells: [&str; N]) -> Vec<String> {
+    cells.map(str::to_owned).into()
+}
+
+fn products(report: &Report) -> Vec<Vec<String>> {
+    let machine = &report.machine;
+    let mut rows =
+        vec![cells(["in x out", "tokens", "product", "GOP/s", "weight GB/s", "of the limit", "times f32"])];
+    rows.extend(report.products.iter().map(|row: &ProductRow| {
+        let top = if matches!(row.product, Product::F32 | Product::W4A16) {
+            machine.f32_gflops
+        } else {
+            machine.int8_gops
+        };
+        // The lower of the two roofs over this product.
+        let memory = machine.read_gbs * 2.0 * row.rows as f64 / row.product.weight_bytes();
+        vec![
+            format!("{} x {}", row.inp, row.out),
+            row.rows.to_string(),
+            row.product.name().to_owned(),
+            format!("{:.0}", row.gops()),
+            format!("{:.1}", row.gbs()),
+            format!("{:.0}%", 100.0 * row.gops() / top.min(memory)),
+            format!("{:.2}", row.f32_seconds / (row.seconds + row.quantize_seconds)),
+        ]
+    }));
+    rows
+}
+
+fn blocks(all: &[BlockRow]) -> Vec<Vec<String>> {
+    let mut rows = vec![cells([
+        "block of",
+        "tokens each",
+        "f32 ms",
+        "plain W4A4",
+        "specquant",
+        "spectral",
+        "over plain",
+        "specquant memory",
+        "spectral memory",
+    ])];
+    rows.extend(all.iter().map(|row| {
+        let over = |seconds: f64| format!("{:+.0}%", 100.0 * (seconds / row.plain - 1.0));
+        vec![
+            row.shape.name.to_owned(),
+            row.tokens.to_string(),
+            format!("{:.1}", 1e3 * row.dense),
+            format!("{:.2}", row.dense / row.plain),
+            format!("{:.2}", row.dense / row.specquant),
+            format!("{:.2}", row.dense / row.spectral),
+            format!("{}, {}", over(row.specquant), over(row.spectral)),
+            format!("{:.2}", row.f16_bytes as f64 / row.specquant_bytes as f64),
+            format!("{:.2}", row.f16_bytes as f64 / row.spectral_bytes as f64),
+        ]
+    }));
+    rows
+}
+
+fn models(all: &[ModelRow]) -> Vec<Vec<String>> {
+    let Some(first) = all.first() else { return Vec::new() };
+    let mut head = cells(["model", "scheme", "loaded in s"]);
+    head.extend(first.prefill.iter().map(|(n, _)| format!("prompt {n}")));
+    head.extend(first.decode.iter().map(|(n, _)| format!("decode {n}")));
+    let mut rows = vec![head];
+    for model in all {
+        let name = model
+            .path
+            .file_name()
+            .map_or_else(|| model.path.display().to_string(), |n| n.to_string_lossy().into_owned());
+        let mut row = vec![name, model.scheme.clone(), format!("{:.2}", model.load_seconds)];
+        for (of, measured) in [(&first.prefill, &model.prefill), (&first.decode, &model.decode)] {
+            row.extend(of.iter().map(|(n, base)| {
+                let found = measured.iter().find(|(m, _)| m == n);
+                found.map_or("-".to_owned(), |(_, speed)| format!("{speed:.0} ({:.2})", speed / base))
+            }));
+        }
+        rows.push(row);
+    }
+    rows
+}
