@@ -18,7 +18,7 @@
 use rayon::prelude::*;
 use serde::{Deserialize, Serialize};
 use specquant_kernels::{KvFormat, PackedDense, exp_in_place, matmul_packed};
-use specquant_model::{Block, Embedding, Head, Linear, Model, QuantizationConfig, Source};
+use specquant_model::{Block, Embedding, Head, Linear, Model, ModelConfig, QuantizationConfig, Source};
 
 use crate::adam::Adam;
 use crate::error::{Error, Result, check_positive};
@@ -79,8 +79,9 @@ const MAX_STEPS: f64 = 1e6;
 /// What was learned of a block.
 #[derive(Debug, Clone, PartialEq)]
 pub struct TunedBlock {
-    /// Weights of the norms before attention and MLP, `[hidden]`.
-    pub norms: [Vec<f32>; 2],
+    /// Weights of the norms, `[hidden]` each: those before attention and MLP, and those of what they put out where there are such. In the order
+    /// of [`specquant_model::ModelConfig::norm_shapes`].
+    pub norms: Vec<Vec<f32>>,
     /// What the scales of every output channel are multiplied by, `[out]`, in the order of [`specquant_model::ModelConfig::linear_shapes`].
     pub factors: [Vec<f32>; 7],
     /// The columns that read kept coordinates, `[out, r]`, before they are rounded to 8 bits; empty where nothing is kept.
@@ -196,8 +197,7 @@ fn rate(step: usize, steps: usize) -> f64 {
 
 /// A quantized model.
 struct Net {
-    eps: f32,
-    hidden: usize,
+    model: ModelConfig,
     embedding: Embedding,
     layers: Vec<Layer>,
     norm: Param,
@@ -236,8 +236,7 @@ impl Net {
         };
         let hidden = model.hidden_size;
         Ok(Net {
-            eps: model.rms_norm_eps,
-            hidden,
+            model: model.clone(),
             embedding: Embedding::read(source)?,
             layers,
             norm: Param::new(norm, config.norm_lr, f32::NEG_INFINITY),
@@ -247,8 +246,8 @@ impl Net {
 
     /// One step of the optimizer at `rate` of the learning rates; the loss before it. want: of [`Teacher::read`].
     fn step(&mut self, teacher: &Teacher, tokens: &[u32], want: &[f32], rate: f64) -> Result<f64> {
-        let (norm, hidden) = (RmsNorm { eps: self.eps }, self.hidden);
-        let mut x = self.embedding.lookup(tokens, hidden)?;
+        let (norm, hidden) = (RmsNorm { eps: self.model.rms_norm_eps }, self.model.hidden_size);
+        let mut x = self.embedding.lookup(tokens, &self.model)?;
         let mut passed = Vec::with_capacity(self.layers.len());
         for layer in &self.layers {
             let (y, _) = layer.forward(&x);

@@ -24,8 +24,8 @@
 //! `model.layers.N.self_attn.k_center` and `.v_center` F32 `[kv_heads · head_dim]` are subtracted from keys (after RoPE and rotation) and values before they are
 //! cached.
 //!
-//! Everything else keeps its Hugging Face name: norms in F32 (smoothing and rotations are folded into the weights), embeddings and
-//! `lm_head` in 16 bit or as `weight_packed` I8 + `weight_scale`.
+//! Everything else keeps its Hugging Face name and meaning: norms in F32 (smoothing and rotations are folded into the weights; those of Gemma
+//! less 1, see [`crate::ModelConfig::norm_tensor`]), embeddings and `lm_head` in 16 bit or as `weight_packed` I8 + `weight_scale`.
 
 use std::path::Path;
 

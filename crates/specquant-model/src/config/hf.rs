@@ -4,7 +4,7 @@ use std::path::Path;
 
 use serde_json::Value;
 
-use crate::{Error, Family, ModelConfig, Problems, Result, RopeScaling};
+use crate::{Activation, Error, Family, ModelConfig, Problems, Result, RopeScaling};
 
 /// Reads fields, collecting complaints instead of stopping at the first. An absent field and null are the same.
 struct Fields<'a> {
@@ -64,8 +64,9 @@ pub(super) fn parse(json: &Value, path: &Path) -> Result<ModelConfig> {
     let hidden_size = f.required_size("hidden_size");
     let head_dim = match (f.size("head_dim"), family) {
         (Some(n), _) => n,
-        // Qwen3Config's default; the others divide.
+        // Qwen3Config's and Gemma3TextConfig's defaults; the others divide.
         (None, Family::Qwen3) => 128,
+        (None, Family::Gemma3) => 256,
         (None, _) => {
             if num_heads == 0 || !hidden_size.is_multiple_of(num_heads) {
                 f.problems.push(format!(
@@ -75,37 +76,71 @@ pub(super) fn parse(json: &Value, path: &Path) -> Result<ModelConfig> {
             hidden_size / num_heads.max(1)
         }
     };
-    if let Some(act) = f.text(json, "hidden_act").filter(|a| !["silu", "swish"].contains(a)) {
-        f.problems.push(format!("hidden_act {act:?} is not supported; only silu is"));
+    let gemma = family == Family::Gemma3;
+    let (key, names): (_, &[&str]) = match gemma {
+        true => ("hidden_activation", &["gelu_pytorch_tanh"]),
+        false => ("hidden_act", &["silu", "swish"]),
+    };
+    if let Some(act) = f.text(json, key).filter(|a| !names.contains(a)) {
+        f.problems.push(format!("{key} {act:?} is not supported; only {} is", names[0]));
     }
-    let (rope_theta, rope_scaling) = rope(&mut f);
+    let (rope_theta, rope_scaling, local_rope_theta) = if gemma { gemma_rope(&mut f) } else { rope(&mut f) };
     let sliding_window = windows(&mut f, family, num_layers);
-    let bias = matches!(family, Family::Llama | Family::Qwen3) && f.flag("attention_bias");
+    if gemma {
+        refuse_unknown_gemma(&mut f);
+    }
+    let bias = matches!(family, Family::Llama | Family::Qwen3 | Family::Gemma3) && f.flag("attention_bias");
+    let bos = f.get(json, "bos_token_id", "a token id", |v| u32::try_from(v.as_u64()?).ok());
+    let eos = f.get(json, "eos_token_id", "a token id or a list of them", token_ids);
     let config = ModelConfig {
         family,
         hidden_size,
         intermediate_size: f.required_size("intermediate_size"),
         num_layers,
         num_heads,
-        num_kv_heads: f.size("num_key_value_heads").unwrap_or(num_heads),
+        num_kv_heads: f.size("num_key_value_heads").unwrap_or(if gemma { 4 } else { num_heads }),
         head_dim,
         vocab_size: f.required_size("vocab_size"),
         rms_norm_eps: f.float(json, "rms_norm_eps").unwrap_or(1e-6) as f32,
         rope_theta,
         rope_scaling,
+        local_rope_theta,
         sliding_window,
         attention_bias: bias || family == Family::Qwen2,
         attention_out_bias: bias,
         mlp_bias: family == Family::Llama && f.flag("mlp_bias"),
-        qk_norm: family == Family::Qwen3,
-        tie_word_embeddings: f.flag("tie_word_embeddings"),
+        qk_norm: matches!(family, Family::Qwen3 | Family::Gemma3),
+        post_norms: gemma,
+        activation: if gemma { Activation::GeluTanh } else { Activation::Silu },
+        query_pre_attn_scalar: gemma.then(|| f.size("query_pre_attn_scalar").unwrap_or(256)),
+        embedding_scale: if gemma { gemma_embedding_scale(hidden_size) } else { 1.0 },
+        tie_word_embeddings: f
+            .get(json, "tie_word_embeddings", "true or false", Value::as_bool)
+            .unwrap_or(gemma),
         max_position_embeddings: f.required_size("max_position_embeddings"),
-        bos_token_id: f.get(json, "bos_token_id", "a token id", |v| u32::try_from(v.as_u64()?).ok()),
-        eos_token_ids: f
-            .get(json, "eos_token_id", "a token id or a list of them", token_ids)
-            .unwrap_or_default(),
+        bos_token_id: bos.or(gemma.then_some(2)),
+        eos_token_ids: eos.or(gemma.then(|| vec![1])).unwrap_or_default(),
     };
     config.check(f.problems, path)
+}
+
+/// √hidden in f32, as llama.cpp and transformers in float32 have it. A transformers model of another type rounds it to that: 25.25 for
+/// 25.298 in bfloat16 (`Gemma3TextScaledWordEmbedding`).
+pub(crate) fn gemma_embedding_scale(hidden: usize) -> f32 {
+    (hidden as f32).sqrt()
+}
+
+/// What Gemma's configuration could say that this program does not compute.
+fn refuse_unknown_gemma(f: &mut Fields<'_>) {
+    let json = f.json;
+    for key in ["final_logit_softcapping", "attn_logit_softcapping"] {
+        if let Some(cap) = f.float(json, key) {
+            f.problems.push(format!("{key} {cap} is not supported; only null is, as in every Gemma 3"));
+        }
+    }
+    if f.flag("use_bidirectional_attention") {
+        f.problems.push("use_bidirectional_attention is not supported: such a model embeds texts and does not continue them");
+    }
 }
 
 /// One id or a list of ids.
@@ -142,14 +177,38 @@ fn refuse_quantized(json: &Value, path: &Path) -> Result<()> {
 }
 
 /// transformers 5: `rope_parameters { rope_theta, rope_type, .. }`. Before: `rope_theta` and `rope_scaling { rope_type | type, .. }`.
-fn rope(f: &mut Fields<'_>) -> (f64, RopeScaling) {
+fn rope(f: &mut Fields<'_>) -> (f64, RopeScaling, Option<f64>) {
     let json = f.json;
     let params = ["rope_parameters", "rope_scaling"]
         .iter()
         .filter_map(|k| json.get(*k))
         .find(|v| !v.is_null())
         .unwrap_or(&Value::Null);
-    let theta = f.float(params, "rope_theta").or_else(|| f.float(json, "rope_theta")).unwrap_or(10_000.0);
+    let (theta, scaling) = rope_of(f, params, 10_000.0);
+    (theta, scaling, None)
+}
+
+/// transformers 5: `rope_parameters { full_attention { .. }, sliding_attention { .. } }`. Before: `rope_theta` and `rope_scaling` for the
+/// layers without a window, `rope_local_base_freq` for the others. Defaults: `Gemma3TextConfig`.
+fn gemma_rope(f: &mut Fields<'_>) -> (f64, RopeScaling, Option<f64>) {
+    let json = f.json;
+    let params = json.get("rope_parameters").filter(|v| !v.is_null());
+    let of = |kind| params.and_then(|p| p.get(kind)).unwrap_or(&Value::Null);
+    let (full, local) = (of("full_attention"), of("sliding_attention"));
+    let scaled = if params.is_some() { full } else { json.get("rope_scaling").unwrap_or(&Value::Null) };
+    let (theta, scaling) = rope_of(f, scaled, 1_000_000.0);
+    if let Some(kind) = f.text(local, "rope_type").filter(|kind| *kind != "default") {
+        f.problems.push(format!("rope type {kind:?} of sliding_attention is not supported; only default is"));
+    }
+    let local = f.float(local, "rope_theta").or_else(|| f.float(json, "rope_local_base_freq"));
+    (theta, scaling, Some(local.unwrap_or(10_000.0)))
+}
+
+/// Base and stretching that `params`, or else config.json itself, names.
+fn rope_of<'a>(f: &mut Fields<'a>, params: &'a Value, default_theta: f64) -> (f64, RopeScaling) {
+    let json = f.json;
+    let theta =
+        f.float(params, "rope_theta").or_else(|| f.float(json, "rope_theta")).unwrap_or(default_theta);
     let partial = f.float(params, "partial_rotary_factor").or_else(|| f.float(json, "partial_rotary_factor"));
     if let Some(partial) = partial.filter(|p| *p != 1.0) {
         f.problems.push(format!("partial_rotary_factor {partial} is not supported; only 1 is"));
@@ -180,7 +239,8 @@ fn rope(f: &mut Fields<'_>) -> (f64, RopeScaling) {
 }
 
 /// Mistral: every layer, 4096 where config.json is silent (MistralConfig's default), none where it says null. Qwen: only with
-/// `use_sliding_window`, in the layers that `layer_types` names or, before transformers 5, from `max_window_layers` on.
+/// `use_sliding_window`, in the layers that `layer_types` names or, before transformers 5, from `max_window_layers` on. Gemma 3: in the layers
+/// that `layer_types` names or, before, in all but every sixth (`sliding_window_pattern`).
 fn windows(f: &mut Fields<'_>, family: Family, layers: usize) -> Vec<Option<usize>> {
     // The range check reports an absurd number of layers; it must not be allocated before.
     let layers = layers.min(super::MAX_LAYERS);
@@ -193,11 +253,15 @@ fn windows(f: &mut Fields<'_>, family: Family, layers: usize) -> Vec<Option<usiz
             Some(f.size("sliding_window").unwrap_or(4096))
         }
         Family::Qwen2 | Family::Qwen3 => None,
+        Family::Gemma3 => Some(f.size("sliding_window").unwrap_or(4096)),
     };
     if matches!(family, Family::Llama | Family::Mistral) {
         return vec![window; layers];
     }
     let Some(types) = f.get(json, "layer_types", "a list", Value::as_array) else {
+        if family == Family::Gemma3 {
+            return gemma_windows(window, f.size("sliding_window_pattern").unwrap_or(GEMMA_PATTERN), layers);
+        }
         let from = f.size("max_window_layers").unwrap_or(28);
         return (0..layers).map(|i| window.filter(|_| i >= from)).collect();
     };
@@ -217,6 +281,14 @@ fn windows(f: &mut Fields<'_>, family: Family, layers: usize) -> Vec<Option<usiz
     types.iter().take(layers).map(&mut read).collect()
 }
 
+/// Every sixth layer of a Gemma 3 has no window.
+pub(crate) const GEMMA_PATTERN: usize = 6;
+
+/// All layers have a window but every `pattern`th; 0: none is without.
+pub(crate) fn gemma_windows(window: Option<usize>, pattern: usize, layers: usize) -> Vec<Option<usize>> {
+    (1..=layers).map(|i| window.filter(|_| pattern == 0 || i % pattern != 0)).collect()
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -224,8 +296,10 @@ mod tests {
 
     const TINY: &str = concat!(env!("CARGO_MANIFEST_DIR"), "/../../../shared/golden/tiny");
 
+    /// The small Gemma 3 lies in this repository (`tests/gemma3/make.py`).
     fn golden(name: &str) -> ModelConfig {
-        let path = Path::new(TINY).join(name).join("config.json");
+        let own = Path::new(env!("CARGO_MANIFEST_DIR")).join("tests");
+        let path = if name == "gemma3" { &own } else { Path::new(TINY) }.join(name).join("config.json");
         let json = serde_json::from_slice(&std::fs::read(&path).unwrap()).unwrap();
         ModelConfig::from_hf_json(&json, &path).unwrap()
     }
@@ -260,11 +334,16 @@ mod tests {
             rms_norm_eps: 1e-6,
             rope_theta: 1e4,
             rope_scaling: RopeScaling::None,
+            local_rope_theta: None,
             sliding_window: vec![None; 2],
             attention_bias: false,
             attention_out_bias: false,
             mlp_bias: false,
             qk_norm: false,
+            post_norms: false,
+            activation: Activation::Silu,
+            query_pre_attn_scalar: None,
+            embedding_scale: 1.0,
             tie_word_embeddings: false,
             max_position_embeddings: 512,
             bos_token_id: Some(1),
@@ -293,13 +372,42 @@ mod tests {
         assert_eq!(golden("qwen2"), qwen2);
         assert_eq!(
             golden("qwen3"),
-            ModelConfig { family: Family::Qwen3, head_dim: 32, qk_norm: true, ..no_ids }
+            ModelConfig { family: Family::Qwen3, head_dim: 32, qk_norm: true, ..no_ids.clone() }
         );
+        let gemma3 = ModelConfig {
+            family: Family::Gemma3,
+            num_heads: 4,
+            head_dim: 32,
+            rope_theta: 1e6,
+            rope_scaling: RopeScaling::Linear { factor: 4.0 },
+            local_rope_theta: Some(1e4),
+            sliding_window: vec![Some(16), None],
+            qk_norm: true,
+            post_norms: true,
+            activation: Activation::GeluTanh,
+            query_pre_attn_scalar: Some(48),
+            embedding_scale: 96f32.sqrt(),
+            tie_word_embeddings: true,
+            bos_token_id: Some(2),
+            eos_token_ids: vec![1],
+            ..no_ids
+        };
+        assert_eq!(golden("gemma3"), gemma3);
+        // The layout of transformers 4, with its defaults.
+        let old = with(
+            "gemma3_text",
+            json!({"hidden_size": 96, "intermediate_size": 176, "num_hidden_layers": 2, "num_key_value_heads": 2, "head_dim": 32,
+                "vocab_size": 320, "max_position_embeddings": 512, "query_pre_attn_scalar": 48, "sliding_window": 16,
+                "rope_scaling": {"rope_type": "linear", "factor": 4.0}, "sliding_window_pattern": 2}),
+        );
+        assert_eq!(parse_json(old).unwrap(), gemma3);
     }
 
     #[test]
     fn written_configs_read_back() {
-        for name in ["llama-sharded", "llama-tied-bf16", "llama3-rope-scaled", "mistral", "qwen2", "qwen3"] {
+        for name in
+            ["llama-sharded", "llama-tied-bf16", "llama3-rope-scaled", "mistral", "qwen2", "qwen3", "gemma3"]
+        {
             let config = golden(name);
             assert_eq!(parse_json(config.to_hf_json()).unwrap(), config, "{name}");
         }
@@ -332,7 +440,7 @@ mod tests {
             parse_json(with("llama", json!({"rope_scaling": {"type": "linear", "factor": 4.0}}))).unwrap();
         let plain = parse_json(minimal("llama")).unwrap();
         assert_eq!(plain.rope_theta, 1e4);
-        for (a, b) in linear.inv_freq().iter().zip(plain.inv_freq()) {
+        for (a, b) in linear.inv_freq(false).iter().zip(plain.inv_freq(true)) {
             assert_eq!(*a, b / 4.0);
         }
         let err = parse_json(with("llama", json!({"rope_scaling": {"rope_type": "yarn", "factor": 4.0}})))
@@ -369,6 +477,8 @@ mod tests {
         let types = ["full_attention", "sliding_attention", "full_attention", "sliding_attention"];
         let named = json!({"use_sliding_window": true, "sliding_window": 8, "layer_types": types});
         assert_eq!(of("qwen3", named), vec![None, Some(8), None, Some(8)]);
+        let gemma = json!({"num_hidden_layers": 7, "sliding_window": 8});
+        assert_eq!(of("gemma3_text", gemma), [8, 8, 8, 8, 8, 0, 8].map(|w| Some(w).filter(|w| *w > 0)));
     }
 
     #[test]
@@ -393,7 +503,26 @@ mod tests {
                 assert!(err.contains(part), "{err:?} lacks {part:?}");
             }
         };
-        says(minimal("gemma"), &["dir/config.json", "\"gemma\"", "llama, mistral, qwen2, qwen3"]);
+        says(
+            minimal("gemma"),
+            &["dir/config.json", "\"gemma\"", "llama, mistral, qwen2, qwen3, gemma3_text"],
+        );
+        let gemma = json!({"final_logit_softcapping": 30.0, "attn_logit_softcapping": 50.0, "hidden_activation": "relu",
+            "use_bidirectional_attention": true, "query_pre_attn_scalar": 0, "rope_local_base_freq": 0.5,
+            "rope_parameters": {"sliding_attention": {"rope_type": "linear", "factor": 2.0}}});
+        says(
+            with("gemma3_text", gemma),
+            &[
+                "final_logit_softcapping 30",
+                "attn_logit_softcapping 50",
+                "\"relu\"",
+                "bidirectional",
+                "scalar is 0",
+                "local_base_freq is 0.5",
+                "sliding_attention",
+                "7 problems",
+            ],
+        );
         says(json!([]), &["(none)"]);
         says(
             with("llama", json!({"quantization_config": {"quant_method": "gptq"}})),

@@ -274,10 +274,10 @@ fn rope_factors_of_llama3() {
         original_max_position_embeddings: 8192,
     };
     let mut config = w.open().unwrap().1.config().clone();
-    let plain = config.inv_freq();
+    let plain = config.inv_freq(false);
     config.rope_scaling = scaling;
     let factors: Vec<u8> =
-        plain.iter().zip(config.inv_freq()).flat_map(|(p, s)| (p / s).to_le_bytes()).collect();
+        plain.iter().zip(config.inv_freq(false)).flat_map(|(p, s)| (p / s).to_le_bytes()).collect();
     w.tensors.push(("rope_freqs.weight".into(), vec![8], 0, factors));
     let (_dir, source) = w.open().unwrap();
     assert_eq!(source.config().rope_scaling, scaling);
