@@ -180,7 +180,7 @@ fn the_checkpoint_read_back_gives_the_logits_of_the_blocks_in_memory() {
         ("mistral", "specquant", "W4A4KV4"),
         ("qwen2", "specquant", "W3A8KV8"),
         ("qwen3", "smoothquant", "W8A8"),
-        ("gemma3", "gptq", "W4A8KV8"),
+        ("gemma3", "rtn", "W4A8KV8"),
     ] {
         let recipe = recipe(method, scheme);
         let destination = dir.path().join(name);
