@@ -91,6 +91,8 @@ pub(super) fn parse(json: &Value, path: &Path) -> Result<ModelConfig> {
     }
     let bias = matches!(family, Family::Llama | Family::Qwen3 | Family::Gemma3) && f.flag("attention_bias");
     let bos = f.get(json, "bos_token_id", "a token id", |v| u32::try_from(v.as_u64()?).ok());
+    // Gemma has defaults for them; null is none.
+    let absent = |key: &str| gemma && json.get(key).is_none();
     let eos = f.get(json, "eos_token_id", "a token id or a list of them", token_ids);
     let config = ModelConfig {
         family,
@@ -118,8 +120,8 @@ pub(super) fn parse(json: &Value, path: &Path) -> Result<ModelConfig> {
             .get(json, "tie_word_embeddings", "true or false", Value::as_bool)
             .unwrap_or(gemma),
         max_position_embeddings: f.required_size("max_position_embeddings"),
-        bos_token_id: bos.or(gemma.then_some(2)),
-        eos_token_ids: eos.or(gemma.then(|| vec![1])).unwrap_or_default(),
+        bos_token_id: bos.or(absent("bos_token_id").then_some(2)),
+        eos_token_ids: eos.or(absent("eos_token_id").then(|| vec![1])).unwrap_or_default(),
     };
     config.check(f.problems, path)
 }
