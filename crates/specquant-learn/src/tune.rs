@@ -44,7 +44,7 @@ pub struct TuneConfig {
     pub scale_lr: f64,
     /// Learning rate of the kept columns, of their root mean square.
     pub kept_lr: f64,
-    /// Learning rate of the norms' weights, of their root mean square.
+    /// Learning rate of the norms' weights, of their root mean square; of each weight itself in a model with norms behind attention and MLP.
     pub norm_lr: f64,
 }
 
@@ -102,6 +102,8 @@ struct Param {
     values: Vec<f32>,
     optimizer: Adam,
     least: f32,
+    /// What a value's learning rate is relative to, each its own; empty: one rate for all.
+    units: Vec<f32>,
 }
 
 impl Param {
@@ -109,11 +111,32 @@ impl Param {
     fn new(values: Vec<f32>, lr: f64, least: f32) -> Self {
         let mean = values.iter().map(|v| f64::from(*v).powi(2)).sum::<f64>() / values.len().max(1) as f64;
         let optimizer = Adam::new(lr * mean.sqrt(), values.len());
-        Param { values, optimizer, least }
+        Param { values, optimizer, least, units: Vec::new() }
+    }
+
+    /// A norm's weight. Gemma's differ by three orders of magnitude within a norm, so that steps relative to their root mean square, which is right for
+    /// others, would be as large as most of the values: there each learns relative to its own size.
+    fn norm(values: Vec<f32>, model: &ModelConfig, lr: f64) -> Self {
+        if !model.post_norms {
+            return Param::new(values, lr, f32::NEG_INFINITY);
+        }
+        let optimizer = Adam::new(lr, values.len());
+        Param { units: values.iter().map(|w| w.abs()).collect(), values, optimizer, least: f32::NEG_INFINITY }
     }
 
     fn step(&mut self, rate: f64, gradient: &[f32]) {
-        self.optimizer.step(rate, &mut self.values, gradient);
+        if self.units.is_empty() {
+            self.optimizer.step(rate, &mut self.values, gradient);
+        } else {
+            // Adam does not see the size of a gradient: a step of a factor is a step of what it multiplies, times that.
+            let mut steps = vec![0.0; self.values.len()];
+            self.optimizer.step(rate, &mut steps, gradient);
+            self.values
+                .iter_mut()
+                .zip(steps)
+                .zip(&self.units)
+                .for_each(|((v, step), unit)| *v += step * unit);
+        }
         // `max` would turn a NaN into the least, and hide it.
         self.values.iter_mut().filter(|v| **v < self.least).for_each(|v| *v = self.least);
     }
@@ -239,7 +262,7 @@ impl Net {
             model: model.clone(),
             embedding: Embedding::read(source)?,
             layers,
-            norm: Param::new(norm, config.norm_lr, f32::NEG_INFINITY),
+            norm: Param::norm(norm, model, config.norm_lr),
             head: BothWays::pack(&head, model.vocab_size, hidden),
         })
     }

@@ -143,7 +143,7 @@ impl Layer {
         }
         let [after_attention, after_mlp] = out_norms.unwrap_or_default();
         let norms = [input_norm, mlp_norm, after_attention, after_mlp];
-        let mut params = Vec::from(norms.map(|norm| Param::new(norm, config.norm_lr, f32::NEG_INFINITY)));
+        let mut params = Vec::from(norms.map(|norm| Param::norm(norm, model, config.norm_lr)));
         let (mut linears, mut inputs, mut kept) = (Vec::new(), Vec::new(), Vec::new());
         let sites = [vec![q, k, v], vec![o], vec![gate, up], vec![down]];
         for ((site, layers), transform) in Site::ALL.into_iter().zip(sites).zip(block.inputs) {

@@ -185,6 +185,23 @@ fn the_divergence_and_its_gradient_are_those_of_the_definition() {
     }
 }
 
+/// Whatever their gradients' sizes: together with the others where weights are alike, by its own size where they are not.
+#[test]
+fn norms_learn_relative_to_what_they_are() {
+    let weights = vec![0.01, 1.0, -700.0, 0.0];
+    let moves = |name: &str| -> Vec<f32> {
+        let mut param = Param::norm(weights.clone(), tiny(name).config(), 1e-3);
+        param.step(1.0, &[3.0, -1e-3, 2.0, 1.0]);
+        param.values.iter().zip(&weights).map(|(v, w)| v - w).collect()
+    };
+    let near = |got: Vec<f32>, want: [f32; 4]| {
+        let error = |(got, want): (&f32, f32)| (got - want).abs() <= 0.01 * want.abs() + 1e-4 * f32::EPSILON;
+        assert!(got.iter().zip(want).all(error), "{got:?}, not {want:?}");
+    };
+    near(moves("qwen3"), [-0.35, 0.35, -0.35, -0.35]);
+    near(moves("gemma3"), [-1e-5, 1e-3, -0.7, 0.0]);
+}
+
 #[test]
 fn the_rate_rises_then_falls() {
     let rates: Vec<f64> = (0..100).map(|step| rate(step, 100)).collect();
