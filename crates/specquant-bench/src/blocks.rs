@@ -78,7 +78,7 @@ pub(crate) fn measure(shape: &Shape, settings: &Settings) -> Result<Vec<BlockRow
     let (dense, plain) = (made(Kind::Dense)?, made(Kind::Plain)?);
     let (specquant, spectral) = (made(Kind::SpecQuant(16))?, made(Kind::Spectral(32))?);
     let lengths: &[usize] = if settings.full { &[256, 512, 1024, 2048, 4096, 8192] } else { &[256, 1024] };
-    let inv_freq = config.inv_freq();
+    let inv_freq = config.inv_freq(false);
     let int = KvFormat::Int { bits: 4, clip: 0.95, intact: 0 };
     let mut rows = Vec::new();
     for &tokens in lengths {
@@ -158,7 +158,8 @@ fn block(config: &ModelConfig, kind: Kind) -> Result<Block> {
         up: linear(inner, hidden, Site::GateUp)?,
         down: linear(hidden, inner, Site::Down)?,
         input_norm: vec![1.0; hidden],
-        post_norm: vec![1.0; hidden],
+        mlp_norm: vec![1.0; hidden],
+        out_norms: None,
         q_norm: None,
         k_norm: None,
         window: None,

@@ -197,7 +197,7 @@ fn texts(
     }
     let model = Model::load_for_decoding(source)?;
     let mut progress = Progress::new("writing text", (c.samples * c.sequence_length) as u64, quiet);
-    let texts = q::calibration::self_generated(model, c, recipe.seed, &mut |done| {
+    let texts = q::calibration::self_generated(model, tokenizer.first_id(), c, recipe.seed, &mut |done| {
         progress.set(done as u64, "tokens")
     })?;
     Ok(texts)

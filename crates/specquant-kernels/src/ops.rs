@@ -285,6 +285,34 @@ pub fn silu_mul(gate: &mut [f32], up: &[f32]) {
     gate.par_chunks_mut(CHUNK).zip(up.par_chunks(CHUNK)).for_each(|(g, u)| silu_mul_chunk(g, u));
 }
 
+/// 2 √(2/π), the slope at 0 of what [`gelu_mul`] gives the exponential.
+pub const GELU_SLOPE: f32 = 1.595_769;
+/// The weight of its cubic term.
+pub const GELU_CUBIC: f32 = 0.044_715;
+
+#[inline(always)]
+fn gelu_mul_body(gate: &mut [f32], up: &[f32]) {
+    for (g, u) in gate.iter_mut().zip(up) {
+        let z = GELU_SLOPE * *g * (1.0 + GELU_CUBIC * *g * *g);
+        *g = *g / (1.0 + exp(-z)) * u;
+    }
+}
+
+twin! { fn gelu_mul_chunk = gelu_mul_body(gate: &mut [f32], up: &[f32]) }
+
+/// gate = gelu(gate) · up, with the approximation gelu(x) = x / 2 · (1 + tanh(√(2/π) (x + 0.044715 x³))) (Hendrycks and Gimpel, arXiv
+/// 1606.08415; transformers' `gelu_pytorch_tanh`), computed as x / (1 + e^−z), z being twice the argument of tanh; the lengths are equal.
+///
+/// # Panics
+/// If the lengths differ.
+pub fn gelu_mul(gate: &mut [f32], up: &[f32]) {
+    assert_eq!(gate.len(), up.len(), "gelu_mul: gate and up differ in length");
+    if gate.len() <= CHUNK {
+        return gelu_mul_chunk(gate, up);
+    }
+    gate.par_chunks_mut(CHUNK).zip(up.par_chunks(CHUNK)).for_each(|(g, u)| gelu_mul_chunk(g, u));
+}
+
 /// Rotary embedding of one token, in place: element i of a head's first half turns with element i of its second half, the
 /// convention of Hugging Face's `rotate_half`.
 ///
@@ -373,6 +401,10 @@ mod tests {
             silu_mul(&mut a, &up);
             silu_mul_body(&mut b, &up);
             assert_eq!(a, b);
+            let (mut a, mut b) = (x.clone(), x.clone());
+            gelu_mul(&mut a, &up);
+            gelu_mul_body(&mut b, &up);
+            assert_eq!(a, b);
             assert_eq!(log_sum_exp(&x).to_bits(), log_sum_exp_body(&x).to_bits());
         }
     }
@@ -414,7 +446,7 @@ mod tests {
     }
 
     #[test]
-    fn rms_norm_and_silu_match_f64() {
+    fn rms_norm_silu_and_gelu_match_f64() {
         let (rows, n) = (41, 577);
         let (x, w) = (noise(rows * n, 1), noise(n, 2));
         let mut out = vec![0.0; x.len()];
@@ -435,6 +467,21 @@ mod tests {
             let g = f64::from(before[i]);
             let want = g / (1.0 + (-g).exp()) * f64::from(up[i]);
             assert!((f64::from(gate[i]) - want).abs() <= 1e-6 * want.abs().max(1e-3));
+        }
+        // Where its tails matter, and far beyond: nothing overflows to NaN.
+        let before: Vec<f32> = x.iter().map(|v| v * 8.0).chain([1e20, -1e20, 0.0]).collect();
+        let up: Vec<f32> = up.into_iter().chain([1.0, 1.0, 1.0]).collect();
+        let mut gate = before.clone();
+        gelu_mul(&mut gate, &up);
+        for i in 0..gate.len() {
+            let g = f64::from(before[i]);
+            let tanh = ((2.0 / std::f64::consts::PI).sqrt() * (g + 0.044715 * g.powi(3))).tanh();
+            let want = 0.5 * g * (1.0 + tanh) * f64::from(up[i]);
+            assert!(
+                (f64::from(gate[i]) - want).abs() <= 2e-6 * want.abs().max(1e-3),
+                "{g}: {} {want}",
+                gate[i]
+            );
         }
     }
 

@@ -80,7 +80,8 @@ fn main() {
     let linears: Vec<Vec<f32>> = names.iter().map(|(name, _)| get(&format!("{name}.weight"))).collect();
     let weights = BlockWeights {
         input_norm: &norm,
-        post_norm: &post,
+        mlp_norm: &post,
+        out_norms: None,
         q_norm: None,
         k_norm: None,
         linears: std::array::from_fn(|i| (linears[i].as_slice(), None)),

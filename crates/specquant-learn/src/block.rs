@@ -1,7 +1,7 @@
 //! A decoder block as candle operations: one forward pass, whose linear layers and quantizers each method brings along.
 
 use candle_core::{Result, Tensor};
-use specquant_model::{ModelConfig, Site};
+use specquant_model::{Activation, ModelConfig, Site};
 
 use crate::ops::{CausalSoftmax, RmsNorm, Rope, exp_one_by_one, frozen, rows};
 
@@ -49,6 +49,9 @@ pub(crate) trait Parts {
 
     /// Norm weights of the heads of [`Q`] and [`K`], `[head_dim]`.
     fn head_norm(&self, index: usize) -> Option<&Tensor>;
+
+    /// Norm weights of what [`O`] and [`DOWN`] put out, `[hidden]`.
+    fn out_norm(&self, index: usize) -> Option<&Tensor>;
 }
 
 /// The shape of a block.
@@ -58,6 +61,8 @@ pub(crate) struct Geometry {
     kv_heads: usize,
     head_dim: usize,
     eps: f32,
+    scale: f32,
+    activation: Activation,
     window: Option<usize>,
     rope: Rope,
 }
@@ -65,17 +70,20 @@ pub(crate) struct Geometry {
 impl Geometry {
     /// Of block `layer`, for sequences up to `positions` tokens.
     pub fn new(config: &ModelConfig, layer: usize, positions: usize) -> Self {
+        let window = config.sliding_window.get(layer).copied().flatten();
         Geometry {
             heads: config.num_heads,
             kv_heads: config.num_kv_heads,
             head_dim: config.head_dim,
             eps: config.rms_norm_eps,
-            window: config.sliding_window.get(layer).copied().flatten(),
-            rope: Rope::new(&config.inv_freq(), positions, 1),
+            scale: config.attention_scale(),
+            activation: config.activation,
+            window,
+            rope: Rope::new(&config.inv_freq(window.is_some()), positions, 1),
         }
     }
 
-    /// As this one, for another layer.
+    /// As this one, for another layer of a model whose layers all have one rotary base.
     pub fn with_layer(&self, config: &ModelConfig, layer: usize) -> Self {
         Geometry { window: config.sliding_window.get(layer).copied().flatten(), ..self.clone() }
     }
@@ -94,10 +102,20 @@ impl Geometry {
             parts.cached(index, y)
         };
         let attended = self.attend(&heads(Q)?, &heads(K)?, &heads(V)?)?;
-        let x = (x + parts.linear(O, &parts.site(Site::O, &attended)?)?)?;
+        let out = |index: usize, x: &Tensor| match parts.out_norm(index) {
+            Some(weight) => self.norm(&parts.linear(index, x)?)?.broadcast_mul(weight),
+            None => parts.linear(index, x),
+        };
+        let x = (x + out(O, &parts.site(Site::O, &attended)?)?)?;
         let normed = parts.site(Site::GateUp, &self.norm(&x)?)?;
-        let inner = (parts.linear(GATE, &normed)?.silu()? * parts.linear(UP, &normed)?)?;
-        x + parts.linear(DOWN, &parts.site(Site::Down, &inner)?)?
+        let gate = parts.linear(GATE, &normed)?;
+        let gate = match self.activation {
+            Activation::Silu => gate.silu()?,
+            // Candle's `gelu` is the tanh approximation.
+            Activation::GeluTanh => gate.gelu()?,
+        };
+        let inner = (gate * parts.linear(UP, &normed)?)?;
+        x + out(DOWN, &parts.site(Site::Down, &inner)?)?
     }
 
     fn norm(&self, x: &Tensor) -> Result<Tensor> {
@@ -113,10 +131,9 @@ impl Geometry {
         let q = q.reshape((self.kv_heads, group * tokens, dim))?;
         let k = k.transpose(0, 1)?.contiguous()?;
         let v = v.transpose(0, 1)?.contiguous()?;
-        let scale = 1.0 / (dim as f32).sqrt();
         let weights = rows(
             &q.matmul(&k.t()?)?,
-            CausalSoftmax { tokens, scale, window: self.window, exp: exp_one_by_one },
+            CausalSoftmax { tokens, scale: self.scale, window: self.window, exp: exp_one_by_one },
         )?;
         let y = weights.matmul(&v)?.reshape((self.kv_heads, group, tokens, dim))?;
         y.permute((2, 0, 1, 3))?.reshape((tokens, heads * dim))

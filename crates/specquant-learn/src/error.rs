@@ -53,6 +53,12 @@ pub enum Error {
         /// Step or epoch.
         step: usize,
     },
+    /// A residual stream that cannot be rotated.
+    #[error(
+        "a model with norms behind o_proj and down_proj has no rotation of its residual stream: their weights, which differ from channel to channel, \
+         stand between these layers and the stream"
+    )]
+    PostNorms,
     /// A layer in full precision where the codes of a quantized one are to stay.
     #[error("the model to be tuned is not quantized")]
     NotQuantized,

@@ -384,6 +384,10 @@ impl Parts for Flat<'_> {
     fn head_norm(&self, index: usize) -> Option<&Tensor> {
         self.block.head_norm(index)
     }
+
+    fn out_norm(&self, index: usize) -> Option<&Tensor> {
+        self.block.out_norm(index)
+    }
 }
 
 #[cfg(test)]

@@ -6,7 +6,7 @@ use specquant_model::{Site, Source};
 
 use crate::SpinQuantConfig;
 use crate::block::{DOWN, Dense, GATE, Geometry, K, O, Parts, Q, UP, V, add_bias};
-use crate::error::Result;
+use crate::error::{Error, Result};
 use crate::ops::{FakeQuant, FakeQuantWeight, RmsNorm, frozen, rotate, rows, tensor, to_vec};
 
 /// Rows of logits at a time.
@@ -56,6 +56,9 @@ impl<'a> Net<'a> {
         if source.is_quantized() {
             let (path, method) = (source.path().to_owned(), "specquant".to_owned());
             return Err(specquant_model::Error::AlreadyQuantized { path, method }.into());
+        }
+        if model.post_norms {
+            return Err(Error::PostNorms);
         }
         let vector = |name: &str| -> Result<Vec<f32>> { Ok(source.tensor(name)?.to_f32()?) };
         let matrix = |name: &str, shape: [usize; 2]| -> Result<Tensor> { Ok(tensor(vector(name)?, &shape)?) };
@@ -278,6 +281,11 @@ impl Parts for Rotated<'_> {
             K => self.layer.k_norm.as_ref(),
             _ => None,
         }
+    }
+
+    /// [`Net::load`] refuses a model that has one.
+    fn out_norm(&self, _: usize) -> Option<&Tensor> {
+        None
     }
 }
 

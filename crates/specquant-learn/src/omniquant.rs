@@ -119,7 +119,9 @@ pub struct BlockWeights<'a> {
     /// RMSNorm weight before attention, `[hidden]`.
     pub input_norm: &'a [f32],
     /// RMSNorm weight before the MLP, `[hidden]`.
-    pub post_norm: &'a [f32],
+    pub mlp_norm: &'a [f32],
+    /// RMSNorm weights of what attention and MLP put out, `[hidden]` each (Gemma 3).
+    pub out_norms: Option<[&'a [f32]; 2]>,
     /// RMSNorm weight of the heads of Q, `[head_dim]` (Qwen3).
     pub q_norm: Option<&'a [f32]>,
     /// RMSNorm weight of the heads of K, `[head_dim]` (Qwen3).
@@ -217,6 +219,8 @@ fn samples(
 pub(crate) struct Block {
     /// Weights of the norms before attention and MLP, `[hidden]`.
     pub norms: [Tensor; 2],
+    /// Of what they put out; none, or one each.
+    out_norms: Vec<Tensor>,
     q_norm: Option<Tensor>,
     k_norm: Option<Tensor>,
     /// Q to DOWN.
@@ -233,6 +237,11 @@ impl Block {
             (false, _) => Ok(None),
             (true, values) => vector(what, values.unwrap_or_default(), model.head_dim).map(Some),
         };
+        let out_norms = match model.post_norms {
+            false => Vec::new(),
+            true => weights.out_norms.unwrap_or_default().into(),
+        };
+        let out_norms = out_norms.into_iter().map(|norm: &[f32]| vector("out_norm", norm, model.hidden_size));
         let mut linears = Vec::new();
         for ((name, shape), (weight, bias)) in model.linear_shapes(layer).into_iter().zip(weights.linears) {
             check_len(name.clone(), weight.len(), &shape)?;
@@ -242,8 +251,9 @@ impl Block {
         Ok(Block {
             norms: [
                 vector("input_norm", weights.input_norm, model.hidden_size)?,
-                vector("post_norm", weights.post_norm, model.hidden_size)?,
+                vector("mlp_norm", weights.mlp_norm, model.hidden_size)?,
             ],
+            out_norms: out_norms.collect::<Result<_>>()?,
             q_norm: head_norm("q_norm", weights.q_norm)?,
             k_norm: head_norm("k_norm", weights.k_norm)?,
             linears,
@@ -274,6 +284,10 @@ impl Parts for Block {
             K => self.k_norm.as_ref(),
             _ => None,
         }
+    }
+
+    fn out_norm(&self, index: usize) -> Option<&Tensor> {
+        self.out_norms.get(usize::from(index != O))
     }
 }
 
@@ -442,6 +456,10 @@ impl Parts for Quantized<'_> {
 
     fn head_norm(&self, index: usize) -> Option<&Tensor> {
         self.block.head_norm(index)
+    }
+
+    fn out_norm(&self, index: usize) -> Option<&Tensor> {
+        self.block.out_norm(index)
     }
 }
 

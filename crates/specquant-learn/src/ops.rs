@@ -6,6 +6,8 @@ use std::sync::Arc;
 use candle_core::op::BackpropOp;
 use candle_core::{CpuStorage, CustomOp1, Device, Layout, Result, Shape, Storage, Tensor};
 use rayon::prelude::*;
+use specquant_kernels::{GELU_CUBIC, GELU_SLOPE};
+use specquant_model::Activation;
 
 /// Values that one thread takes at least; below, spawning costs more than it saves.
 const GRAIN: usize = 1 << 14;
@@ -228,6 +230,25 @@ impl RowOp for RmsNorm {
         let along = y.iter().zip(gy).map(|(y, g)| y * g).sum::<f32>() / y.len() as f32;
         y.iter().zip(gy).zip(gx).for_each(|((y, gy), gx)| *gx = factor * (gy - y * along));
     }
+}
+
+/// 1 / (1 + e^−x).
+pub(crate) fn sigmoid(x: f32) -> f32 {
+    1.0 / (1.0 + (-x).exp())
+}
+
+/// Value and derivative of an MLP's activation. GELU: x σ(z) with z = 2 √(2/π) (x + 0.044715 x³), as [`specquant_kernels::gelu_mul`] has it.
+pub(crate) fn activation(kind: Activation, x: f32) -> (f32, f32) {
+    // z and x · dz/dx.
+    let (z, slope) = match kind {
+        Activation::Silu => (x, x),
+        Activation::GeluTanh => {
+            let (linear, cube) = (GELU_SLOPE * x, GELU_SLOPE * GELU_CUBIC * x * x * x);
+            (linear + cube, linear + 3.0 * cube)
+        }
+    };
+    let s = sigmoid(z);
+    (x * s, s * (1.0 + slope * (1.0 - s)))
 }
 
 /// Softmax of `scale · x` over the keys that a query sees. x: `[.., tokens, tokens]`, queries by keys.

@@ -18,7 +18,7 @@
 use rayon::prelude::*;
 use serde::{Deserialize, Serialize};
 use specquant_kernels::{KvFormat, PackedDense, exp_in_place, matmul_packed};
-use specquant_model::{Block, Embedding, Head, Linear, Model, QuantizationConfig, Source};
+use specquant_model::{Block, Embedding, Head, Linear, Model, ModelConfig, QuantizationConfig, Source};
 
 use crate::adam::Adam;
 use crate::error::{Error, Result, check_positive};
@@ -44,7 +44,7 @@ pub struct TuneConfig {
     pub scale_lr: f64,
     /// Learning rate of the kept columns, of their root mean square.
     pub kept_lr: f64,
-    /// Learning rate of the norms' weights, of their root mean square.
+    /// Learning rate of the norms' weights, of their root mean square; of each weight itself in a model with norms behind attention and MLP.
     pub norm_lr: f64,
 }
 
@@ -79,8 +79,9 @@ const MAX_STEPS: f64 = 1e6;
 /// What was learned of a block.
 #[derive(Debug, Clone, PartialEq)]
 pub struct TunedBlock {
-    /// Weights of the norms before attention and MLP, `[hidden]`.
-    pub norms: [Vec<f32>; 2],
+    /// Weights of the norms, `[hidden]` each: those before attention and MLP, and those of what they put out where there are such. In the order
+    /// of [`specquant_model::ModelConfig::norm_shapes`].
+    pub norms: Vec<Vec<f32>>,
     /// What the scales of every output channel are multiplied by, `[out]`, in the order of [`specquant_model::ModelConfig::linear_shapes`].
     pub factors: [Vec<f32>; 7],
     /// The columns that read kept coordinates, `[out, r]`, before they are rounded to 8 bits; empty where nothing is kept.
@@ -101,6 +102,8 @@ struct Param {
     values: Vec<f32>,
     optimizer: Adam,
     least: f32,
+    /// What a value's learning rate is relative to, each its own; empty: one rate for all.
+    units: Vec<f32>,
 }
 
 impl Param {
@@ -108,11 +111,32 @@ impl Param {
     fn new(values: Vec<f32>, lr: f64, least: f32) -> Self {
         let mean = values.iter().map(|v| f64::from(*v).powi(2)).sum::<f64>() / values.len().max(1) as f64;
         let optimizer = Adam::new(lr * mean.sqrt(), values.len());
-        Param { values, optimizer, least }
+        Param { values, optimizer, least, units: Vec::new() }
+    }
+
+    /// A norm's weight. Gemma's differ by three orders of magnitude within a norm, so that steps relative to their root mean square, which is right for
+    /// others, would be as large as most of the values: there each learns relative to its own size.
+    fn norm(values: Vec<f32>, model: &ModelConfig, lr: f64) -> Self {
+        if !model.post_norms {
+            return Param::new(values, lr, f32::NEG_INFINITY);
+        }
+        let optimizer = Adam::new(lr, values.len());
+        Param { units: values.iter().map(|w| w.abs()).collect(), values, optimizer, least: f32::NEG_INFINITY }
     }
 
     fn step(&mut self, rate: f64, gradient: &[f32]) {
-        self.optimizer.step(rate, &mut self.values, gradient);
+        if self.units.is_empty() {
+            self.optimizer.step(rate, &mut self.values, gradient);
+        } else {
+            // Adam does not see the size of a gradient: a step of a factor is a step of what it multiplies, times that.
+            let mut steps = vec![0.0; self.values.len()];
+            self.optimizer.step(rate, &mut steps, gradient);
+            self.values
+                .iter_mut()
+                .zip(steps)
+                .zip(&self.units)
+                .for_each(|((v, step), unit)| *v += step * unit);
+        }
         // `max` would turn a NaN into the least, and hide it.
         self.values.iter_mut().filter(|v| **v < self.least).for_each(|v| *v = self.least);
     }
@@ -196,8 +220,7 @@ fn rate(step: usize, steps: usize) -> f64 {
 
 /// A quantized model.
 struct Net {
-    eps: f32,
-    hidden: usize,
+    model: ModelConfig,
     embedding: Embedding,
     layers: Vec<Layer>,
     norm: Param,
@@ -236,19 +259,18 @@ impl Net {
         };
         let hidden = model.hidden_size;
         Ok(Net {
-            eps: model.rms_norm_eps,
-            hidden,
+            model: model.clone(),
             embedding: Embedding::read(source)?,
             layers,
-            norm: Param::new(norm, config.norm_lr, f32::NEG_INFINITY),
+            norm: Param::norm(norm, model, config.norm_lr),
             head: BothWays::pack(&head, model.vocab_size, hidden),
         })
     }
 
     /// One step of the optimizer at `rate` of the learning rates; the loss before it. want: of [`Teacher::read`].
     fn step(&mut self, teacher: &Teacher, tokens: &[u32], want: &[f32], rate: f64) -> Result<f64> {
-        let (norm, hidden) = (RmsNorm { eps: self.eps }, self.hidden);
-        let mut x = self.embedding.lookup(tokens, hidden)?;
+        let (norm, hidden) = (RmsNorm { eps: self.model.rms_norm_eps }, self.model.hidden_size);
+        let mut x = self.embedding.lookup(tokens, &self.model)?;
         let mut passed = Vec::with_capacity(self.layers.len());
         for layer in &self.layers {
             let (y, _) = layer.forward(&x);

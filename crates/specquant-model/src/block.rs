@@ -1,11 +1,11 @@
-//! One decoder block: RMSNorm, grouped-query attention with RoPE, SwiGLU.
+//! One decoder block: RMSNorm, grouped-query attention with RoPE, gated MLP.
 
 use rayon::prelude::*;
 use specquant_kernels as kernels;
 use specquant_kernels::KvCache;
 
 use crate::linear::{Linear, forward_shared};
-use crate::{InputTransform, ModelConfig, Result, Rotations};
+use crate::{Activation, InputTransform, ModelConfig, Result, Rotations};
 
 /// A place in the block whose input feeds linear layers: the unit of smoothing, of activation statistics and of Hessians.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash)]
@@ -16,7 +16,7 @@ pub enum Site {
     O,
     /// Normalized input of `gate_proj` and `up_proj`.
     GateUp,
-    /// SwiGLU output, input of `down_proj`.
+    /// Gated output, input of `down_proj`.
     Down,
 }
 
@@ -57,12 +57,14 @@ pub struct Block {
     pub v: Linear,
     /// `[hidden, heads * head_dim]`.
     pub o: Linear,
-    /// Per-head RMSNorm weight of Q, `[head_dim]` (Qwen3).
+    /// Per-head RMSNorm weight of Q, `[head_dim]` (Qwen3, Gemma 3).
     pub q_norm: Option<Vec<f32>>,
-    /// Per-head RMSNorm weight of K, `[head_dim]` (Qwen3).
+    /// Per-head RMSNorm weight of K, `[head_dim]` (Qwen3, Gemma 3).
     pub k_norm: Option<Vec<f32>>,
     /// RMSNorm weight before the MLP, `[hidden]`.
-    pub post_norm: Vec<f32>,
+    pub mlp_norm: Vec<f32>,
+    /// RMSNorm weights of what attention and MLP put out, before it is added to the residual stream, `[hidden]` each (Gemma 3).
+    pub out_norms: Option<[Vec<f32>; 2]>,
     /// `[intermediate, hidden]`.
     pub gate: Linear,
     /// `[intermediate, hidden]`.
@@ -154,6 +156,12 @@ impl Block {
     /// The layers of [`Block::linears`], to be changed.
     pub fn linears_mut(&mut self) -> [&mut Linear; 7] {
         [&mut self.q, &mut self.k, &mut self.v, &mut self.o, &mut self.gate, &mut self.up, &mut self.down]
+    }
+
+    /// The weights of all norms, in the order of [`ModelConfig::norm_shapes`].
+    pub fn norms(&self) -> impl Iterator<Item = &Vec<f32>> {
+        let before = [&self.input_norm, &self.mlp_norm].into_iter();
+        before.chain(self.out_norms.iter().flatten()).chain(&self.q_norm).chain(&self.k_norm)
     }
 
     /// The layers that read a site, in the order of [`Site::layers`].
@@ -252,20 +260,32 @@ impl Block {
         let rows = x.len() / config.hidden_size;
         observe(Site::O, attended);
         let [o] = self.linear_outputs([&self.o], Site::O, attended, rows)?;
-        add(x, &o);
+        self.add(config, x, o, 0);
 
         let mut normed = vec![0.0; x.len()];
-        kernels::rms_norm(x, &self.post_norm, config.rms_norm_eps, &mut normed);
+        kernels::rms_norm(x, &self.mlp_norm, config.rms_norm_eps, &mut normed);
         observe(Site::GateUp, &normed);
         let [mut gate, up] = self.linear_outputs([&self.gate, &self.up], Site::GateUp, &normed, rows)?;
-        kernels::silu_mul(&mut gate, &up);
+        match config.activation {
+            Activation::Silu => kernels::silu_mul(&mut gate, &up),
+            Activation::GeluTanh => kernels::gelu_mul(&mut gate, &up),
+        }
         if let Some(rotation) = &self.rotations.down {
             rotation.apply(&mut gate, rows);
         }
         observe(Site::Down, &gate);
         let [down] = self.linear_outputs([&self.down], Site::Down, &gate, rows)?;
-        add(x, &down);
+        self.add(config, x, down, 1);
         Ok(())
+    }
+
+    /// Adds the output y of attention (0) or MLP (1) to the residual stream x, behind its norm if it has one. x, y: `[rows, hidden]`.
+    fn add(&self, config: &ModelConfig, x: &mut [f32], mut y: Vec<f32>, which: usize) {
+        if let Some(norms) = &self.out_norms {
+            let raw = y.clone();
+            kernels::rms_norm(&raw, &norms[which], config.rms_norm_eps, &mut y);
+        }
+        x.iter_mut().zip(&y).for_each(|(x, y)| *x += y);
     }
 
     /// The layers of a site on their input, `[rows, in]`; `[rows, out]` each.
@@ -289,7 +309,7 @@ impl Block {
         spans: &mut [Span],
         out: &mut [f32],
     ) {
-        let scale = 1.0 / (config.head_dim as f32).sqrt();
+        let scale = config.attention_scale();
         let (wide, narrow) = (config.num_heads * config.head_dim, config.num_kv_heads * config.head_dim);
         // Spans side by side: many short ones would each be too little work for all threads.
         let mut jobs = Vec::with_capacity(spans.len());
@@ -308,7 +328,7 @@ impl Block {
     }
 }
 
-/// Normalizes (Qwen3) and rotates the heads of every row. x: `[rows, heads * head_dim]`.
+/// Normalizes (Qwen3, Gemma 3) and rotates the heads of every row. x: `[rows, heads * head_dim]`.
 fn position(x: &mut [f32], norm: Option<&[f32]>, config: &ModelConfig, heads: usize, rope: &RopeTable) {
     if let Some(norm) = norm {
         let raw = x.to_vec();
@@ -319,8 +339,4 @@ fn position(x: &mut [f32], norm: Option<&[f32]>, config: &ModelConfig, heads: us
     for (row, (cos, sin)) in x.chunks_exact_mut(heads * config.head_dim).zip(angles) {
         kernels::rope(row, heads, config.head_dim, cos, sin);
     }
-}
-
-fn add(x: &mut [f32], y: &[f32]) {
-    x.iter_mut().zip(y).for_each(|(x, y)| *x += y);
 }

@@ -26,8 +26,8 @@
 //! cached. `model.layers.N.self_attn.k_transform` F16 `[head_dim, head_dim]` is the matrix that keys are multiplied by after RoPE, and queries by its inverse
 //! transpose.
 //!
-//! Everything else keeps its Hugging Face name: norms in F32 (smoothing and rotations are folded into the weights), embeddings and
-//! `lm_head` in 16 bit or as `weight_packed` I8 + `weight_scale`.
+//! Everything else keeps its Hugging Face name and meaning: norms in F32 (smoothing and rotations are folded into the weights; those of Gemma
+//! less 1, see [`crate::ModelConfig::norm_tensor`]), embeddings and `lm_head` in 16 bit or as `weight_packed` I8 + `weight_scale`.
 
 use std::path::Path;
 

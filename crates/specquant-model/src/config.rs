@@ -2,13 +2,13 @@
 
 mod hf;
 
-pub(crate) use hf::token_ids;
+pub(crate) use hf::{GEMMA_PATTERN, gemma_embedding_scale, gemma_windows, token_ids};
 
 use std::path::Path;
 
 use serde_json::{Value, json};
 
-use crate::{Error, Problems, Result, Site};
+use crate::{Error, Problems, Result, Site, StoredTensor};
 
 /// A decoder family; all are LLaMA's block with small additions.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -21,11 +21,14 @@ pub enum Family {
     Qwen2,
     /// Qwen3: RMS norms on the heads of q and k.
     Qwen3,
+    /// Gemma 3, text only: norms on the outputs of attention and MLP too, GELU, windows in most layers, which have a rotary base of their own.
+    Gemma3,
 }
 
 impl Family {
     /// Every family.
-    pub const ALL: [Family; 4] = [Family::Llama, Family::Mistral, Family::Qwen2, Family::Qwen3];
+    pub const ALL: [Family; 5] =
+        [Family::Llama, Family::Mistral, Family::Qwen2, Family::Qwen3, Family::Gemma3];
 
     /// `model_type` in Hugging Face's config.json.
     pub fn model_type(self) -> &'static str {
@@ -34,6 +37,7 @@ impl Family {
             Family::Mistral => "mistral",
             Family::Qwen2 => "qwen2",
             Family::Qwen3 => "qwen3",
+            Family::Gemma3 => "gemma3_text",
         }
     }
 
@@ -43,8 +47,24 @@ impl Family {
             Family::Mistral => "MistralForCausalLM",
             Family::Qwen2 => "Qwen2ForCausalLM",
             Family::Qwen3 => "Qwen3ForCausalLM",
+            Family::Gemma3 => "Gemma3ForCausalLM",
         }
     }
+
+    /// What Hugging Face's checkpoints, and so ours, leave out of every norm's weight: Gemma's are stored as w − 1 (transformers,
+    /// `Gemma3RMSNorm`), in GGUF files as w. Everywhere else, w is what the normalized value is multiplied by.
+    pub(crate) fn norm_offset(self) -> f32 {
+        if self == Family::Gemma3 { 1.0 } else { 0.0 }
+    }
+}
+
+/// What the gate of the MLP goes through before it multiplies.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Activation {
+    /// x / (1 + e^−x).
+    Silu,
+    /// The tanh approximation of GELU, see [`specquant_kernels::gelu_mul`].
+    GeluTanh,
 }
 
 /// How rotary frequencies are stretched for a longer context (transformers `modeling_rope_utils.py`).
@@ -95,6 +115,8 @@ pub struct ModelConfig {
     pub rope_theta: f64,
     /// Their stretching.
     pub rope_scaling: RopeScaling,
+    /// Base in layers with a sliding window, whose frequencies are not stretched. `None`: all layers are alike.
+    pub local_rope_theta: Option<f64>,
     /// Per layer, how many keys a query sees at most, itself included. `None`: all.
     pub sliding_window: Vec<Option<usize>>,
     /// q, k and v have biases.
@@ -103,8 +125,16 @@ pub struct ModelConfig {
     pub attention_out_bias: bool,
     /// gate, up and down have biases.
     pub mlp_bias: bool,
-    /// Heads of q and k are RMS-normalized before the rotation (Qwen3).
+    /// Heads of q and k are RMS-normalized before the rotation (Qwen3, Gemma 3).
     pub qk_norm: bool,
+    /// What attention and MLP put out is RMS-normalized before it is added to the residual stream (Gemma 3).
+    pub post_norms: bool,
+    /// What the gate of the MLP goes through.
+    pub activation: Activation,
+    /// Attention scores are divided by its square root; `None`: by that of `head_dim`.
+    pub query_pre_attn_scalar: Option<usize>,
+    /// What embeddings are multiplied by on their way into the first block, not in the head.
+    pub embedding_scale: f32,
     /// The output matrix is the embedding matrix. Once a model is opened, this is what its tensors say.
     pub tie_word_embeddings: bool,
     /// Context length.
@@ -138,7 +168,6 @@ impl ModelConfig {
             "num_key_value_heads": self.num_kv_heads,
             "head_dim": self.head_dim,
             "vocab_size": self.vocab_size,
-            "hidden_act": "silu",
             "rms_norm_eps": widen(self.rms_norm_eps),
             "rope_theta": self.rope_theta,
             "rope_scaling": match self.rope_scaling {
@@ -167,6 +196,12 @@ impl ModelConfig {
             },
         });
         let window = self.sliding_window.iter().copied().flatten().next();
+        let kind = |w: &Option<usize>| if w.is_some() { "sliding_attention" } else { "full_attention" };
+        let layer_types = || json!(self.sliding_window.iter().map(kind).collect::<Vec<_>>());
+        // Gemma names it otherwise.
+        if self.family != Family::Gemma3 {
+            json["hidden_act"] = json!("silu");
+        }
         match self.family {
             Family::Llama => {
                 json["attention_bias"] = json!(self.attention_bias);
@@ -174,11 +209,17 @@ impl ModelConfig {
             }
             Family::Mistral => json["sliding_window"] = json!(window),
             Family::Qwen2 | Family::Qwen3 => {
-                let kind =
-                    |w: &Option<usize>| if w.is_some() { "sliding_attention" } else { "full_attention" };
                 json["use_sliding_window"] = json!(window.is_some());
                 json["sliding_window"] = json!(window);
-                json["layer_types"] = json!(self.sliding_window.iter().map(kind).collect::<Vec<_>>());
+                json["layer_types"] = layer_types();
+            }
+            Family::Gemma3 => {
+                json["hidden_activation"] = json!("gelu_pytorch_tanh");
+                json["query_pre_attn_scalar"] = json!(self.query_pre_attn_scalar);
+                json["rope_local_base_freq"] = json!(self.local_rope_theta);
+                json["sliding_window"] = json!(window);
+                json["layer_types"] = layer_types();
+                json["attention_bias"] = json!(self.attention_bias);
             }
         }
         if self.family == Family::Qwen3 {
@@ -196,11 +237,52 @@ impl ModelConfig {
         }
     }
 
-    /// Rotary frequencies in radians per position, after scaling: `[head_dim / 2]`. Formulas: transformers `modeling_rope_utils.py`,
+    /// Rows of the embedding matrix become what goes into the first block, in place.
+    pub fn scale_embeddings(&self, x: &mut [f32]) {
+        if self.embedding_scale != 1.0 {
+            x.iter_mut().for_each(|x| *x *= self.embedding_scale);
+        }
+    }
+
+    /// What the products of queries and keys are multiplied by.
+    pub fn attention_scale(&self) -> f32 {
+        1.0 / (self.query_pre_attn_scalar.unwrap_or(self.head_dim) as f32).sqrt()
+    }
+
+    /// Rotary frequencies in radians per position, after scaling, of the layers with or without a sliding window: `[head_dim / 2]`. Formulas: transformers `modeling_rope_utils.py`,
     /// `_compute_default_rope_parameters`, `_compute_linear_scaling_rope_parameters`, `_compute_llama3_parameters`.
-    pub fn inv_freq(&self) -> Vec<f32> {
-        let freq = |i: usize| self.rope_theta.powf(-((2 * i) as f64) / self.head_dim as f64);
-        (0..self.head_dim / 2).map(|i| self.rope_scaling.scale(freq(i)) as f32).collect()
+    pub fn inv_freq(&self, windowed: bool) -> Vec<f32> {
+        let (theta, scaling) = match self.local_rope_theta {
+            Some(theta) if windowed => (theta, RopeScaling::None),
+            _ => (self.rope_theta, self.rope_scaling),
+        };
+        let freq = |i: usize| theta.powf(-((2 * i) as f64) / self.head_dim as f64);
+        (0..self.head_dim / 2).map(|i| scaling.scale(freq(i)) as f32).collect()
+    }
+
+    /// The norms of a block, in the order of [`crate::Block::norms`]: name within the block without `.weight`, and width. What LLaMA calls
+    /// `post_attention_layernorm` stands before the MLP; Gemma's of that name is one of [`ModelConfig::post_norms`].
+    pub fn norm_shapes(&self) -> Vec<(&'static str, usize)> {
+        let names: &[&str] = match self.post_norms {
+            false => &["input_layernorm", "post_attention_layernorm"],
+            true => &[
+                "input_layernorm",
+                "pre_feedforward_layernorm",
+                "post_attention_layernorm",
+                "post_feedforward_layernorm",
+            ],
+        };
+        let heads: &[&str] = if self.qk_norm { &["self_attn.q_norm", "self_attn.k_norm"] } else { &[] };
+        let of =
+            |names: &[&'static str], width| names.iter().map(move |name| (*name, width)).collect::<Vec<_>>();
+        [of(names, self.hidden_size), of(heads, self.head_dim)].concat()
+    }
+
+    /// A norm's weight as a checkpoint stores it: see [`Family`] for what Gemma's leaves out.
+    pub fn norm_tensor(&self, name: String, weight: &[f32]) -> StoredTensor {
+        let offset = self.family.norm_offset();
+        let stored: Vec<f32> = weight.iter().map(|w| w - offset).collect();
+        StoredTensor::f32(name, vec![weight.len()], &stored)
     }
 
     /// The linear layers of block `layer`: name without `.weight`, and shape `[out, in]`.
@@ -241,12 +323,8 @@ impl ModelConfig {
         }
         for layer in 0..self.num_layers {
             let block = format!("model.layers.{layer}");
-            all.push((format!("{block}.input_layernorm.weight"), vec![h]));
-            all.push((format!("{block}.post_attention_layernorm.weight"), vec![h]));
-            if self.qk_norm {
-                all.push((format!("{block}.self_attn.q_norm.weight"), vec![self.head_dim]));
-                all.push((format!("{block}.self_attn.k_norm.weight"), vec![self.head_dim]));
-            }
+            let norms = self.norm_shapes().into_iter();
+            all.extend(norms.map(|(name, width)| (format!("{block}.{name}.weight"), vec![width])));
             for (name, shape) in self.linear_shapes(layer) {
                 if self.has_bias(&name) {
                     all.push((format!("{name}.bias"), vec![shape[0]]));
@@ -288,8 +366,15 @@ impl ModelConfig {
         if !(self.rms_norm_eps > 0.0 && self.rms_norm_eps < 1.0) {
             problems.push(format!("rms_norm_eps is {}; it must be between 0 and 1", self.rms_norm_eps));
         }
-        if !(self.rope_theta > 1.0 && self.rope_theta.is_finite()) {
-            problems.push(format!("rope_theta is {}; it must be above 1 and finite", self.rope_theta));
+        for (name, theta) in
+            [("rope_theta", Some(self.rope_theta)), ("rope_local_base_freq", self.local_rope_theta)]
+        {
+            if let Some(theta) = theta.filter(|theta| !(*theta > 1.0 && theta.is_finite())) {
+                problems.push(format!("{name} is {theta}; it must be above 1 and finite"));
+            }
+        }
+        if self.query_pre_attn_scalar == Some(0) {
+            problems.push("query_pre_attn_scalar is 0; scores are divided by its square root");
         }
         self.rope_scaling.check(&mut problems);
         if self.sliding_window.contains(&Some(0)) {

@@ -69,11 +69,21 @@ impl Embedding {
         Ok(Embedding::Float(view))
     }
 
-    /// The embeddings of `ids`, `[ids, hidden]`.
+    /// What goes into the first block for `ids`: their rows times [`ModelConfig::embedding_scale`], `[ids, hidden]`.
+    ///
+    /// # Errors
+    /// As [`Embedding::rows`].
+    pub fn lookup(&self, ids: &[u32], config: &ModelConfig) -> Result<Vec<f32>> {
+        let mut x = self.rows(ids, config.hidden_size)?;
+        config.scale_embeddings(&mut x);
+        Ok(x)
+    }
+
+    /// The rows of `ids` as the matrix has them, `[ids, hidden]`.
     ///
     /// # Errors
     /// [`Error::TokenId`] for an id outside the vocabulary; [`Error::NotFinite`] for a row that is damaged.
-    pub fn lookup(&self, ids: &[u32], hidden: usize) -> Result<Vec<f32>> {
+    pub fn rows(&self, ids: &[u32], hidden: usize) -> Result<Vec<f32>> {
         let vocab = match self {
             Embedding::Float(view) | Embedding::Int8 { codes: view, .. } => view.shape[0],
         };
@@ -183,17 +193,21 @@ impl Block {
                 inputs[i].as_ref(),
             )
         };
-        let vector = |name: &str, width| norm(source, &format!("{prefix}.{name}.weight"), width);
-        let head_norm = |name: &str| c.qk_norm.then(|| vector(name, c.head_dim)).transpose();
+        let norms = c.norm_shapes().into_iter();
+        let norms = norms.map(|(name, width)| norm(source, &format!("{prefix}.{name}.weight"), width));
+        let mut norms = norms.collect::<Result<Vec<_>>>()?.into_iter();
+        let mut next = || norms.next().unwrap_or_default();
         Ok(Block {
-            input_norm: vector("input_layernorm", hidden)?,
+            // In the order of `norm_shapes`.
+            input_norm: next(),
+            mlp_norm: next(),
+            out_norms: c.post_norms.then(|| [next(), next()]),
+            q_norm: c.qk_norm.then(&mut next),
+            k_norm: c.qk_norm.then(&mut next),
             q: linear("self_attn.q_proj", [wide, hidden], Site::Qkv)?,
             k: linear("self_attn.k_proj", [narrow, hidden], Site::Qkv)?,
             v: linear("self_attn.v_proj", [narrow, hidden], Site::Qkv)?,
             o: linear("self_attn.o_proj", [hidden, wide], Site::O)?,
-            q_norm: head_norm("self_attn.q_norm")?,
-            k_norm: head_norm("self_attn.k_norm")?,
-            post_norm: vector("post_attention_layernorm", hidden)?,
             gate: linear("mlp.gate_proj", [inner, hidden], Site::GateUp)?,
             up: linear("mlp.up_proj", [inner, hidden], Site::GateUp)?,
             down: linear("mlp.down_proj", [hidden, inner], Site::Down)?,
@@ -217,7 +231,8 @@ pub struct Model {
     embedding: Embedding,
     blocks: Vec<Block>,
     head: Head,
-    inv_freq: Vec<f32>,
+    /// Of layers without a window, and of those with one where they differ.
+    inv_freq: (Vec<f32>, Option<Vec<f32>>),
     kv_format: KvFormat,
 }
 
@@ -278,7 +293,7 @@ impl Model {
             embedding: Embedding::read(source)?,
             blocks,
             head: Head::read(source)?,
-            inv_freq: config.inv_freq(),
+            inv_freq: (config.inv_freq(false), config.local_rope_theta.map(|_| config.inv_freq(true))),
             kv_format,
             quantization,
             config,
@@ -317,10 +332,11 @@ impl Model {
         linears.map(bytes).sum()
     }
 
-    /// Replaces the rotary frequencies, `[head_dim / 2]` radians per position. By default they are those of the configuration in
-    /// f32; an engine that casts the whole model to 16 bits rounds them too, and comparing with it needs its values.
-    pub fn set_inv_freq(&mut self, inv_freq: Vec<f32>) {
-        self.inv_freq = inv_freq;
+    /// Changes the rotary frequencies, in radians per position. By default they are those of the configuration in f32; an engine that
+    /// casts the whole model to 16 bits rounds them too, and comparing with it needs its values.
+    pub fn map_inv_freq(&mut self, f: impl Fn(f32) -> f32) {
+        let (full, local) = &mut self.inv_freq;
+        full.iter_mut().chain(local.iter_mut().flatten()).for_each(|freq| *freq = f(*freq));
     }
 
     /// Replaces the storage of KV caches that are made from now on.
@@ -358,20 +374,23 @@ impl Model {
     /// When a row is not in the batch.
     pub fn hidden_of(&self, batch: &mut [(&mut Sequence, &[u32])], rows: &[usize]) -> Result<Vec<f32>> {
         let ids: Vec<u32> = batch.iter().flat_map(|(_, ids)| ids.iter().copied()).collect();
-        let mut x = self.embedding.lookup(&ids, self.config.hidden_size)?;
+        let mut x = self.embedding.lookup(&ids, &self.config)?;
         if ids.is_empty() {
             return Ok(x);
         }
         let positions = batch.iter().flat_map(|(sequence, ids)| sequence.len()..sequence.len() + ids.len());
-        let rope = RopeTable::new(&self.inv_freq, positions);
+        let (full, local) = &self.inv_freq;
+        let local = local.as_ref().map(|freq| RopeTable::new(freq, positions.clone()));
+        let full = RopeTable::new(full, positions);
         for (layer, block) in self.blocks.iter().enumerate() {
             let mut spans: Vec<Span> = batch
                 .iter_mut()
                 .filter(|(_, ids)| !ids.is_empty())
                 .map(|(sequence, ids)| Span { rows: ids.len(), cache: &mut sequence.caches[layer] })
                 .collect();
+            let rope = local.as_ref().filter(|_| block.window.is_some()).unwrap_or(&full);
             let observe = &mut |_: Site, _: &[f32]| ();
-            let mut attended = block.attention(&self.config, &rope, &x, &mut spans, observe)?;
+            let mut attended = block.attention(&self.config, rope, &x, &mut spans, observe)?;
             if layer + 1 == self.blocks.len() && !rows.iter().copied().eq(0..ids.len()) {
                 if rows.is_empty() {
                     return Ok(Vec::new());

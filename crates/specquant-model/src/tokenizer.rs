@@ -146,6 +146,12 @@ impl Tokenizer {
         self.token_to_id(self.specials.bos.as_deref()?)
     }
 
+    /// The BOS token, if every text starts with it. A model that was trained so (Gemma, LLaMA 2) is another model without.
+    pub fn first_id(&self) -> Option<u32> {
+        let first = self.encode("", true).ok()?.first().copied();
+        first.filter(|id| Some(*id) == self.bos_id())
+    }
+
     /// End of sequence. The model's configuration may name more tokens that end a generation.
     pub fn eos_id(&self) -> Option<u32> {
         self.token_to_id(self.specials.eos.as_deref()?)
@@ -217,6 +223,32 @@ mod tests {
         assert_eq!((t.bos_id(), t.eos_id(), t.vocab_size()), (Some(4), None, 5));
         let mut decode = t.decoder(true);
         assert_eq!(decode(3).unwrap().as_deref(), Some("ab"));
+    }
+
+    /// Only a BOS token counts, and only where the post-processor adds it.
+    #[test]
+    fn what_every_text_starts_with() {
+        let with = |bos: Option<&str>, template: Value| {
+            let tokenizer = json!({
+                "added_tokens": [{"id": 4, "content": "<s>", "single_word": false, "lstrip": false, "rstrip": false,
+                    "normalized": false, "special": true}],
+                "post_processor": {"type": "TemplateProcessing", "single": template, "pair": template,
+                    "special_tokens": {"<s>": {"id": "<s>", "ids": [4], "tokens": ["<s>"]}}},
+                "model": {"type": "BPE", "vocab": {"a": 0, "<s>": 4}, "merges": []},
+            });
+            let config = json!({ "bos_token": bos });
+            let files = [(TOKENIZER, tokenizer), (CONFIG, config)];
+            let files = files.map(|(name, json)| (name.to_owned(), json.to_string().into_bytes()));
+            Tokenizer::from_files(Path::new("dir"), &files).unwrap().first_id()
+        };
+        let (text, bos) = (
+            json!({"Sequence": {"id": "A", "type_id": 0}}),
+            json!({"SpecialToken": {"id": "<s>", "type_id": 0}}),
+        );
+        assert_eq!(with(Some("<s>"), json!([bos, text])), Some(4));
+        assert_eq!(with(None, json!([bos, text])), None);
+        assert_eq!(with(Some("<s>"), json!([text])), None);
+        assert_eq!(tiny(json!({"bos_token": "<s>"}), &[]).unwrap().first_id(), None);
     }
 
     #[test]

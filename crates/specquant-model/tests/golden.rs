@@ -28,11 +28,13 @@ fn max_difference(a: &[f32], b: &[f32]) -> f32 {
     a.iter().zip(b).map(|(a, b)| (a - b).abs()).fold(0.0, f32::max)
 }
 
-const TINY: [&str; 6] =
-    ["llama-tied-bf16", "llama3-rope-scaled", "llama-sharded", "mistral", "qwen2", "qwen3"];
+const TINY: [&str; 7] =
+    ["llama-tied-bf16", "llama3-rope-scaled", "llama-sharded", "mistral", "qwen2", "qwen3", "gemma3"];
 
 fn tiny_case(name: &str) -> (Model, Vec<u32>, Vec<f32>) {
-    let dir = golden().join("tiny").join(name);
+    // The small Gemma 3 lies in this repository, with the program that made it.
+    let own = Path::new(env!("CARGO_MANIFEST_DIR")).join("tests");
+    let dir = if name == "gemma3" { own } else { golden().join("tiny") }.join(name);
     let bytes = std::fs::read(dir.join("expected.safetensors")).unwrap();
     let expected = SafeTensors::deserialize(&bytes).unwrap();
     let ids = expected
@@ -44,14 +46,16 @@ fn tiny_case(name: &str) -> (Model, Vec<u32>, Vec<f32>) {
         .collect();
     let mut model = Model::open(&dir).unwrap();
     // The expected logits come from a model cast to its 16-bit type and back, which left its rotary frequencies rounded to that
-    // type. A model loaded as float32 has them in f32 (the real model below does).
+    // type. A model loaded as float32 has them in f32 (the small Gemma and the real models below do).
     let config = std::fs::read_to_string(dir.join("config.json")).unwrap();
-    let round: fn(f32) -> f32 = if config.contains("bfloat16") {
+    let round: fn(f32) -> f32 = if name == "gemma3" {
+        |f| f
+    } else if config.contains("bfloat16") {
         |f| half::bf16::from_f32(f).to_f32()
     } else {
         |f| half::f16::from_f32(f).to_f32()
     };
-    model.set_inv_freq(model.config.inv_freq().into_iter().map(round).collect());
+    model.map_inv_freq(round);
     (model, ids, f32s(expected.tensor("logits").unwrap().data()))
 }
 
@@ -185,4 +189,67 @@ fn smollm2_gives_the_token_ids_logits_and_continuations_of_transformers() {
         .unwrap();
         assert_eq!(got, want, "{name}");
     }
+}
+
+/// Against sentencepiece and transformers on Gemma 3 270M (`gemma3/real.py`), which `scripts/fetch-model.sh gemma3` fetches.
+#[test]
+fn gemma3_gives_the_token_ids_of_sentencepiece_and_the_logits_of_transformers() {
+    let Ok(path) = std::env::var("SPECQUANT_GEMMA3") else {
+        println!(
+            "skipped: SPECQUANT_GEMMA3 does not name the model; scripts/fetch-model.sh gemma3 prints its path"
+        );
+        return;
+    };
+    let source = Source::open(Path::new(&path)).unwrap();
+    let tokenizer = source.tokenizer().unwrap();
+    let mut model = Model::load(&source).unwrap();
+    model.widen().unwrap();
+    let expected: serde_json::Value = serde_json::from_str(include_str!("gemma3/real.json")).unwrap();
+    let ids = |v: &serde_json::Value| -> Vec<u32> {
+        v.as_array().unwrap().iter().map(|id| id.as_u64().unwrap() as u32).collect()
+    };
+    let check =
+        |what: &str, logits: &[f32], at: &serde_json::Value, top_ids: &str, top: &str, i: Option<usize>| {
+            let of = |key: &str| i.map_or_else(|| at[key].clone(), |i| at[key][i].clone());
+            for (id, want) in ids(&of(top_ids)).into_iter().zip(of(top).as_array().unwrap()) {
+                let (got, want) = (logits[id as usize], want.as_f64().unwrap() as f32);
+                assert!((got - want).abs() < 5e-3, "{what}, id {id}: {got} instead of {want}");
+            }
+        };
+    for case in expected["texts"].as_array().unwrap() {
+        let text = case["text"].as_str().unwrap();
+        let want = ids(&case["ids"]);
+        let got = tokenizer.encode(text, true).unwrap();
+        assert_eq!((got[0], &got[1..]), (2, &want[..]), "{text:?}");
+        assert_eq!(tokenizer.decode(&want, false).unwrap(), text);
+        if !want.is_empty() {
+            let logits = model.next_logits(&mut [(&mut model.sequence(), &got)]).unwrap();
+            check(text, &logits, case, "top_ids", "top_logits", None);
+        }
+    }
+    // Beyond the windows of 512, the last tokens one by one.
+    let long = &expected["long"];
+    let tokens = ids(&long["ids"]);
+    let mut sequence = model.sequence();
+    let hidden = model.hidden(&mut [(&mut sequence, &tokens[..1150])]).unwrap();
+    for (i, position) in ids(&long["positions"]).into_iter().enumerate().filter(|(_, p)| *p < 1150) {
+        let width = model.config.hidden_size;
+        let logits = model.logits(&hidden[position as usize * width..][..width]).unwrap();
+        check(&format!("position {position}"), &logits, long, "top_ids", "top_logits", Some(i));
+    }
+    let mut last = Vec::new();
+    for token in &tokens[1150..] {
+        last = model.next_logits(&mut [(&mut sequence, &[*token])]).unwrap();
+    }
+    check("the last position", &last, long, "top_ids", "top_logits", Some(11));
+
+    let (want, mut got) = (ids(&expected["greedy"]), Vec::new());
+    let prompt = tokenizer.encode("Hello, world!", true).unwrap();
+    let sampler = &mut Sampler::new(Sampling::GREEDY);
+    generate(&model, &mut model.sequence(), &prompt, want.len(), sampler, |id| {
+        got.push(id);
+        true
+    })
+    .unwrap();
+    assert_eq!(got, want);
 }

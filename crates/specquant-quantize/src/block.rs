@@ -82,7 +82,7 @@ pub(crate) fn apply_scales(block: &mut Block, site: Site, lambda: &[f32], config
     };
     match site {
         Site::Qkv => smooth::divide_rows(&mut block.input_norm, lambda),
-        Site::GateUp => smooth::divide_rows(&mut block.post_norm, lambda),
+        Site::GateUp => smooth::divide_rows(&mut block.mlp_norm, lambda),
         Site::O => {
             let shared = smooth::share_in_groups(&mut lambda.to_vec(), config.num_heads, config.num_kv_heads);
             divide(&mut block.v, &shared);
@@ -380,8 +380,7 @@ mod tests {
             let mut recipe = Recipe::load("smooth-gptq").unwrap();
             recipe.smooth.as_mut().unwrap().smoothing_strength = Searched::Fixed(0.5);
 
-            let mut plain =
-                Embedding::read(&source).unwrap().lookup(&ids(config), config.hidden_size).unwrap();
+            let mut plain = Embedding::read(&source).unwrap().lookup(&ids(config), config).unwrap();
             let mut folded = plain.clone();
             for index in 0..config.num_layers {
                 let mut block = dense_block(&source, index);

@@ -199,7 +199,8 @@ mod run {
     fn block_weights(block: &Block) -> BlockWeights<'_> {
         BlockWeights {
             input_norm: &block.input_norm,
-            post_norm: &block.post_norm,
+            mlp_norm: &block.mlp_norm,
+            out_norms: block.out_norms.as_ref().map(|norms| norms.each_ref().map(Vec::as_slice)),
             q_norm: block.q_norm.as_deref(),
             k_norm: block.k_norm.as_deref(),
             linears: block.linears().map(|(_, linear)| linear.dense().unwrap_or((&[], None))),
@@ -292,11 +293,10 @@ mod run {
         let model = checkpoint.config();
         let quantization = QuantizationConfig::from_config(checkpoint.config_json(), checkpoint.path())?;
         let scheme = quantization.map(|q| q.scheme).ok_or(specquant_learn::Error::NotQuantized)?;
-        let vector = |name: String, values: &[f32]| StoredTensor::f32(name, vec![values.len()], values);
-        let mut tensors = vec![vector("model.norm.weight".to_owned(), &tuned.norm)];
+        let mut tensors = vec![model.norm_tensor("model.norm.weight".to_owned(), &tuned.norm)];
         for (index, block) in tuned.blocks.iter().enumerate() {
-            for (name, norm) in ["input_layernorm", "post_attention_layernorm"].iter().zip(&block.norms) {
-                tensors.push(vector(format!("model.layers.{index}.{name}.weight"), norm));
+            for ((name, _), norm) in model.norm_shapes().into_iter().zip(&block.norms) {
+                tensors.push(model.norm_tensor(format!("model.layers.{index}.{name}.weight"), norm));
             }
             let learned = block.factors.iter().zip(&block.kept);
             for ((name, [out, inp]), (factors, kept)) in model.linear_shapes(index).into_iter().zip(learned) {

@@ -114,7 +114,7 @@ pub fn run(
     if residual.is_some() {
         norm.fill(1.0);
     }
-    ends.push(StoredTensor::f32("model.norm.weight".to_owned(), vec![norm.len()], &norm));
+    ends.push(config.norm_tensor("model.norm.weight".to_owned(), &norm));
     output.write_shard(&ends)?;
     drop(ends);
 
@@ -123,10 +123,11 @@ pub fn run(
     let mut states = calibrating
         .iter()
         .map(|ids| {
-            let mut x = embedding.lookup(ids, config.hidden_size)?;
+            let mut x = embedding.rows(ids, config.hidden_size)?;
             residual.iter().for_each(|r| r.rotate_rows(&mut x));
             x.chunks_exact_mut(config.hidden_size)
                 .for_each(|row| round_row(row, recipe.embeddings, half_dtype));
+            config.scale_embeddings(&mut x);
             Ok(x)
         })
         .collect::<Result<Vec<_>>>()?;
@@ -307,16 +308,8 @@ fn one_block(
             tensors.push(StoredTensor::f32(format!("{prefix}.self_attn.{name}"), vec![center.len()], center));
         }
     }
-    let norms = [
-        ("input_layernorm", Some(&block.input_norm)),
-        ("post_attention_layernorm", Some(&block.post_norm)),
-        ("self_attn.q_norm", block.q_norm.as_ref()),
-        ("self_attn.k_norm", block.k_norm.as_ref()),
-    ];
-    for (name, values) in norms {
-        if let Some(values) = values {
-            tensors.push(StoredTensor::f32(format!("{prefix}.{name}.weight"), vec![values.len()], values));
-        }
+    for ((name, _), values) in config.norm_shapes().into_iter().zip(block.norms()) {
+        tensors.push(config.norm_tensor(format!("{prefix}.{name}.weight"), values));
     }
     Ok((tensors, reports))
 }
@@ -372,7 +365,7 @@ fn run_block(
 ) -> Result<()> {
     let hidden = config.hidden_size;
     let longest = states.iter().map(|s| s.len() / hidden).max().unwrap_or(1).max(1);
-    let inv_freq = config.inv_freq();
+    let inv_freq = config.inv_freq(block.window.is_some());
     for batch in states.chunks_mut((BATCH_ROWS / longest).max(1)) {
         let rows: Vec<usize> = batch.iter().map(|s| s.len() / hidden).collect();
         let rope = RopeTable::new(&inv_freq, rows.iter().flat_map(|&n| 0..n));
@@ -405,7 +398,7 @@ mod tests {
             let source = tiny(name);
             let config = source.config();
             let embedding = specquant_model::Embedding::read(&source).unwrap();
-            let mut plain = embedding.lookup(&ids(config), config.hidden_size).unwrap();
+            let mut plain = embedding.lookup(&ids(config), config).unwrap();
             let (mut block, mut centered) = (dense_block(&source, 0), plain.clone());
             let (_, center) = observe(&block, config, 0, &mut [plain.clone()], 1, false).unwrap();
             assert!(center.keys.iter().chain(&center.values).any(|v| v.abs() > 1e-4), "{name}");

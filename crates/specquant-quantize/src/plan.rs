@@ -42,6 +42,15 @@ fn problems(source: &Source, recipe: &Recipe, shapes: &[(String, [usize; 2])]) -
             source.path().display()
         ));
     }
+    if config.post_norms && recipe.rotate.is_some_and(|r| r.residual) {
+        problems.push(
+            "  the residual stream cannot be rotated: this model normalizes what o_proj and down_proj put out before it is added, and \
+             the weights of those norms, which differ from channel to channel, stand between these layers and the stream that they would \
+             have to rotate; use a recipe that rotates every layer's input behind its norm (--recipe spectral), or set rotate.residual = \
+             false in the recipe's file"
+                .to_owned(),
+        );
+    }
     let scheme = &recipe.scheme;
     let keep = recipe.input.map_or(0, |input| input.keep);
     for (name, [_, inp]) in shapes {
@@ -214,7 +223,9 @@ pub fn plan(source: &Source, recipe: &Recipe) -> Result<Plan> {
             let length = recipe.calibration.sequence_length;
             let learned: usize = shapes.iter().map(|(_, [out, _])| out * (1 + keep)).sum();
             let outs: usize = shapes.iter().map(|(_, [out, _])| out).sum();
-            let passed = length * (10 * config.hidden_size + 4 * config.intermediate_size + 2 * outs)
+            let norms = config.norm_shapes().len();
+            let passed = length
+                * ((6 + 2 * norms) * config.hidden_size + 4 * config.intermediate_size + 2 * outs)
                 + 4 * length * length * config.num_heads.min(rayon::current_num_threads());
             let reading = block_weights + BATCH_ROWS.max(length) * wide;
             let all = config.num_layers * (7 * learned + length * config.hidden_size)

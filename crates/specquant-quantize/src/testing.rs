@@ -8,13 +8,13 @@ use specquant_kernels::{KvCache, KvFormat, rms_norm};
 use specquant_model::{Block, Head, Linear, ModelConfig, RopeTable, Site, Source, Span};
 
 /// Models with GQA, biases on q, k and v, norms on q and k, sliding windows, tied and untied heads.
-pub const TINY: [&str; 6] =
-    ["llama-tied-bf16", "llama3-rope-scaled", "llama-sharded", "mistral", "qwen2", "qwen3"];
+pub const TINY: [&str; 7] =
+    ["llama-tied-bf16", "llama3-rope-scaled", "llama-sharded", "mistral", "qwen2", "qwen3", "gemma3"];
 
 /// One of them.
 pub fn tiny(name: &str) -> Source {
-    let tiny = Path::new(env!("CARGO_MANIFEST_DIR")).join("../../../shared/golden/tiny");
-    Source::open(&tiny.join(name)).unwrap()
+    let tiny = if name == "gemma3" { "../specquant-model/tests" } else { "../../../shared/golden/tiny" };
+    Source::open(&Path::new(env!("CARGO_MANIFEST_DIR")).join(tiny).join(name)).unwrap()
 }
 
 /// 40 tokens.
@@ -34,7 +34,7 @@ pub fn dense_block(source: &Source, index: usize) -> Block {
 pub fn forward(block: &Block, config: &ModelConfig, x: &mut [f32], observe: &mut dyn FnMut(Site, &[f32])) {
     let rows = x.len() / config.hidden_size;
     let mut cache = KvCache::new(KvFormat::F32, config.num_kv_heads, config.head_dim);
-    let rope = RopeTable::new(&config.inv_freq(), 0..rows);
+    let rope = RopeTable::new(&config.inv_freq(block.window.is_some()), 0..rows);
     block.forward(config, &rope, x, &mut [Span { rows, cache: &mut cache }], observe).unwrap();
 }
 

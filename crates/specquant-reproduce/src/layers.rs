@@ -237,7 +237,7 @@ impl Layers {
         let texts =
             specquant_quantize::calibration::from_file(&settings.calibration, &tokenizer, &calibration, 0)?;
         let embedding = Embedding::read(source)?;
-        let states = texts.iter().map(|ids| embedding.lookup(ids, config.hidden_size));
+        let states = texts.iter().map(|ids| embedding.lookup(ids, config));
         let mut states = states.collect::<specquant_model::Result<Vec<_>>>()?;
         let Some(&last) = blocks.last() else { return Ok(()) };
         for index in 0..=last {

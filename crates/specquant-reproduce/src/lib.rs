@@ -74,6 +74,11 @@ pub fn reproduce(source: &Source, settings: &Settings, tell: &mut dyn FnMut(Even
     let widths = Site::ALL.map(|site| source.config().site_width(site));
     let mut plan = Plan::new(settings, widths.into_iter().min().unwrap_or(0) / 2 + 1)?;
     plan.matched = plan.matched.filter(|run| specquant_quantize::plan(source, &run.recipe).is_ok());
+    if source.config().post_norms {
+        // Their residual stream cannot be rotated; the report then has neither those rows nor the claim about them.
+        let rotates = |run: &Run| run.recipe.rotate.is_some_and(|r| r.residual);
+        plan.methods.retain(|(_, runs)| !runs.iter().flatten().any(rotates));
+    }
     let mut lab = lab::Lab::new(source, settings)?;
     let runs = plan.runs();
     for run in &runs {

@@ -43,7 +43,10 @@ pub(crate) fn write(source: &Source, dir: &Path, seed: u64) -> Result<Source> {
             let order = order(values.len() / row, seed);
             values = order.iter().flat_map(|&i| values[i * row..(i + 1) * row].iter().copied()).collect();
         }
-        tensors.push(StoredTensor::f32(name.to_owned(), view.shape.clone(), &values));
+        tensors.push(match name.ends_with("norm.weight") {
+            true => source.config().norm_tensor(name.to_owned(), &values),
+            false => StoredTensor::f32(name.to_owned(), view.shape.clone(), &values),
+        });
     }
     let views = tensors.iter().map(|t| {
         let view = TensorView::new(t.dtype, t.shape.clone(), &t.bytes);
@@ -76,11 +79,13 @@ mod tests {
 
     use super::*;
 
-    /// Two of the families: one with biases, one with more than one shard.
+    /// Three of the families: one with biases, one with more than one shard, one whose norms are stored less 1.
     #[test]
     fn the_copy_computes_the_same_from_other_weights() {
-        for name in ["llama-sharded", "qwen2"] {
-            let tiny = Path::new(env!("CARGO_MANIFEST_DIR")).join("../../../shared/golden/tiny").join(name);
+        for name in ["llama-sharded", "qwen2", "gemma3"] {
+            let tiny =
+                if name == "gemma3" { "../specquant-model/tests" } else { "../../../shared/golden/tiny" };
+            let tiny = Path::new(env!("CARGO_MANIFEST_DIR")).join(tiny).join(name);
             let source = Source::open(&tiny).unwrap();
             let dir = tempfile::tempdir().unwrap();
             let copy = write(&source, &dir.path().join("copy"), 7).unwrap();

@@ -8,8 +8,8 @@ use super::*;
 use crate::stiefel::orthonormal;
 
 pub(crate) fn tiny(name: &str) -> Source {
-    let dir = concat!(env!("CARGO_MANIFEST_DIR"), "/../../../shared/golden/tiny");
-    Source::open(&Path::new(dir).join(name)).unwrap()
+    let dir = if name == "gemma3" { "../specquant-model/tests" } else { "../../../shared/golden/tiny" };
+    Source::open(&Path::new(env!("CARGO_MANIFEST_DIR")).join(dir).join(name)).unwrap()
 }
 
 pub(crate) fn tokens(count: usize, seed: u64) -> Vec<u32> {

@@ -1,6 +1,7 @@
 use rand::{Rng, SeedableRng};
 use rand_chacha::ChaCha8Rng;
-use specquant_model::Source;
+use specquant_kernels::{KvCache, KvFormat};
+use specquant_model::{RopeTable, Source, Span};
 
 use super::*;
 use crate::SpinQuantConfig;
@@ -10,6 +11,7 @@ use crate::net::tests::{identity, tiny};
 /// A block's tensors, widened.
 pub(crate) struct Owned {
     norms: [Vec<f32>; 2],
+    out_norms: Option<[Vec<f32>; 2]>,
     head_norms: Option<[Vec<f32>; 2]>,
     linears: Vec<(Vec<f32>, Option<Vec<f32>>)>,
 }
@@ -24,7 +26,10 @@ impl Owned {
             (get(&format!("{name}.weight")), bias)
         });
         Owned {
-            norms: ["input_layernorm", "post_attention_layernorm"].map(own),
+            norms: ["input_layernorm", c.norm_shapes()[1].0].map(own),
+            out_norms: c
+                .post_norms
+                .then(|| ["post_attention_layernorm", "post_feedforward_layernorm"].map(own)),
             head_norms: c.qk_norm.then(|| ["self_attn.q_norm", "self_attn.k_norm"].map(own)),
             linears: linears.collect(),
         }
@@ -34,7 +39,8 @@ impl Owned {
         let head_norm = |i: usize| self.head_norms.as_ref().map(|n| n[i].as_slice());
         BlockWeights {
             input_norm: &self.norms[0],
-            post_norm: &self.norms[1],
+            mlp_norm: &self.norms[1],
+            out_norms: self.out_norms.as_ref().map(|norms| norms.each_ref().map(Vec::as_slice)),
             q_norm: head_norm(0),
             k_norm: head_norm(1),
             linears: std::array::from_fn(|i| (self.linears[i].0.as_slice(), self.linears[i].1.as_deref())),
@@ -87,9 +93,31 @@ fn the_full_precision_block_is_that_of_the_whole_model() {
     }
 }
 
+/// Gemma's, whose residual stream SpinQuant refuses, is the engine's: with a window and without.
+#[test]
+fn a_block_with_norms_behind_its_layers_is_that_of_the_engine() {
+    let source = tiny("gemma3");
+    let (c, rows) = (source.config(), 24);
+    let config = SpinQuantConfig::default();
+    assert!(matches!(Net::load(&source, &config, 64, None, None), Err(Error::PostNorms)));
+    for layer in 0..2 {
+        let mut want = inputs(c.hidden_size).swap_remove(2);
+        let x = tensor(want.clone(), (rows, c.hidden_size)).unwrap();
+        let block = Block::new(&Owned::read(&source, layer).weights(), c, layer).unwrap();
+        let found = to_vec(&Geometry::new(c, layer, rows).forward(&block, &x).unwrap()).unwrap();
+        let block = specquant_model::Block::read(&source, layer, None).unwrap();
+        let rope = RopeTable::new(&c.inv_freq(block.window.is_some()), 0..rows);
+        let mut cache = KvCache::new(KvFormat::F32, c.num_kv_heads, c.head_dim);
+        let spans = &mut [Span { rows, cache: &mut cache }];
+        block.forward(c, &rope, &mut want, spans, &mut |_, _| ()).unwrap();
+        let error = found.iter().zip(&want).map(|(a, b)| (a - b).abs()).fold(0.0, f32::max);
+        assert!(error < 1e-4, "{layer}: {error}");
+    }
+}
+
 #[test]
 fn with_sixteen_bits_scales_leave_the_block_alone() {
-    for name in ["qwen2", "qwen3", "llama-tied-bf16"] {
+    for name in ["qwen2", "qwen3", "llama-tied-bf16", "gemma3"] {
         let config = OmniQuantConfig { weight_bits: 16, act_bits: 16, kv_bits: 16, epochs: 1, ..fast() };
         let learned = run(&tiny(name), &config);
         assert!(learned.losses[0] < 1e-8, "{name}: {:?}", learned.losses);
@@ -101,7 +129,7 @@ fn with_sixteen_bits_scales_leave_the_block_alone() {
 
 #[test]
 fn the_loss_goes_down() {
-    for name in ["qwen2", "qwen3", "llama-tied-bf16"] {
+    for name in ["qwen2", "qwen3", "llama-tied-bf16", "gemma3"] {
         let source = tiny(name);
         let c = source.config();
         let learned = run(&source, &OmniQuantConfig { let_lr: 1e-2, ..fast() });

@@ -8,14 +8,14 @@ use specquant_kernels::{
     matmul_nt, matmul_packed, quantize_acts,
 };
 use specquant_model::{
-    Block, InputTransform, KEPT_BITS, KvCenter, Levels, Linear, ModelConfig, QuantLinear, Rotation, Site,
-    SplitInput, quantize_input,
+    Activation, Block, InputTransform, KEPT_BITS, KvCenter, Levels, Linear, ModelConfig, QuantLinear,
+    Rotation, Site, SplitInput, quantize_input,
 };
 
 use super::{MIN_FACTOR, Param, TuneConfig, TunedBlock};
 use crate::block::{K, Q, V};
 use crate::error::{Error, Result};
-use crate::ops::{CausalSoftmax, FakeQuantWeight, RmsNorm, Rope, backward, forward};
+use crate::ops::{CausalSoftmax, FakeQuantWeight, RmsNorm, Rope, activation, backward, forward};
 
 /// Values that one thread takes at least.
 const GRAIN: usize = 1 << 14;
@@ -72,6 +72,11 @@ pub(super) struct Layer {
     head_dim: usize,
     hidden: usize,
     norm: RmsNorm,
+    /// Whether attention and MLP have norms behind them.
+    post_norms: bool,
+    activation: Activation,
+    /// What scores are multiplied by.
+    scale: f32,
     window: Option<usize>,
     rope: Rope,
     linears: Vec<Frozen>,
@@ -80,13 +85,14 @@ pub(super) struct Layer {
     values: FakeCached,
     q_norm: Option<Vec<f32>>,
     k_norm: Option<Vec<f32>>,
-    /// Two norms, seven factors, seven kept columns.
+    /// Four norms, the last two of them empty where nothing is behind attention and MLP; seven factors, seven kept columns.
     pub params: Vec<Param>,
 }
 
 /// Where the parts of [`Layer::params`] begin.
-const FACTORS: usize = 2;
-const KEPT: usize = FACTORS + 7;
+const OUT_NORMS: usize = 2;
+pub(super) const FACTORS: usize = OUT_NORMS + 2;
+pub(super) const KEPT: usize = FACTORS + 7;
 /// The linear layers of a site, as in [`Site::ALL`].
 const LAYERS: [std::ops::Range<usize>; 4] = [0..3, 3..4, 4..6, 6..7];
 
@@ -111,6 +117,8 @@ struct NormSaved {
 /// What the backward pass needs of the forward pass.
 pub(super) struct Saved {
     norms: [NormSaved; 2],
+    /// Of what attention and MLP put out, where they have one.
+    out_norms: [Option<NormSaved>; 2],
     /// Of the heads of Q and K, where they have one.
     head_norms: [Option<NormSaved>; 2],
     sites: [SiteSaved; 4],
@@ -129,7 +137,7 @@ impl Layer {
         kv: KvFormat,
         config: &TuneConfig,
     ) -> Result<Self> {
-        let Block { q, k, v, o, gate, up, down, input_norm, post_norm, q_norm, k_norm, .. } = block;
+        let Block { q, k, v, o, gate, up, down, input_norm, mlp_norm, out_norms, q_norm, k_norm, .. } = block;
         if block.rotations.down.is_some() || block.rotations.heads.is_some() {
             return Err(Error::Untunable("rotations of whole inputs"));
         }
@@ -137,9 +145,9 @@ impl Layer {
         if block.rotations.keys.is_some() || block.inputs.iter().any(learned) {
             return Err(Error::Untunable("learned transforms"));
         }
-        let mut params = Vec::from(
-            [input_norm, post_norm].map(|norm| Param::new(norm, config.norm_lr, f32::NEG_INFINITY)),
-        );
+        let [after_attention, after_mlp] = out_norms.unwrap_or_default();
+        let norms = [input_norm, mlp_norm, after_attention, after_mlp];
+        let mut params = Vec::from(norms.map(|norm| Param::norm(norm, model, config.norm_lr)));
         let (mut linears, mut inputs, mut kept) = (Vec::new(), Vec::new(), Vec::new());
         let sites = [vec![q, k, v], vec![o], vec![gate, up], vec![down]];
         for ((site, layers), transform) in Site::ALL.into_iter().zip(sites).zip(block.inputs) {
@@ -168,8 +176,11 @@ impl Layer {
             head_dim,
             hidden: model.hidden_size,
             norm: RmsNorm { eps: model.rms_norm_eps },
+            post_norms: model.post_norms,
+            activation: model.activation,
+            scale: model.attention_scale(),
             window: block.window,
-            rope: Rope::new(&model.inv_freq(), longest, 1),
+            rope: Rope::new(&model.inv_freq(block.window.is_some()), longest, 1),
             linears,
             inputs,
             keys: FakeCached {
@@ -190,8 +201,9 @@ impl Layer {
     pub fn learned(self) -> TunedBlock {
         let mut values = self.params.into_iter().map(|p| p.values);
         let mut next = || values.next().unwrap_or_default();
+        let norms: [Vec<f32>; FACTORS] = std::array::from_fn(|_| next());
         TunedBlock {
-            norms: std::array::from_fn(|_| next()),
+            norms: norms.into_iter().filter(|norm| !norm.is_empty()).collect(),
             factors: std::array::from_fn(|_| next()),
             kept: std::array::from_fn(|_| next()),
         }
@@ -220,37 +232,63 @@ impl Layer {
         let attended = self.attend(&qkv, tokens);
         let (o, o_saved) = self.site(Site::O, tokens_first(&attended, tokens, self.heads, self.head_dim));
         let mut x = x.to_vec();
-        add(&mut x, &o[0]);
+        let (o, behind_attention) = self.behind(o, 0);
+        add(&mut x, &o);
 
         let (normed, after) = self.normed(&x, 1);
         let (mut inner, gate_up_saved) = self.site(Site::GateUp, normed);
         let up = inner.pop().unwrap_or_default();
         let gate = inner.pop().unwrap_or_default();
         let mut inner = up.clone();
-        zip(&mut inner, &gate, |y, g| *y *= g * sigmoid(g));
+        zip(&mut inner, &gate, |y, g| *y *= activation(self.activation, g).0);
         let (down, down_saved) = self.site(Site::Down, inner);
-        add(&mut x, &down[0]);
+        let (down, behind_mlp) = self.behind(down, 1);
+        add(&mut x, &down);
         let sites = [qkv_saved, o_saved, gate_up_saved, down_saved];
-        (x, Saved { norms: [before, after], head_norms, sites, qkv, gate, up })
+        let out_norms = [behind_attention, behind_mlp];
+        (x, Saved { norms: [before, after], out_norms, head_norms, sites, qkv, gate, up })
+    }
+
+    /// What attention (0) or MLP (1) adds to the residual stream: its only output, normalized where there is a norm for it.
+    fn behind(&self, outputs: Vec<Vec<f32>>, which: usize) -> (Vec<f32>, Option<NormSaved>) {
+        let output = outputs.into_iter().next().unwrap_or_default();
+        if !self.post_norms {
+            return (output, None);
+        }
+        let (normed, saved) = self.normed(&output, OUT_NORMS + which);
+        (normed, Some(saved))
+    }
+
+    /// The gradient by the output that [`Layer::behind`] was given.
+    fn behind_backward(
+        &self,
+        which: usize,
+        saved: &Saved,
+        g: &[f32],
+        by_params: &mut [Vec<f32>],
+    ) -> Vec<f32> {
+        match &saved.out_norms[which] {
+            Some(norm) => self.norm_backward(OUT_NORMS + which, norm, g.to_vec(), by_params),
+            None => g.to_vec(),
+        }
     }
 
     /// The gradients by the input, `[tokens, hidden]`, and by what is learned, given that by the output.
     pub fn backward(&self, saved: &Saved, gy: Vec<f32>) -> (Vec<f32>, Vec<Vec<f32>>) {
         let tokens = gy.len() / self.hidden;
         let mut by_params = vec![Vec::new(); self.params.len()];
-        let g_inner = self.site_backward(Site::Down, &saved.sites[3], &[&gy], &mut by_params);
+        let g = self.behind_backward(1, saved, &gy, &mut by_params);
+        let g_inner = self.site_backward(Site::Down, &saved.sites[3], &[&g], &mut by_params);
         let (mut g_gate, mut g_up) = (g_inner.clone(), g_inner);
-        zip(&mut g_up, &saved.gate, |g, gate| *g *= gate * sigmoid(gate));
+        zip(&mut g_up, &saved.gate, |g, gate| *g *= activation(self.activation, gate).0);
         zip(&mut g_gate, &saved.up, |g, up| *g *= up);
-        zip(&mut g_gate, &saved.gate, |g, gate| {
-            let s = sigmoid(gate);
-            *g *= s * (1.0 + gate * (1.0 - s));
-        });
+        zip(&mut g_gate, &saved.gate, |g, gate| *g *= activation(self.activation, gate).1);
         let g = self.site_backward(Site::GateUp, &saved.sites[2], &[&g_gate, &g_up], &mut by_params);
         let mut gx = self.norm_backward(1, &saved.norms[1], g, &mut by_params);
         add(&mut gx, &gy);
 
-        let g = self.site_backward(Site::O, &saved.sites[1], &[&gx], &mut by_params);
+        let g = self.behind_backward(0, saved, &gx, &mut by_params);
+        let g = self.site_backward(Site::O, &saved.sites[1], &[&g], &mut by_params);
         let g = heads_first(&g, tokens, self.heads, self.head_dim);
         let mut g = self.attend_backward(&saved.qkv, &g, tokens);
         for index in [Q, K, V] {
@@ -367,12 +405,7 @@ impl Layer {
 
     /// Attention weights of the queries of head `head`, `[tokens, tokens]`. q, k: `[tokens, head_dim]`.
     fn weights(&self, q: &[f32], k: &[f32], tokens: usize) -> (Vec<f32>, Vec<f32>, CausalSoftmax) {
-        let softmax = CausalSoftmax {
-            tokens,
-            scale: 1.0 / (self.head_dim as f32).sqrt(),
-            window: self.window,
-            exp: exp_in_place,
-        };
+        let softmax = CausalSoftmax { tokens, scale: self.scale, window: self.window, exp: exp_in_place };
         let mut scores = vec![0.0; tokens * tokens];
         matmul_nt(q, k, &mut scores, tokens, self.head_dim, tokens, false);
         let weights = forward(&softmax, &scores, tokens);
@@ -431,10 +464,6 @@ impl Layer {
         }
         g
     }
-}
-
-fn sigmoid(x: f32) -> f32 {
-    1.0 / (1.0 + (-x).exp())
 }
 
 /// `[tokens, heads, dim]` to `[heads, tokens, dim]`.

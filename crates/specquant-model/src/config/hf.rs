@@ -4,7 +4,7 @@ use std::path::Path;
 
 use serde_json::Value;
 
-use crate::{Error, Family, ModelConfig, Problems, Result, RopeScaling};
+use crate::{Activation, Error, Family, ModelConfig, Problems, Result, RopeScaling};
 
 /// Reads fields, collecting complaints instead of stopping at the first. An absent field and null are the same.
 struct Fields<'a> {
@@ -64,8 +64,9 @@ pub(super) fn parse(json: &Value, path: &Path) -> Result<ModelConfig> {
     let hidden_size = f.required_size("hidden_size");
     let head_dim = match (f.size("head_dim"), family) {
         (Some(n), _) => n,
-        // Qwen3Config's default; the others divide.
+        // Qwen3Config's and Gemma3TextConfig's defaults; the others divide.
         (None, Family::Qwen3) => 128,
+        (None, Family::Gemma3) => 256,
         (None, _) => {
             if num_heads == 0 || !hidden_size.is_multiple_of(num_heads) {
                 f.problems.push(format!(
@@ -75,37 +76,73 @@ pub(super) fn parse(json: &Value, path: &Path) -> Result<ModelConfig> {
             hidden_size / num_heads.max(1)
         }
     };
-    if let Some(act) = f.text(json, "hidden_act").filter(|a| !["silu", "swish"].contains(a)) {
-        f.problems.push(format!("hidden_act {act:?} is not supported; only silu is"));
+    let gemma = family == Family::Gemma3;
+    let (key, names): (_, &[&str]) = match gemma {
+        true => ("hidden_activation", &["gelu_pytorch_tanh"]),
+        false => ("hidden_act", &["silu", "swish"]),
+    };
+    if let Some(act) = f.text(json, key).filter(|a| !names.contains(a)) {
+        f.problems.push(format!("{key} {act:?} is not supported; only {} is", names[0]));
     }
-    let (rope_theta, rope_scaling) = rope(&mut f);
+    let (rope_theta, rope_scaling, local_rope_theta) = if gemma { gemma_rope(&mut f) } else { rope(&mut f) };
     let sliding_window = windows(&mut f, family, num_layers);
-    let bias = matches!(family, Family::Llama | Family::Qwen3) && f.flag("attention_bias");
+    if gemma {
+        refuse_unknown_gemma(&mut f);
+    }
+    let bias = matches!(family, Family::Llama | Family::Qwen3 | Family::Gemma3) && f.flag("attention_bias");
+    let bos = f.get(json, "bos_token_id", "a token id", |v| u32::try_from(v.as_u64()?).ok());
+    // Gemma has defaults for them; null is none.
+    let absent = |key: &str| gemma && json.get(key).is_none();
+    let eos = f.get(json, "eos_token_id", "a token id or a list of them", token_ids);
     let config = ModelConfig {
         family,
         hidden_size,
         intermediate_size: f.required_size("intermediate_size"),
         num_layers,
         num_heads,
-        num_kv_heads: f.size("num_key_value_heads").unwrap_or(num_heads),
+        num_kv_heads: f.size("num_key_value_heads").unwrap_or(if gemma { 4 } else { num_heads }),
         head_dim,
         vocab_size: f.required_size("vocab_size"),
         rms_norm_eps: f.float(json, "rms_norm_eps").unwrap_or(1e-6) as f32,
         rope_theta,
         rope_scaling,
+        local_rope_theta,
         sliding_window,
         attention_bias: bias || family == Family::Qwen2,
         attention_out_bias: bias,
         mlp_bias: family == Family::Llama && f.flag("mlp_bias"),
-        qk_norm: family == Family::Qwen3,
-        tie_word_embeddings: f.flag("tie_word_embeddings"),
+        qk_norm: matches!(family, Family::Qwen3 | Family::Gemma3),
+        post_norms: gemma,
+        activation: if gemma { Activation::GeluTanh } else { Activation::Silu },
+        query_pre_attn_scalar: gemma.then(|| f.size("query_pre_attn_scalar").unwrap_or(256)),
+        embedding_scale: if gemma { gemma_embedding_scale(hidden_size) } else { 1.0 },
+        tie_word_embeddings: f
+            .get(json, "tie_word_embeddings", "true or false", Value::as_bool)
+            .unwrap_or(gemma),
         max_position_embeddings: f.required_size("max_position_embeddings"),
-        bos_token_id: f.get(json, "bos_token_id", "a token id", |v| u32::try_from(v.as_u64()?).ok()),
-        eos_token_ids: f
-            .get(json, "eos_token_id", "a token id or a list of them", token_ids)
-            .unwrap_or_default(),
+        bos_token_id: bos.or(absent("bos_token_id").then_some(2)),
+        eos_token_ids: eos.or(absent("eos_token_id").then(|| vec![1])).unwrap_or_default(),
     };
     config.check(f.problems, path)
+}
+
+/// √hidden in f32, as llama.cpp and transformers in float32 have it. A transformers model of another type rounds it to that: 25.25 for
+/// 25.298 in bfloat16 (`Gemma3TextScaledWordEmbedding`).
+pub(crate) fn gemma_embedding_scale(hidden: usize) -> f32 {
+    (hidden as f32).sqrt()
+}
+
+/// What Gemma's configuration could say that this program does not compute.
+fn refuse_unknown_gemma(f: &mut Fields<'_>) {
+    let json = f.json;
+    for key in ["final_logit_softcapping", "attn_logit_softcapping"] {
+        if let Some(cap) = f.float(json, key) {
+            f.problems.push(format!("{key} {cap} is not supported; only null is, as in every Gemma 3"));
+        }
+    }
+    if f.flag("use_bidirectional_attention") {
+        f.problems.push("use_bidirectional_attention is not supported: such a model embeds texts and does not continue them");
+    }
 }
 
 /// One id or a list of ids.
@@ -142,14 +179,38 @@ fn refuse_quantized(json: &Value, path: &Path) -> Result<()> {
 }
 
 /// transformers 5: `rope_parameters { rope_theta, rope_type, .. }`. Before: `rope_theta` and `rope_scaling { rope_type | type, .. }`.
-fn rope(f: &mut Fields<'_>) -> (f64, RopeScaling) {
+fn rope(f: &mut Fields<'_>) -> (f64, RopeScaling, Option<f64>) {
     let json = f.json;
     let params = ["rope_parameters", "rope_scaling"]
         .iter()
         .filter_map(|k| json.get(*k))
         .find(|v| !v.is_null())
         .unwrap_or(&Value::Null);
-    let theta = f.float(params, "rope_theta").or_else(|| f.float(json, "rope_theta")).unwrap_or(10_000.0);
+    let (theta, scaling) = rope_of(f, params, 10_000.0);
+    (theta, scaling, None)
+}
+
+/// transformers 5: `rope_parameters { full_attention { .. }, sliding_attention { .. } }`. Before: `rope_theta` and `rope_scaling` for the
+/// layers without a window, `rope_local_base_freq` for the others. Defaults: `Gemma3TextConfig`.
+fn gemma_rope(f: &mut Fields<'_>) -> (f64, RopeScaling, Option<f64>) {
+    let json = f.json;
+    let params = json.get("rope_parameters").filter(|v| !v.is_null());
+    let of = |kind| params.and_then(|p| p.get(kind)).unwrap_or(&Value::Null);
+    let (full, local) = (of("full_attention"), of("sliding_attention"));
+    let scaled = if params.is_some() { full } else { json.get("rope_scaling").unwrap_or(&Value::Null) };
+    let (theta, scaling) = rope_of(f, scaled, 1_000_000.0);
+    if let Some(kind) = f.text(local, "rope_type").filter(|kind| *kind != "default") {
+        f.problems.push(format!("rope type {kind:?} of sliding_attention is not supported; only default is"));
+    }
+    let local = f.float(local, "rope_theta").or_else(|| f.float(json, "rope_local_base_freq"));
+    (theta, scaling, Some(local.unwrap_or(10_000.0)))
+}
+
+/// Base and stretching that `params`, or else config.json itself, names.
+fn rope_of<'a>(f: &mut Fields<'a>, params: &'a Value, default_theta: f64) -> (f64, RopeScaling) {
+    let json = f.json;
+    let theta =
+        f.float(params, "rope_theta").or_else(|| f.float(json, "rope_theta")).unwrap_or(default_theta);
     let partial = f.float(params, "partial_rotary_factor").or_else(|| f.float(json, "partial_rotary_factor"));
     if let Some(partial) = partial.filter(|p| *p != 1.0) {
         f.problems.push(format!("partial_rotary_factor {partial} is not supported; only 1 is"));
@@ -180,7 +241,8 @@ fn rope(f: &mut Fields<'_>) -> (f64, RopeScaling) {
 }
 
 /// Mistral: every layer, 4096 where config.json is silent (MistralConfig's default), none where it says null. Qwen: only with
-/// `use_sliding_window`, in the layers that `layer_types` names or, before transformers 5, from `max_window_layers` on.
+/// `use_sliding_window`, in the layers that `layer_types` names or, before transformers 5, from `max_window_layers` on. Gemma 3: in the layers
+/// that `layer_types` names or, before, in all but every sixth (`sliding_window_pattern`).
 fn windows(f: &mut Fields<'_>, family: Family, layers: usize) -> Vec<Option<usize>> {
     // The range check reports an absurd number of layers; it must not be allocated before.
     let layers = layers.min(super::MAX_LAYERS);
@@ -193,11 +255,15 @@ fn windows(f: &mut Fields<'_>, family: Family, layers: usize) -> Vec<Option<usiz
             Some(f.size("sliding_window").unwrap_or(4096))
         }
         Family::Qwen2 | Family::Qwen3 => None,
+        Family::Gemma3 => Some(f.size("sliding_window").unwrap_or(4096)),
     };
     if matches!(family, Family::Llama | Family::Mistral) {
         return vec![window; layers];
     }
     let Some(types) = f.get(json, "layer_types", "a list", Value::as_array) else {
+        if family == Family::Gemma3 {
+            return gemma_windows(window, f.size("sliding_window_pattern").unwrap_or(GEMMA_PATTERN), layers);
+        }
         let from = f.size("max_window_layers").unwrap_or(28);
         return (0..layers).map(|i| window.filter(|_| i >= from)).collect();
     };
@@ -217,210 +283,13 @@ fn windows(f: &mut Fields<'_>, family: Family, layers: usize) -> Vec<Option<usiz
     types.iter().take(layers).map(&mut read).collect()
 }
 
-#[cfg(test)]
-mod tests {
-    use super::*;
-    use serde_json::json;
+/// Every sixth layer of a Gemma 3 has no window.
+pub(crate) const GEMMA_PATTERN: usize = 6;
 
-    const TINY: &str = concat!(env!("CARGO_MANIFEST_DIR"), "/../../../shared/golden/tiny");
-
-    fn golden(name: &str) -> ModelConfig {
-        let path = Path::new(TINY).join(name).join("config.json");
-        let json = serde_json::from_slice(&std::fs::read(&path).unwrap()).unwrap();
-        ModelConfig::from_hf_json(&json, &path).unwrap()
-    }
-
-    fn parse_json(json: Value) -> Result<ModelConfig> {
-        ModelConfig::from_hf_json(&json, Path::new("dir/config.json"))
-    }
-
-    fn minimal(model_type: &str) -> Value {
-        json!({"model_type": model_type, "hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 4,
-            "num_attention_heads": 4, "vocab_size": 100, "max_position_embeddings": 256})
-    }
-
-    fn with(model_type: &str, fields: Value) -> Value {
-        let mut json = minimal(model_type);
-        json.as_object_mut().unwrap().extend(fields.as_object().unwrap().clone());
-        json
-    }
-
-    #[test]
-    fn golden_configs() {
-        let base = golden("llama-sharded");
-        let expect = ModelConfig {
-            family: Family::Llama,
-            hidden_size: 96,
-            intermediate_size: 176,
-            num_layers: 2,
-            num_heads: 6,
-            num_kv_heads: 2,
-            head_dim: 16,
-            vocab_size: 320,
-            rms_norm_eps: 1e-6,
-            rope_theta: 1e4,
-            rope_scaling: RopeScaling::None,
-            sliding_window: vec![None; 2],
-            attention_bias: false,
-            attention_out_bias: false,
-            mlp_bias: false,
-            qk_norm: false,
-            tie_word_embeddings: false,
-            max_position_embeddings: 512,
-            bos_token_id: Some(1),
-            eos_token_ids: vec![2],
-        };
-        assert_eq!(base, expect);
-        assert_eq!(golden("llama-tied-bf16"), ModelConfig { tie_word_embeddings: true, ..base.clone() });
-        let window =
-            ModelConfig { family: Family::Mistral, sliding_window: vec![Some(16); 2], ..base.clone() };
-        assert_eq!(golden("mistral"), window);
-        let scaling = RopeScaling::Llama3 {
-            factor: 8.0,
-            low_freq_factor: 1.0,
-            high_freq_factor: 4.0,
-            original_max_position_embeddings: 32,
-        };
-        let llama3 = ModelConfig { rope_theta: 5e5, rope_scaling: scaling, ..base.clone() };
-        assert_eq!(golden("llama3-rope-scaled"), llama3);
-        let no_ids = ModelConfig { bos_token_id: None, eos_token_ids: vec![], ..base };
-        let qwen2 = ModelConfig {
-            family: Family::Qwen2,
-            attention_bias: true,
-            tie_word_embeddings: true,
-            ..no_ids.clone()
-        };
-        assert_eq!(golden("qwen2"), qwen2);
-        assert_eq!(
-            golden("qwen3"),
-            ModelConfig { family: Family::Qwen3, head_dim: 32, qk_norm: true, ..no_ids }
-        );
-    }
-
-    #[test]
-    fn written_configs_read_back() {
-        for name in ["llama-sharded", "llama-tied-bf16", "llama3-rope-scaled", "mistral", "qwen2", "qwen3"] {
-            let config = golden(name);
-            assert_eq!(parse_json(config.to_hf_json()).unwrap(), config, "{name}");
-        }
-        let mut qwen = golden("qwen3");
-        qwen.sliding_window = vec![None, Some(8)];
-        qwen.rope_scaling = RopeScaling::Linear { factor: 2.0 };
-        qwen.eos_token_ids = vec![5, 6];
-        assert_eq!(parse_json(qwen.to_hf_json()).unwrap(), qwen);
-    }
-
-    #[test]
-    fn both_rope_layouts_and_all_types() {
-        let llama3 = json!({"factor": 32.0, "low_freq_factor": 1, "high_freq_factor": 4.0, "original_max_position_embeddings": 8192});
-        let old = |kind: &str| {
-            let mut s = llama3.clone();
-            s[kind] = json!("llama3");
-            parse_json(with("llama", json!({"rope_theta": 5e5, "rope_scaling": s}))).unwrap()
-        };
-        let mut new = llama3.clone();
-        new["rope_type"] = json!("llama3");
-        new["rope_theta"] = json!(5e5);
-        let new = parse_json(with("llama", json!({"rope_parameters": new}))).unwrap();
-        assert_eq!(new, old("rope_type"));
-        assert_eq!(new, old("type"));
-        assert!(matches!(
-            new.rope_scaling,
-            RopeScaling::Llama3 { original_max_position_embeddings: 8192, .. }
-        ));
-        let linear =
-            parse_json(with("llama", json!({"rope_scaling": {"type": "linear", "factor": 4.0}}))).unwrap();
-        let plain = parse_json(minimal("llama")).unwrap();
-        assert_eq!(plain.rope_theta, 1e4);
-        for (a, b) in linear.inv_freq().iter().zip(plain.inv_freq()) {
-            assert_eq!(*a, b / 4.0);
-        }
-        let err = parse_json(with("llama", json!({"rope_scaling": {"rope_type": "yarn", "factor": 4.0}})))
-            .unwrap_err();
-        assert!(err.to_string().contains("\"yarn\"") && err.to_string().contains("llama3"), "{err}");
-    }
-
-    /// Values of transformers' `_compute_llama3_parameters` at its three regimes, worked by hand.
-    #[test]
-    fn llama3_frequencies() {
-        let s = RopeScaling::Llama3 {
-            factor: 8.0,
-            low_freq_factor: 1.0,
-            high_freq_factor: 4.0,
-            original_max_position_embeddings: 8192,
-        };
-        let at = |turns: f64| {
-            s.scale(turns * std::f64::consts::TAU / 8192.0) / (turns * std::f64::consts::TAU / 8192.0)
-        };
-        assert!((at(0.5) - 0.125).abs() < 1e-12);
-        assert!((at(5.0) - 1.0).abs() < 1e-12);
-        assert!((at(2.5) - 0.5625).abs() < 1e-12);
-    }
-
-    #[test]
-    fn windows_of_the_families() {
-        let of = |t, fields| parse_json(with(t, fields)).unwrap().sliding_window;
-        assert_eq!(of("mistral", json!({})), vec![Some(4096); 4]);
-        assert_eq!(of("mistral", json!({"sliding_window": null})), vec![None; 4]);
-        assert_eq!(of("llama", json!({"sliding_window": 8})), vec![None; 4]);
-        assert_eq!(of("qwen2", json!({"sliding_window": 8, "max_window_layers": 0})), vec![None; 4]);
-        let half = json!({"use_sliding_window": true, "sliding_window": 8, "max_window_layers": 2});
-        assert_eq!(of("qwen2", half), vec![None, None, Some(8), Some(8)]);
-        let types = ["full_attention", "sliding_attention", "full_attention", "sliding_attention"];
-        let named = json!({"use_sliding_window": true, "sliding_window": 8, "layer_types": types});
-        assert_eq!(of("qwen3", named), vec![None, Some(8), None, Some(8)]);
-    }
-
-    #[test]
-    fn eos_biases_and_head_dim() {
-        let c = parse_json(with(
-            "llama",
-            json!({"eos_token_id": [1, 2], "attention_bias": true, "mlp_bias": true}),
-        ))
-        .unwrap();
-        assert_eq!(c.eos_token_ids, [1, 2]);
-        assert!(c.attention_bias && c.attention_out_bias && c.mlp_bias);
-        assert_eq!((c.head_dim, c.num_kv_heads), (16, 4));
-        assert_eq!(c.expected_tensors().len(), 3 + 4 * (2 + 14));
-        assert_eq!(parse_json(minimal("qwen3")).unwrap().head_dim, 128);
-    }
-
-    #[test]
-    fn refusals_name_what_is_wrong() {
-        let says = |json: Value, parts: &[&str]| {
-            let err = parse_json(json).unwrap_err().to_string();
-            for part in parts {
-                assert!(err.contains(part), "{err:?} lacks {part:?}");
-            }
-        };
-        says(minimal("gemma"), &["dir/config.json", "\"gemma\"", "llama, mistral, qwen2, qwen3"]);
-        says(json!([]), &["(none)"]);
-        says(
-            with("llama", json!({"quantization_config": {"quant_method": "gptq"}})),
-            &["already", "\"gptq\"", "original"],
-        );
-        assert!(
-            parse_json(with("llama", json!({"quantization_config": {"quant_method": "specquant"}}))).is_ok()
-        );
-        says(with("llama", json!({"hidden_act": "gelu"})), &["gelu", "silu"]);
-        says(with("llama", json!({"num_key_value_heads": 3})), &["num_key_value_heads 3"]);
-        says(
-            with("llama", json!({"hidden_size": 65})),
-            &["num_attention_heads 4 does not divide hidden_size 65"],
-        );
-        says(with("llama", json!({"num_hidden_layers": 1u64 << 60})), &["num_hidden_layers"]);
-        says(
-            with("llama", json!({"num_attention_heads": 0, "hidden_size": 1u64 << 63})),
-            &["num_attention_heads is 0"],
-        );
-        says(with("llama", json!({"head_dim": 15})), &["head_dim is 15", "even"]);
-        says(
-            with("llama", json!({"rms_norm_eps": 0, "rope_theta": -1})),
-            &["rms_norm_eps", "rope_theta", "2 problems"],
-        );
-        says(
-            json!({"model_type": "llama", "vocab_size": "x"}),
-            &["hidden_size is missing", "vocab_size is \"x\""],
-        );
-    }
+/// All layers have a window but every `pattern`th; 0: none is without.
+pub(crate) fn gemma_windows(window: Option<usize>, pattern: usize, layers: usize) -> Vec<Option<usize>> {
+    (1..=layers).map(|i| window.filter(|_| pattern == 0 || i % pattern != 0)).collect()
 }
+
+#[cfg(test)]
+mod tests;

@@ -10,7 +10,8 @@ use memmap2::Mmap;
 use super::gguf::Gguf;
 use super::safetensors_dir::Tensors;
 use super::{Dtype, TensorView};
-use crate::{Error, Family, ModelConfig, Problems, Result, RopeScaling};
+use crate::config::{GEMMA_PATTERN, gemma_embedding_scale, gemma_windows};
+use crate::{Activation, Error, Family, ModelConfig, Problems, Result, RopeScaling};
 
 const ROPE_FREQS: &str = "rope_freqs.weight";
 
@@ -29,8 +30,16 @@ const BLOCK_PARTS: [(&str, &str); 11] = [
     ("ffn_down", "mlp.down_proj"),
 ];
 
+/// The same where attention and MLP have norms behind them: `ffn_norm` is then another of Hugging Face's names.
+const POST_NORMS: [(&str, &str); 3] = [
+    ("post_attention_norm", "post_attention_layernorm"),
+    ("ffn_norm", "pre_feedforward_layernorm"),
+    ("post_ffw_norm", "post_feedforward_layernorm"),
+];
+
 /// Hugging Face's name of a tensor; unknown ones keep theirs (and are reported with the other mismatches).
-fn hf_name(name: &str) -> String {
+fn hf_name(name: &str, post_norms: bool) -> String {
+    let own: &[_] = if post_norms { &POST_NORMS } else { &[] };
     let known = match name {
         "token_embd.weight" => Some("model.embed_tokens.weight".to_owned()),
         "output_norm.weight" => Some("model.norm.weight".to_owned()),
@@ -38,7 +47,7 @@ fn hf_name(name: &str) -> String {
         _ => name.strip_prefix("blk.").and_then(|rest| {
             let (layer, rest) = rest.split_once('.')?;
             let (part, kind) = rest.split_once('.')?;
-            let (_, part) = BLOCK_PARTS.iter().find(|(ggml, _)| *ggml == part)?;
+            let (_, part) = own.iter().chain(&BLOCK_PARTS).find(|(ggml, _)| *ggml == part)?;
             Some(format!("model.layers.{layer}.{part}.{kind}"))
         }),
     };
@@ -49,7 +58,7 @@ fn hf_name(name: &str) -> String {
 pub(super) fn tensors(gguf: &Gguf<'_>, file: &Arc<Path>, map: &Arc<Mmap>, config: &ModelConfig) -> Tensors {
     let mut all = BTreeMap::new();
     for (name, info) in gguf.tensors.iter().filter(|(name, _)| *name != ROPE_FREQS) {
-        let name = hf_name(name);
+        let name = hf_name(name, config.post_norms);
         let mut view = TensorView::new(&name, file, map, info.dtype, info.shape.clone(), info.range.clone());
         // Only the converter of the llama architecture permutes. A tensor of another height fails the shape check afterwards.
         let rotary = name.contains(".self_attn.q_proj.") || name.contains(".self_attn.k_proj.");
@@ -70,11 +79,12 @@ pub(super) fn config(gguf: &Gguf<'_>, bytes: &[u8]) -> Result<ModelConfig> {
         "llama" => Family::Llama,
         "qwen2" => Family::Qwen2,
         "qwen3" => Family::Qwen3,
+        "gemma3" => Family::Gemma3,
         other => {
             return Err(Error::ModelType {
                 path: path.to_owned(),
                 model_type: other.to_owned(),
-                supported: "llama (Mistral included), qwen2, qwen3".into(),
+                supported: "llama (Mistral included), qwen2, qwen3, gemma3".into(),
             });
         }
     };
@@ -98,6 +108,8 @@ pub(super) fn config(gguf: &Gguf<'_>, bytes: &[u8]) -> Result<ModelConfig> {
     let num_layers = required("block_count")?;
     let intermediate_size = required("feed_forward_length")?;
     let max_position_embeddings = required("context_length")?;
+    let gemma = family == Family::Gemma3;
+    let window = if gemma { Some(required("attention.sliding_window")?) } else { None };
     let head_dim = optional("attention.key_length")?.unwrap_or(hidden_size / num_heads.max(1));
     for k in ["attention.value_length", "rope.dimension_count"] {
         if let Some(n) = optional(k)?.filter(|n| *n != head_dim) {
@@ -105,6 +117,15 @@ pub(super) fn config(gguf: &Gguf<'_>, bytes: &[u8]) -> Result<ModelConfig> {
         }
     }
     let rope_theta = gguf.float(&key("rope.freq_base"))?.unwrap_or(10_000.0);
+    let pattern = optional("attention.sliding_window_pattern")?.unwrap_or(GEMMA_PATTERN);
+    for k in ["attn_logit_softcapping", "final_logit_softcapping"] {
+        if let Some(cap) = gguf.float(&key(k))?.filter(|cap| *cap != 0.0) {
+            problems.push(format!("{} is {cap}; soft-capping is not supported", key(k)));
+        }
+    }
+    // llama.cpp, as Google's code, scales by hidden / heads in the model of 27 B weights, which it knows by its 62 blocks, and by the heads'
+    // width in all others (llama-model.cpp, LLM_ARCH_GEMMA3).
+    let scalar = if num_layers == 62 { hidden_size / num_heads.max(1) } else { head_dim };
     let has = |name: &str| gguf.tensors.contains_key(name);
     let llama_bias = family == Family::Llama && has("blk.0.attn_q.bias");
     let embedding_rows = gguf.tensors.get("token_embd.weight").and_then(|t| t.shape.first().copied());
@@ -120,11 +141,19 @@ pub(super) fn config(gguf: &Gguf<'_>, bytes: &[u8]) -> Result<ModelConfig> {
         rms_norm_eps: gguf.float(&key("attention.layer_norm_rms_epsilon"))?.unwrap_or(0.0) as f32,
         rope_theta,
         rope_scaling: RopeScaling::None,
-        sliding_window: vec![None; num_layers.min(crate::config::MAX_LAYERS)],
+        local_rope_theta: match gemma {
+            true => Some(gguf.float(&key("rope.freq_base_swa"))?.unwrap_or(10_000.0)),
+            false => None,
+        },
+        sliding_window: gemma_windows(window, pattern, num_layers.min(crate::config::MAX_LAYERS)),
         attention_bias: llama_bias || family == Family::Qwen2,
         attention_out_bias: llama_bias,
         mlp_bias: family == Family::Llama && has("blk.0.ffn_gate.bias"),
-        qk_norm: family == Family::Qwen3,
+        qk_norm: matches!(family, Family::Qwen3 | Family::Gemma3),
+        post_norms: gemma,
+        activation: if gemma { Activation::GeluTanh } else { Activation::Silu },
+        query_pre_attn_scalar: gemma.then_some(scalar),
+        embedding_scale: if gemma { gemma_embedding_scale(hidden_size) } else { 1.0 },
         tie_word_embeddings: !has("output.weight"),
         max_position_embeddings,
         bos_token_id: token_id(gguf, "bos")?,
@@ -188,7 +217,7 @@ fn llama3_scaling(config: &ModelConfig, factors: &[f32]) -> Option<RopeScaling> 
             original_max_position_embeddings: 8192,
         }
     };
-    let plain = ModelConfig { rope_scaling: RopeScaling::None, ..config.clone() }.inv_freq();
+    let plain = ModelConfig { rope_scaling: RopeScaling::None, ..config.clone() }.inv_freq(false);
     let agree = plain.iter().zip(factors).all(|(freq, factor)| {
         let freq = f64::from(*freq);
         (freq / candidate.scale(freq) / f64::from(*factor) - 1.0).abs() < 1e-3
@@ -202,9 +231,21 @@ mod tests {
 
     #[test]
     fn names() {
-        assert_eq!(hf_name("blk.12.attn_output.weight"), "model.layers.12.self_attn.o_proj.weight");
-        assert_eq!(hf_name("blk.0.attn_q.bias"), "model.layers.0.self_attn.q_proj.bias");
-        assert_eq!(hf_name("output.weight"), "lm_head.weight");
-        assert_eq!(hf_name("blk.0.ffn_gate_exps.weight"), "blk.0.ffn_gate_exps.weight");
+        for (name, want) in [
+            ("blk.12.attn_output.weight", "model.layers.12.self_attn.o_proj.weight"),
+            ("blk.0.attn_q.bias", "model.layers.0.self_attn.q_proj.bias"),
+            ("output.weight", "lm_head.weight"),
+            ("blk.0.ffn_gate_exps.weight", "blk.0.ffn_gate_exps.weight"),
+        ] {
+            assert_eq!(hf_name(name, false), want);
+        }
+        for (post_norms, name, want) in [
+            (false, "ffn_norm", "model.layers.3.post_attention_layernorm.weight"),
+            (true, "ffn_norm", "model.layers.3.pre_feedforward_layernorm.weight"),
+            (true, "post_attention_norm", "model.layers.3.post_attention_layernorm.weight"),
+            (false, "post_attention_norm", "blk.3.post_attention_norm.weight"),
+        ] {
+            assert_eq!(hf_name(&format!("blk.3.{name}.weight"), post_norms), want);
+        }
     }
 }

@@ -220,7 +220,41 @@ fn other_architectures() {
     w.tensor("blk.0.attn_q_norm.weight", &[16], 0).tensor("blk.0.attn_k_norm.weight", &[16], 0);
     assert!(w.open().unwrap().1.config().qk_norm);
     tiny("qwen3").error(&["self_attn.q_norm.weight [16] is missing"]);
-    tiny("gemma").error(&["\"gemma\"", "llama (Mistral included), qwen2, qwen3"]);
+    tiny("gemma").error(&["\"gemma\"", "llama (Mistral included), qwen2, qwen3, gemma3"]);
+}
+
+#[test]
+fn gemma3() {
+    let mut w = tiny("gemma3");
+    w.error(&["gemma3.attention.sliding_window is missing"]);
+    w.uint("gemma3.attention.sliding_window", 8)
+        .uint("gemma3.block_count", 2)
+        .uint("gemma3.attention.key_length", 16);
+    w.uint("gemma3.attention.sliding_window_pattern", 2).float("gemma3.rope.freq_base", 1e6);
+    for layer in [0, 1] {
+        for (name, shape, kind, _) in tiny("gemma3").tensors {
+            if let Some(name) = name.strip_prefix("blk.0.") {
+                let shape: Vec<u64> = shape.into_iter().rev().collect();
+                w.tensor(&format!("blk.{layer}.{name}"), &shape, kind);
+            }
+        }
+        for (name, n) in
+            [("attn_q_norm", 16), ("attn_k_norm", 16), ("post_attention_norm", 32), ("post_ffw_norm", 32)]
+        {
+            w.tensor(&format!("blk.{layer}.{name}.weight"), &[n], 0);
+        }
+    }
+    let (_dir, source) = w.open().unwrap();
+    let config = source.config();
+    assert_eq!(config.sliding_window, [Some(8), None]);
+    assert_eq!((config.rope_theta, config.local_rope_theta), (1e6, Some(1e4)));
+    assert_eq!((config.query_pre_attn_scalar, config.embedding_scale), (Some(16), 32f32.sqrt()));
+    assert_eq!(&ModelConfig::from_hf_json(source.config_json(), Path::new("x")).unwrap(), config);
+    // Norms are what they multiply by, with nothing to add.
+    let norm = source.tensor("model.layers.1.pre_feedforward_layernorm.weight").unwrap().to_f32().unwrap();
+    assert_eq!(norm[..3], [0.0, 0.25, 0.5]);
+    w.float("gemma3.final_logit_softcapping", 30.0)
+        .error(&["final_logit_softcapping is 30", "not supported"]);
 }
 
 #[test]
@@ -274,10 +308,10 @@ fn rope_factors_of_llama3() {
         original_max_position_embeddings: 8192,
     };
     let mut config = w.open().unwrap().1.config().clone();
-    let plain = config.inv_freq();
+    let plain = config.inv_freq(false);
     config.rope_scaling = scaling;
     let factors: Vec<u8> =
-        plain.iter().zip(config.inv_freq()).flat_map(|(p, s)| (p / s).to_le_bytes()).collect();
+        plain.iter().zip(config.inv_freq(false)).flat_map(|(p, s)| (p / s).to_le_bytes()).collect();
     w.tensors.push(("rope_freqs.weight".into(), vec![8], 0, factors));
     let (_dir, source) = w.open().unwrap();
     assert_eq!(source.config().rope_scaling, scaling);

@@ -82,7 +82,11 @@ impl Source {
                 }
             }
         }
-        let tensors = safetensors_dir::tensors(dir)?;
+        let mut tensors = safetensors_dir::tensors(dir)?;
+        let offset = config.family.norm_offset();
+        for (_, view) in tensors.iter_mut().filter(|(name, _)| name.ends_with("norm.weight")) {
+            *view = view.clone().plus(offset);
+        }
         let mut source = Source {
             path: dir.to_owned(),
             config,

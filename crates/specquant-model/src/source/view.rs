@@ -123,6 +123,8 @@ pub struct TensorView {
     range: Range<usize>,
     /// Head width, where rows within a head are stored in ggml's interleaved rotary order.
     interleaved: Option<usize>,
+    /// Added to every element when it is widened.
+    offset: f32,
 }
 
 impl TensorView {
@@ -143,12 +145,19 @@ impl TensorView {
             map: map.clone(),
             range,
             interleaved: None,
+            offset: 0.0,
         }
     }
 
     /// The same tensor, to be read with its rows (elements, for a bias) brought from ggml's rotary order into Hugging Face's.
     pub(super) fn interleaved(mut self, head_dim: usize) -> Self {
         self.interleaved = Some(head_dim);
+        self
+    }
+
+    /// The same tensor, to be read with `offset` added to every element.
+    pub(super) fn plus(mut self, offset: f32) -> Self {
+        self.offset = offset;
         self
     }
 
@@ -162,7 +171,8 @@ impl TensorView {
         &self.file
     }
 
-    /// Bytes as stored. The rows of q and k of a GGUF file may be in another order here than [`TensorView::rows_f32`] gives.
+    /// Bytes as stored. The rows of q and k of a GGUF file may be in another order here than [`TensorView::rows_f32`] gives, and norms may
+    /// lack an offset.
     pub fn bytes(&self) -> &[u8] {
         self.map.get(self.range.clone()).unwrap_or_default()
     }
@@ -219,6 +229,9 @@ impl TensorView {
                 }
             }
             None => widen(self.dtype, &bytes[rows.start * row_bytes..rows.end * row_bytes], out),
+        }
+        if self.offset != 0.0 {
+            out.iter_mut().for_each(|x| *x += self.offset);
         }
         Ok(())
     }

@@ -112,7 +112,7 @@ mod tests {
             let source = tiny(name);
             let config = source.config();
             let embedding = Embedding::read(&source).unwrap();
-            let mut plain = embedding.lookup(&ids(config), config.hidden_size).unwrap();
+            let mut plain = embedding.lookup(&ids(config), config).unwrap();
             let (mut block, mut transformed) = (dense_block(&source, 0), plain.clone());
             forward(&block, config, &mut plain, &mut |_, _| ());
             let inputs = apply(&mut block, config, 0, flat(config)).unwrap();

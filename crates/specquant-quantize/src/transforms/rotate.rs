@@ -123,7 +123,7 @@ pub fn fold_norm(w: &mut [f32], norm: &[f32]) {
 fn rotate_residual(block: &mut Block, residual: &Orthogonal) {
     for (norm, layers) in [
         (&mut block.input_norm, vec![&mut block.q, &mut block.k, &mut block.v]),
-        (&mut block.post_norm, vec![&mut block.gate, &mut block.up]),
+        (&mut block.mlp_norm, vec![&mut block.gate, &mut block.up]),
     ] {
         for (w, _) in layers.into_iter().filter_map(Linear::dense_mut) {
             fold_norm(w, norm);
@@ -188,6 +188,10 @@ mod tests {
         for (i, name) in TINY.into_iter().enumerate() {
             let source = tiny(name);
             let config = source.config();
+            // Only heads can be rotated there.
+            if config.post_norms {
+                continue;
+            }
             let kind = if i % 3 == 0 { RotationKind::Dct } else { RotationKind::Hadamard };
             let rotate = Rotate { kind, residual: true, qk: true };
             let hadamard = Orthogonal::random(kind, config.hidden_size, 3);
@@ -197,8 +201,7 @@ mod tests {
                 _ => hadamard,
             };
             let (head, online) = (Orthogonal::plain(kind, config.head_dim), online(&rotate, config));
-            let mut plain =
-                Embedding::read(&source).unwrap().lookup(&ids(config), config.hidden_size).unwrap();
+            let mut plain = Embedding::read(&source).unwrap().lookup(&ids(config), config).unwrap();
             let mut rotated = plain.clone();
             residual.rotate_rows(&mut rotated);
             for index in 0..config.num_layers {
