@@ -5,7 +5,10 @@ use specquant_kernels as kernels;
 use specquant_kernels::KvCache;
 
 use crate::linear::{Linear, forward_shared};
-use crate::{Activation, InputTransform, ModelConfig, Result, Rotations};
+use crate::{Activation, InputTransform, ModelConfig, Result, Rotations, Workspace};
+
+/// See [`Block::rows_at_once`]: of a block 4096 wide, some 60 MB.
+const ROWS_AT_ONCE: usize = 512;
 
 /// A place in the block whose input feeds linear layers: the unit of smoothing, of activation statistics and of Hessians.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash)]
@@ -199,12 +202,13 @@ impl Block {
         spans: &mut [Span],
         observe: &mut dyn FnMut(Site, &[f32]),
     ) -> Result<()> {
-        let attended = self.attention(config, rope, x, spans, observe)?;
-        self.finish(config, x, &attended, observe)
+        let workspace = &mut Workspace::new();
+        let attended = self.attention(config, rope, x, spans, observe, workspace)?;
+        self.finish(config, x, &attended, observe, workspace)
     }
 
     /// The first half of [`Block::forward`]: appends to the spans' caches and returns the attention's output,
-    /// `[rows, heads * head_dim]`.
+    /// `[rows, heads * head_dim]`, a buffer of `workspace`.
     ///
     /// # Errors
     /// When a mapped weight cannot be widened.
@@ -215,16 +219,24 @@ impl Block {
         x: &[f32],
         spans: &mut [Span],
         observe: &mut dyn FnMut(Site, &[f32]),
+        workspace: &mut Workspace,
     ) -> Result<Vec<f32>> {
-        let mut normed = vec![0.0; x.len()];
-        kernels::rms_norm(x, &self.input_norm, config.rms_norm_eps, &mut normed);
-        observe(Site::Qkv, &normed);
-        let [mut q, mut k, mut v] = self.linear_outputs(
-            [&self.q, &self.k, &self.v],
-            Site::Qkv,
-            &normed,
-            x.len() / config.hidden_size,
-        )?;
+        let hidden = config.hidden_size;
+        let rows = x.len() / hidden;
+        let (wide, narrow) = (config.num_heads * config.head_dim, config.num_kv_heads * config.head_dim);
+        let [mut q, mut k, mut v] = [wide, narrow, narrow].map(|width| workspace.take(rows * width));
+        let at_once = self.rows_at_once(rows);
+        let outputs = q
+            .chunks_mut(at_once * wide)
+            .zip(k.chunks_mut(at_once * narrow))
+            .zip(v.chunks_mut(at_once * narrow));
+        for (x, ((q, k), v)) in x.chunks(at_once * hidden).zip(outputs) {
+            let mut normed = workspace.take(x.len());
+            kernels::rms_norm(x, &self.input_norm, config.rms_norm_eps, &mut normed);
+            observe(Site::Qkv, &normed);
+            self.run([&self.q, &self.k, &self.v], Site::Qkv, &normed, [q, k, v], workspace)?;
+            workspace.give(normed);
+        }
         position(&mut q, self.q_norm.as_deref(), config, config.num_heads, rope);
         position(&mut k, self.k_norm.as_deref(), config, config.num_kv_heads, rope);
         if let Some(rotation) = &self.rotations.qk {
@@ -234,14 +246,14 @@ impl Block {
             }
         }
         self.rotations.keys.iter().for_each(|keys| keys.apply(&mut q, &mut k));
-        let mut attended = vec![0.0; q.len()];
+        let mut attended = workspace.take(q.len());
         self.kv_center.iter().for_each(|center| center.subtract(&mut k, &mut v));
         self.attend(config, &q, &k, &v, spans, &mut attended);
         self.kv_center.iter().for_each(|center| center.add_back(&mut attended, config));
         if let Some(rotation) = &self.rotations.heads {
-            let rows = x.len() / config.hidden_size;
             rotation.apply_across(&mut attended, rows, config.head_dim);
         }
+        [q, k, v].into_iter().for_each(|buffer| workspace.give(buffer));
         Ok(attended)
     }
 
@@ -256,47 +268,63 @@ impl Block {
         x: &mut [f32],
         attended: &[f32],
         observe: &mut dyn FnMut(Site, &[f32]),
+        workspace: &mut Workspace,
     ) -> Result<()> {
-        let rows = x.len() / config.hidden_size;
-        observe(Site::O, attended);
-        let [o] = self.linear_outputs([&self.o], Site::O, attended, rows)?;
-        self.add(config, x, o, 0);
+        let (hidden, inner) = (config.hidden_size, config.intermediate_size);
+        let at_once = self.rows_at_once(x.len() / hidden);
+        let parts = attended.chunks(at_once * config.num_heads * config.head_dim);
+        for (x, attended) in x.chunks_mut(at_once * hidden).zip(parts) {
+            let rows = x.len() / hidden;
+            let [mut y, mut normed] = [(); 2].map(|()| workspace.take(x.len()));
+            let [mut gate, mut up] = [(); 2].map(|()| workspace.take(rows * inner));
+            observe(Site::O, attended);
+            self.run([&self.o], Site::O, attended, [&mut y], workspace)?;
+            self.add(config, x, &mut y, 0);
 
-        let mut normed = vec![0.0; x.len()];
-        kernels::rms_norm(x, &self.mlp_norm, config.rms_norm_eps, &mut normed);
-        observe(Site::GateUp, &normed);
-        let [mut gate, up] = self.linear_outputs([&self.gate, &self.up], Site::GateUp, &normed, rows)?;
-        match config.activation {
-            Activation::Silu => kernels::silu_mul(&mut gate, &up),
-            Activation::GeluTanh => kernels::gelu_mul(&mut gate, &up),
+            kernels::rms_norm(x, &self.mlp_norm, config.rms_norm_eps, &mut normed);
+            observe(Site::GateUp, &normed);
+            self.run([&self.gate, &self.up], Site::GateUp, &normed, [&mut gate, &mut up], workspace)?;
+            match config.activation {
+                Activation::Silu => kernels::silu_mul(&mut gate, &up),
+                Activation::GeluTanh => kernels::gelu_mul(&mut gate, &up),
+            }
+            if let Some(rotation) = &self.rotations.down {
+                rotation.apply(&mut gate, rows);
+            }
+            observe(Site::Down, &gate);
+            self.run([&self.down], Site::Down, &gate, [&mut y], workspace)?;
+            self.add(config, x, &mut y, 1);
+            [y, normed, gate, up].into_iter().for_each(|buffer| workspace.give(buffer));
         }
-        if let Some(rotation) = &self.rotations.down {
-            rotation.apply(&mut gate, rows);
-        }
-        observe(Site::Down, &gate);
-        let [down] = self.linear_outputs([&self.down], Site::Down, &gate, rows)?;
-        self.add(config, x, down, 1);
         Ok(())
     }
 
-    /// Adds the output y of attention (0) or MLP (1) to the residual stream x, behind its norm if it has one. x, y: `[rows, hidden]`.
-    fn add(&self, config: &ModelConfig, x: &mut [f32], mut y: Vec<f32>, which: usize) {
-        if let Some(norms) = &self.out_norms {
-            let raw = y.clone();
-            kernels::rms_norm(&raw, &norms[which], config.rms_norm_eps, &mut y);
-        }
-        x.iter_mut().zip(&y).for_each(|(x, y)| *x += y);
+    /// Rows that go through the block's layers together: what lies between them stays small. Weights that are widened at each use are used once.
+    fn rows_at_once(&self, rows: usize) -> usize {
+        let all = self.linears().iter().any(|(_, linear)| linear.is_mapped());
+        if all { rows.max(1) } else { ROWS_AT_ONCE }
     }
 
-    /// The layers of a site on their input, `[rows, in]`; `[rows, out]` each.
-    fn linear_outputs<const N: usize>(
+    /// Adds the output y of attention (0) or MLP (1) to the residual stream x, behind its norm if it has one. x, y: `[rows, hidden]`.
+    fn add(&self, config: &ModelConfig, x: &mut [f32], y: &mut [f32], which: usize) {
+        if let Some(norms) = &self.out_norms {
+            let raw = y.to_vec();
+            kernels::rms_norm(&raw, &norms[which], config.rms_norm_eps, y);
+        }
+        x.iter_mut().zip(y).for_each(|(x, y)| *x += *y);
+    }
+
+    /// The layers of a site on their input, `[rows, in]`; y: `[rows, out]` each.
+    fn run<const N: usize>(
         &self,
         layers: [&Linear; N],
         site: Site,
         x: &[f32],
-        rows: usize,
-    ) -> Result<[Vec<f32>; N]> {
-        forward_shared(layers, x, rows, self.inputs[site as usize].as_ref())
+        y: [&mut [f32]; N],
+        workspace: &mut Workspace,
+    ) -> Result<()> {
+        let rows = x.len() / layers[0].in_features();
+        forward_shared(layers, x, rows, self.inputs[site as usize].as_ref(), y, workspace)
     }
 
     /// q: `[rows, heads * head_dim]`; k, v: `[rows, kv_heads * head_dim]`; out as q. Each span attends to its own cache only.

@@ -16,6 +16,7 @@ mod stored_linear;
 mod stored_transform;
 mod text;
 mod tokenizer;
+mod workspace;
 
 pub use block::*;
 pub use checkpoint::*;
@@ -32,3 +33,4 @@ pub use stored_linear::*;
 pub use stored_transform::*;
 pub use text::*;
 pub use tokenizer::*;
+pub use workspace::*;

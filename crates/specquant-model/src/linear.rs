@@ -7,7 +7,7 @@ use rayon::prelude::*;
 use specquant_kernels as kernels;
 use specquant_kernels::{Basis, BranchCoeffs, PackedDense, PackedWeights};
 
-use crate::{InputTransform, Levels, Result, SplitInput, TensorView};
+use crate::{InputTransform, Levels, Result, SplitInput, TensorView, Workspace};
 
 /// Output channels widened at a time: 128 × 4096 f32 are 2 MiB, about a core's L2.
 const PANEL: usize = 128;
@@ -136,6 +136,11 @@ fn scatter(part: &[f32], rows: usize, start: usize, out: usize, y: &mut [f32]) {
 }
 
 impl Linear {
+    /// Whether it is widened anew whenever it is used.
+    pub(crate) fn is_mapped(&self) -> bool {
+        matches!(self, Linear::Dense(DenseLinear { weight: DenseWeight::Mapped(_), .. }))
+    }
+
     /// Output features.
     pub fn out_features(&self) -> usize {
         match self {
@@ -219,8 +224,9 @@ impl Linear {
         rows: usize,
         transform: Option<&InputTransform>,
     ) -> Result<Vec<f32>> {
-        let mut outputs = forward_shared([self], x, rows, transform)?;
-        Ok(std::mem::take(&mut outputs[0]))
+        let mut y = vec![0.0; rows * self.out_features()];
+        forward_shared([self], x, rows, transform, [&mut y], &mut Workspace::new())?;
+        Ok(y)
     }
 }
 
@@ -235,7 +241,7 @@ pub fn quantize_input(x: &[f32], rows: usize, bits: u8, levels: Levels, clip: f3
     }
 }
 
-/// Runs layers that read the same input, x: `[rows, in]`, and returns their outputs, `[rows, out]` each.
+/// Runs layers that read the same input, x: `[rows, in]`, and overwrites their outputs, `[rows, out]` each.
 ///
 /// The input is transformed once, quantized once per (bits, levels, clip), and projected once on a basis that the layers share, on as many of its
 /// rows as any of them uses.
@@ -247,9 +253,15 @@ pub fn forward_shared<const N: usize>(
     x: &[f32],
     rows: usize,
     transform: Option<&InputTransform>,
-) -> Result<[Vec<f32>; N]> {
+    outputs: [&mut [f32]; N],
+    workspace: &mut Workspace,
+) -> Result<()> {
     debug_assert!(layers.iter().all(|l| x.len() == rows * l.in_features()));
-    let split = transform.map(|t| t.apply(x.to_vec(), rows));
+    let split = transform.map(|t| {
+        let mut copy = workspace.take(x.len());
+        copy.copy_from_slice(x);
+        t.apply_in(copy, rows, workspace)
+    });
     let (kept, x) = match &split {
         Some(SplitInput { kept, rest }) => (kept.as_slice(), rest.as_slice()),
         None => (&[][..], x),
@@ -262,9 +274,7 @@ pub fn forward_shared<const N: usize>(
     let mut projected: Option<(*const Basis, Vec<f32>)> = None;
     let mut codes: Option<((u8, Levels, u32), kernels::QuantizedActs)> = None;
     let mut kept_codes: Option<kernels::QuantizedActs> = None;
-    let mut outputs = [const { Vec::new() }; N];
-    for (layer, y) in layers.into_iter().zip(&mut outputs) {
-        *y = vec![0.0; rows * layer.out_features()];
+    for (layer, y) in layers.into_iter().zip(outputs) {
         let bias = match layer {
             Linear::Dense(l) => {
                 l.forward(x, rows, y)?;
@@ -310,5 +320,9 @@ pub fn forward_shared<const N: usize>(
                 .for_each(|row| row.iter_mut().zip(bias).for_each(|(y, b)| *y += b));
         }
     }
-    Ok(outputs)
+    if let Some(SplitInput { kept, rest }) = split {
+        workspace.give(kept);
+        workspace.give(rest);
+    }
+    Ok(())
 }

@@ -12,7 +12,9 @@ use crate::linear::Linear;
 use crate::stored_branch::{Truncation, read_basis};
 use crate::stored_linear::{StoredLinear, read_linear};
 use crate::stored_transform::{read_act_clip, read_key_transform, read_transform};
-use crate::{Error, InputTransform, Levels, ModelConfig, Result, Rotations, Scheme, Source, TensorView};
+use crate::{
+    Error, InputTransform, Levels, ModelConfig, Result, Rotations, Scheme, Source, TensorView, Workspace,
+};
 
 /// Rows of logits computed at a time: `64 × 49152` f32 are 12 MiB, which the allocator keeps.
 const LOGIT_ROWS: usize = 64;
@@ -382,6 +384,7 @@ impl Model {
         let (full, local) = &self.inv_freq;
         let local = local.as_ref().map(|freq| RopeTable::new(freq, positions.clone()));
         let full = RopeTable::new(full, positions);
+        let workspace = &mut Workspace::new();
         for (layer, block) in self.blocks.iter().enumerate() {
             let mut spans: Vec<Span> = batch
                 .iter_mut()
@@ -390,7 +393,7 @@ impl Model {
                 .collect();
             let rope = local.as_ref().filter(|_| block.window.is_some()).unwrap_or(&full);
             let observe = &mut |_: Site, _: &[f32]| ();
-            let mut attended = block.attention(&self.config, rope, &x, &mut spans, observe)?;
+            let mut attended = block.attention(&self.config, rope, &x, &mut spans, observe, workspace)?;
             if layer + 1 == self.blocks.len() && !rows.iter().copied().eq(0..ids.len()) {
                 if rows.is_empty() {
                     return Ok(Vec::new());
@@ -398,7 +401,8 @@ impl Model {
                 attended = gather(&attended, attended.len() / ids.len(), rows);
                 x = gather(&x, self.config.hidden_size, rows);
             }
-            block.finish(&self.config, &mut x, &attended, observe)?;
+            block.finish(&self.config, &mut x, &attended, observe, workspace)?;
+            workspace.give(attended);
         }
         let mut normed = vec![0.0; x.len()];
         kernels::rms_norm(&x, &self.head.norm, self.config.rms_norm_eps, &mut normed);

@@ -3,7 +3,7 @@
 use serde::{Deserialize, Serialize};
 use specquant_kernels::{Dct, Hadamard, Kronecker, Reflections};
 
-use crate::ModelConfig;
+use crate::{ModelConfig, Workspace};
 
 /// Kind of a rotation.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
@@ -274,7 +274,12 @@ impl InputTransform {
     /// # Panics
     /// If x is not `[rows, n]`.
     pub fn apply(&self, x: Vec<f32>, rows: usize) -> SplitInput {
-        let mut split = self.split(x, rows, Rest::apply);
+        self.apply_in(x, rows, &mut Workspace::new())
+    }
+
+    /// As [`InputTransform::apply`], in buffers of `workspace`.
+    pub(crate) fn apply_in(&self, x: Vec<f32>, rows: usize, workspace: &mut Workspace) -> SplitInput {
+        let mut split = self.split(x, rows, Rest::apply, workspace);
         for row in split.kept.chunks_exact_mut(self.kept().max(1)) {
             row.iter_mut().zip(&self.norms).for_each(|(x, norm)| *x /= norm);
         }
@@ -286,7 +291,7 @@ impl InputTransform {
     /// # Panics
     /// If w is not `[out, n]`.
     pub fn apply_to_weight(&self, w: Vec<f32>, out: usize) -> SplitInput {
-        let mut split = self.split(w, out, Rest::apply_to_weight);
+        let mut split = self.split(w, out, Rest::apply_to_weight, &mut Workspace::new());
         for row in split.kept.chunks_exact_mut(self.kept().max(1)) {
             row.iter_mut().zip(&self.norms).for_each(|(w, norm)| *w *= norm);
         }
@@ -332,17 +337,25 @@ impl InputTransform {
         x
     }
 
-    fn split(&self, mut x: Vec<f32>, rows: usize, mix: fn(&Rest, &mut [f32], usize)) -> SplitInput {
+    fn split(
+        &self,
+        mut x: Vec<f32>,
+        rows: usize,
+        mix: fn(&Rest, &mut [f32], usize),
+        workspace: &mut Workspace,
+    ) -> SplitInput {
         let (n, r) = (self.width(), self.kept());
         self.reflections.apply(&mut x, rows);
-        let mut kept = Vec::with_capacity(rows * r);
+        let mut kept = Vec::new();
         if r > 0 {
-            let mut rest = Vec::with_capacity(rows * (n - r));
-            for row in x.chunks_exact(n) {
-                kept.extend_from_slice(&row[..r]);
-                rest.extend_from_slice(&row[r..]);
+            kept = workspace.take(rows * r);
+            let mut rest = workspace.take(rows * (n - r));
+            let parts = kept.chunks_exact_mut(r).zip(rest.chunks_exact_mut(n - r));
+            for (row, (kept, rest)) in x.chunks_exact(n).zip(parts) {
+                kept.copy_from_slice(&row[..r]);
+                rest.copy_from_slice(&row[r..]);
             }
-            x = rest;
+            workspace.give(std::mem::replace(&mut x, rest));
         }
         mix(&self.rest, &mut x, rows);
         SplitInput { kept, rest: x }
