@@ -486,9 +486,9 @@ pub struct BenchArgs {
     /// Least time for every figure, in seconds
     #[arg(long, value_name = "S", default_value_t = 1.0)]
     pub seconds: f64,
-    /// Also draw the roofline of the products as an SVG file
-    #[arg(long, value_name = "FILE")]
-    pub plot: Option<PathBuf>,
+    /// Also write README.md, bench.json and roofline.svg there; older ones are replaced
+    #[arg(short, long, value_name = "DIR")]
+    pub output: Option<PathBuf>,
     /// Print the result as JSON
     #[arg(long)]
     pub json: bool,

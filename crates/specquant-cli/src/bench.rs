@@ -3,12 +3,13 @@
 use std::io::Write;
 use std::process::ExitCode;
 
+use anyhow::Context;
 use specquant_bench::{BlockRow, ModelRow, Product, ProductRow, Report, Settings, roofline, run as measure};
 use specquant_eval::write_whole;
 
 use crate::args::BenchArgs;
 use crate::system;
-use crate::ui::{Progress, table};
+use crate::ui::{Progress, command, table};
 
 pub fn run(args: BenchArgs) -> anyhow::Result<ExitCode> {
     system::set_threads(args.threads)?;
@@ -24,15 +25,24 @@ pub fn run(args: BenchArgs) -> anyhow::Result<ExitCode> {
         progress.step(step.done as u64, step.name);
     })?;
     drop(progress);
-    if let Some(path) = &args.plot {
-        let svg = roofline(&report);
-        write_whole(path, |file| file.write_all(svg.as_bytes()))?;
+    let (json, tables) = (serde_json::to_string_pretty(&report)?, text(&report));
+    if let Some(dir) = &args.output {
+        std::fs::create_dir_all(dir).with_context(|| format!("cannot create {}", dir.display()))?;
+        let page = format!(
+            "# Speed\n\n![Roofline](roofline.svg)\n\n```\n{tables}```\n\nMade by `{}`; [raw data](bench.json).\n",
+            command()
+        );
+        for (name, content) in
+            [("README.md", &page), ("bench.json", &json), ("roofline.svg", &roofline(&report))]
+        {
+            write_whole(&dir.join(name), |file| file.write_all(content.as_bytes()))?;
+        }
     }
     let mut out = std::io::stdout();
     if args.json {
-        writeln!(out, "{}", serde_json::to_string_pretty(&report)?)?;
+        writeln!(out, "{json}")?;
     } else {
-        write!(out, "{}", text(&report))?;
+        write!(out, "{tables}")?;
     }
     Ok(ExitCode::SUCCESS)
 }

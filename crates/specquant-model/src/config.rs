@@ -158,6 +158,11 @@ impl ModelConfig {
 
     /// config.json as transformers (4 and 5) would read it back.
     pub fn to_hf_json(&self) -> Value {
+        // Keys keep their places: config.json's bytes are part of a model's fingerprint.
+        let activation = match self.activation {
+            Activation::Silu => ("hidden_act", "silu"),
+            Activation::GeluTanh => ("hidden_activation", "gelu_pytorch_tanh"),
+        };
         let mut json = json!({
             "architectures": [self.family.architecture()],
             "model_type": self.family.model_type(),
@@ -168,6 +173,7 @@ impl ModelConfig {
             "num_key_value_heads": self.num_kv_heads,
             "head_dim": self.head_dim,
             "vocab_size": self.vocab_size,
+            (activation.0): activation.1,
             "rms_norm_eps": widen(self.rms_norm_eps),
             "rope_theta": self.rope_theta,
             "rope_scaling": match self.rope_scaling {
@@ -198,10 +204,6 @@ impl ModelConfig {
         let window = self.sliding_window.iter().copied().flatten().next();
         let kind = |w: &Option<usize>| if w.is_some() { "sliding_attention" } else { "full_attention" };
         let layer_types = || json!(self.sliding_window.iter().map(kind).collect::<Vec<_>>());
-        // Gemma names it otherwise.
-        if self.family != Family::Gemma3 {
-            json["hidden_act"] = json!("silu");
-        }
         match self.family {
             Family::Llama => {
                 json["attention_bias"] = json!(self.attention_bias);
@@ -214,7 +216,6 @@ impl ModelConfig {
                 json["layer_types"] = layer_types();
             }
             Family::Gemma3 => {
-                json["hidden_activation"] = json!("gelu_pytorch_tanh");
                 json["query_pre_attn_scalar"] = json!(self.query_pre_attn_scalar);
                 json["rope_local_base_freq"] = json!(self.local_rope_theta);
                 json["sliding_window"] = json!(window);

@@ -248,3 +248,13 @@ fn refusals_name_what_is_wrong() {
         &["hidden_size is missing", "vocab_size is \"x\""],
     );
 }
+
+/// Its bytes are part of a model's fingerprint, by which stored comparisons know it.
+#[test]
+fn keys_of_written_configs_keep_their_places() {
+    let json = golden("llama-sharded").to_hf_json();
+    let keys: Vec<&str> = json.as_object().unwrap().keys().map(String::as_str).collect();
+    let want = "architectures model_type hidden_size intermediate_size num_hidden_layers num_attention_heads num_key_value_heads head_dim vocab_size \
+                hidden_act rms_norm_eps rope_theta rope_scaling max_position_embeddings tie_word_embeddings bos_token_id eos_token_id attention_bias mlp_bias";
+    assert_eq!(keys.join(" "), want);
+}
