@@ -546,11 +546,11 @@ fn pass<V: Lanes<R>, const R: usize>(pass: &Pass, stride: usize, x: View<R>, mut
                             outputs::<V, R, 4>(pass, &sums, first, t)
                                 .into_iter()
                                 .enumerate()
-                                .for_each(|(o, pair)| pair.store(y, turns, t + o, p, &to));
+                                .for_each(|(o, pair)| pair.store(y, turns, t + o, p, to));
                             4
                         } else {
                             let [pair] = outputs::<V, R, 1>(pass, &sums, first, t);
-                            pair.store(y, turns, t, p, &to);
+                            pair.store(y, turns, t, p, to);
                             1
                         };
                         t += done;

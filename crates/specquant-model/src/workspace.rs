@@ -45,7 +45,8 @@ mod tests {
         let places = [a.as_ptr(), b.as_ptr()];
         workspace.give(a);
         workspace.give(b);
-        assert_eq!(workspace.take(10).as_ptr(), places[1]);
+        let small = workspace.take(10);
+        assert_eq!(small.as_ptr(), places[1]);
         let again = workspace.take(60);
         assert_eq!((again.as_ptr(), again.len()), (places[0], 60));
         workspace.give(again);
