@@ -19,7 +19,7 @@ use std::path::PathBuf;
 use std::time::{Duration, Instant};
 
 use serde::Serialize;
-use specquant_kernels::{Isa, measure_ceilings};
+use specquant_kernels::{Isa, cpu_name, measure_ceilings};
 use specquant_model::Result;
 
 /// What to measure.
@@ -49,7 +49,7 @@ pub struct Report {
 /// The machine and its limits, measured.
 #[derive(Debug, Clone, Serialize)]
 pub struct Machine {
-    /// The processor, as the system names it.
+    /// The processor, as the system names it, or its architecture.
     pub cpu: String,
     /// Instruction set of the kernels.
     pub isa: &'static str,
@@ -90,7 +90,7 @@ pub fn run(settings: &Settings, progress: &mut dyn FnMut(Step)) -> Result<Report
     let threads = rayon::current_num_threads();
     let ceilings = measure_ceilings(threads, (6.0 * settings.seconds).min(6.0));
     let machine = Machine {
-        cpu: cpu(),
+        cpu: cpu_name().unwrap_or_else(|| std::env::consts::ARCH.to_owned()),
         isa: Isa::active().name(),
         threads,
         int8_gops: ceilings.int8_gops,
@@ -111,13 +111,6 @@ pub fn run(settings: &Settings, progress: &mut dyn FnMut(Step)) -> Result<Report
         report.models.push(models::measure(path, settings)?);
     }
     Ok(report)
-}
-
-/// The processor, as the system names it.
-fn cpu() -> String {
-    let info = std::fs::read_to_string("/proc/cpuinfo").unwrap_or_default();
-    let line = info.lines().find(|l| l.starts_with("model name")).and_then(|l| l.split_once(':'));
-    line.map_or_else(|| std::env::consts::ARCH.to_owned(), |(_, name)| name.trim().to_owned())
 }
 
 /// Shortest time of each of some calls, in seconds: they take turns for at least `seconds` each and twice each.

@@ -4,17 +4,10 @@ use std::io::Write;
 use std::process::ExitCode;
 
 use serde_json::json;
-use specquant_kernels::{Isa, kernel_name, measure_ceilings};
+use specquant_kernels::{Isa, cpu_name, kernel_name, measure_ceilings};
 
 use crate::args::DoctorArgs;
 use crate::system::{self, human};
-
-/// The CPU's name, where the system tells it.
-fn cpu_name() -> Option<String> {
-    let text = std::fs::read_to_string("/proc/cpuinfo").ok()?;
-    let line = text.lines().find(|l| l.starts_with("model name"))?;
-    Some(line.split_once(':')?.1.trim().to_owned())
-}
 
 /// The features that kernels exist for, and whether this CPU has them.
 fn features() -> Vec<(&'static str, bool)> {

@@ -36,6 +36,13 @@ pub struct Ceilings {
     pub read_gbs_single: f64,
 }
 
+/// The processor, where the system tells its name.
+pub fn cpu_name() -> Option<String> {
+    let info = std::fs::read_to_string("/proc/cpuinfo").ok()?;
+    let line = info.lines().find(|l| l.starts_with("model name"))?;
+    Some(line.split_once(':')?.1.trim().to_owned())
+}
+
 /// Measures the limits of the active instruction set with one and with `threads` threads, for about `seconds` in all (and at
 /// least one pass of each loop).
 pub fn measure_ceilings(threads: usize, seconds: f64) -> Ceilings {

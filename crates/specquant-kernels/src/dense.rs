@@ -46,6 +46,20 @@ fn check(x: &[f32], w: &[f32], y: &[f32], m: usize, k: usize, n: usize) {
     assert_eq!(y.len(), m * n, "dense product: y is not [{m}, {n}]");
 }
 
+/// x `[rows, columns]` as `[columns, rows]`.
+///
+/// # Panics
+/// If x is not `[rows, columns]`.
+pub fn transposed(x: &[f32], rows: usize, columns: usize) -> Vec<f32> {
+    assert_eq!(x.len(), rows * columns, "transposed: x is not [{rows}, {columns}]");
+    let mut t = vec![0.0; x.len()];
+    let each = t.par_chunks_exact_mut(rows.max(1)).enumerate();
+    each.for_each(|(column, t)| {
+        t.iter_mut().zip(x[column..].iter().step_by(columns)).for_each(|(t, x)| *t = *x)
+    });
+    t
+}
+
 /// Output columns of one task of [`few_rows`]: enough to outweigh the start of a task, few enough to share.
 const FEW_COLS: usize = 128;
 

@@ -5,9 +5,11 @@
 //! factor p, and for 4, from one buffer to another, with no reordering in the end. A pass costs some p multiply-adds a number, which
 //! suits the factors of model widths.
 
-use crate::isa::Scalar;
 #[cfg(target_arch = "x86_64")]
-use crate::isa::{Avx2, Avx512Vnni};
+mod x86;
+
+use crate::isa::Scalar;
+use crate::lanes::Lanes;
 
 /// Rows at once, where there are several.
 pub(crate) const ROWS: usize = 16;
@@ -169,50 +171,6 @@ pub(crate) trait Rows: Passes<1> + Passes<ROWS> {
     fn transpose(self, block: &mut [Row16; ROWS]);
 }
 
-/// R numbers in registers. Every operation rounds once: all implementations give the same bits.
-trait Lanes<const R: usize>: Copy {
-    fn zero() -> Self;
-    fn load(x: &[f32; R]) -> Self;
-    fn store(self, x: &mut [f32; R]);
-    fn add(self, other: Self) -> Self;
-    fn sub(self, other: Self) -> Self;
-    /// self · factor.
-    fn scale(self, factor: f32) -> Self;
-    /// self + x · factor.
-    fn add_scaled(self, x: Self, factor: f32) -> Self;
-}
-
-impl<const R: usize> Lanes<R> for [f32; R] {
-    #[inline(always)]
-    fn zero() -> Self {
-        [0.0; R]
-    }
-    #[inline(always)]
-    fn load(x: &[f32; R]) -> Self {
-        *x
-    }
-    #[inline(always)]
-    fn store(self, x: &mut [f32; R]) {
-        *x = self;
-    }
-    #[inline(always)]
-    fn add(self, other: Self) -> Self {
-        std::array::from_fn(|l| self[l] + other[l])
-    }
-    #[inline(always)]
-    fn sub(self, other: Self) -> Self {
-        std::array::from_fn(|l| self[l] - other[l])
-    }
-    #[inline(always)]
-    fn scale(self, factor: f32) -> Self {
-        self.map(|v| v * factor)
-    }
-    #[inline(always)]
-    fn add_scaled(self, x: Self, factor: f32) -> Self {
-        std::array::from_fn(|l| x[l].mul_add(factor, self[l]))
-    }
-}
-
 #[inline(always)]
 fn join<const R: usize>(z: &Spectrum<R>, factors: &[[Factor; 2]], y: &mut [[f32; R]]) {
     let m = z.re.len();
@@ -242,7 +200,7 @@ fn transpose(block: &mut [Row16; ROWS]) {
 
 impl<const R: usize> Passes<R> for Scalar {
     fn pass(self, p: &Pass, stride: usize, x: View<R>, y: ViewMut<R>) {
-        pass::<[f32; R], R>(p, stride, x, y);
+        pass(self, p, stride, x, y);
     }
     fn join(self, z: &Spectrum<R>, factors: &[[Factor; 2]], y: &mut [[f32; R]]) {
         join(z, factors, y);
@@ -255,208 +213,6 @@ impl Rows for Scalar {
     }
 }
 
-#[cfg(target_arch = "x86_64")]
-mod x86 {
-    use super::*;
-    use std::arch::x86_64::*;
-
-    /// [`Lanes`] of `$count` registers. Only functions compiled for the instruction set, which its token calls, name them.
-    macro_rules! lanes {
-        ($name:ident, $reg:ty, $count:literal, $zero:ident, $load:ident, $store:ident, $add:ident, $sub:ident, $mul:ident, $splat:ident,
-         $fma:ident) => {
-            #[derive(Clone, Copy)]
-            struct $name([$reg; $count]);
-
-            // SAFETY (of all): the instruction set is there, see above; memory is that of whole arrays of 16.
-            impl Lanes<ROWS> for $name {
-                #[inline(always)]
-                fn zero() -> Self {
-                    Self([unsafe { $zero() }; $count])
-                }
-                #[inline(always)]
-                fn load(x: &Row16) -> Self {
-                    Self(std::array::from_fn(|i| unsafe { $load(x.as_ptr().add(i * (ROWS / $count))) }))
-                }
-                #[inline(always)]
-                fn store(self, x: &mut Row16) {
-                    for (i, v) in self.0.into_iter().enumerate() {
-                        unsafe { $store(x.as_mut_ptr().add(i * (ROWS / $count)), v) };
-                    }
-                }
-                #[inline(always)]
-                fn add(self, other: Self) -> Self {
-                    Self(std::array::from_fn(|i| unsafe { $add(self.0[i], other.0[i]) }))
-                }
-                #[inline(always)]
-                fn sub(self, other: Self) -> Self {
-                    Self(std::array::from_fn(|i| unsafe { $sub(self.0[i], other.0[i]) }))
-                }
-                #[inline(always)]
-                fn scale(self, factor: f32) -> Self {
-                    Self(self.0.map(|v| unsafe { $mul(v, $splat(factor)) }))
-                }
-                #[inline(always)]
-                fn add_scaled(self, x: Self, factor: f32) -> Self {
-                    Self(std::array::from_fn(|i| unsafe { $fma(x.0[i], $splat(factor), self.0[i]) }))
-                }
-            }
-        };
-    }
-    lanes!(
-        Zmm,
-        __m512,
-        1,
-        _mm512_setzero_ps,
-        _mm512_loadu_ps,
-        _mm512_storeu_ps,
-        _mm512_add_ps,
-        _mm512_sub_ps,
-        _mm512_mul_ps,
-        _mm512_set1_ps,
-        _mm512_fmadd_ps
-    );
-    lanes!(
-        Ymms,
-        __m256,
-        2,
-        _mm256_setzero_ps,
-        _mm256_loadu_ps,
-        _mm256_storeu_ps,
-        _mm256_add_ps,
-        _mm256_sub_ps,
-        _mm256_mul_ps,
-        _mm256_set1_ps,
-        _mm256_fmadd_ps
-    );
-
-    #[target_feature(enable = "avx512f,fma")]
-    fn pass512(p: &Pass, stride: usize, x: View<ROWS>, y: ViewMut<ROWS>) {
-        pass::<Zmm, ROWS>(p, stride, x, y);
-    }
-
-    #[target_feature(enable = "avx2,fma")]
-    fn pass256(p: &Pass, stride: usize, x: View<ROWS>, y: ViewMut<ROWS>) {
-        pass::<Ymms, ROWS>(p, stride, x, y);
-    }
-
-    #[target_feature(enable = "avx2,fma")]
-    fn pass_alone(p: &Pass, stride: usize, x: View<1>, y: ViewMut<1>) {
-        pass::<[f32; 1], 1>(p, stride, x, y);
-    }
-
-    #[target_feature(enable = "avx512f")]
-    fn join512(z: &Spectrum<ROWS>, factors: &[[Factor; 2]], y: &mut [Row16]) {
-        join(z, factors, y);
-    }
-
-    #[target_feature(enable = "avx2")]
-    fn join256<const R: usize>(z: &Spectrum<R>, factors: &[[Factor; 2]], y: &mut [[f32; R]]) {
-        join(z, factors, y);
-    }
-
-    /// Pairs, then quads within 128-bit lanes, then the lanes themselves change places.
-    #[target_feature(enable = "avx512f")]
-    fn transpose512(block: &mut [Row16; ROWS]) {
-        // SAFETY: whole arrays of 16.
-        let mut a: [__m512; 16] = std::array::from_fn(|i| unsafe { _mm512_loadu_ps(block[i].as_ptr()) });
-        let mut b = a;
-        for i in 0..8 {
-            b[2 * i] = _mm512_unpacklo_ps(a[2 * i], a[2 * i + 1]);
-            b[2 * i + 1] = _mm512_unpackhi_ps(a[2 * i], a[2 * i + 1]);
-        }
-        for i in 0..4 {
-            for h in 0..2 {
-                let (u, v) = (_mm512_castps_pd(b[4 * i + h]), _mm512_castps_pd(b[4 * i + 2 + h]));
-                a[4 * i + 2 * h] = _mm512_castpd_ps(_mm512_unpacklo_pd(u, v));
-                a[4 * i + 2 * h + 1] = _mm512_castpd_ps(_mm512_unpackhi_pd(u, v));
-            }
-        }
-        // a[4 i + c] has, in lane l, column 4 l + c of rows 4 i to 4 i + 3.
-        for c in 0..4 {
-            let (low, high) = ([a[c], a[4 + c]], [a[8 + c], a[12 + c]]);
-            let (p, q) = (
-                [
-                    _mm512_shuffle_f32x4::<0b10_00_10_00>(low[0], low[1]),
-                    _mm512_shuffle_f32x4::<0b10_00_10_00>(high[0], high[1]),
-                ],
-                [
-                    _mm512_shuffle_f32x4::<0b11_01_11_01>(low[0], low[1]),
-                    _mm512_shuffle_f32x4::<0b11_01_11_01>(high[0], high[1]),
-                ],
-            );
-            b[c] = _mm512_shuffle_f32x4::<0b10_00_10_00>(p[0], p[1]);
-            b[8 + c] = _mm512_shuffle_f32x4::<0b11_01_11_01>(p[0], p[1]);
-            b[4 + c] = _mm512_shuffle_f32x4::<0b10_00_10_00>(q[0], q[1]);
-            b[12 + c] = _mm512_shuffle_f32x4::<0b11_01_11_01>(q[0], q[1]);
-        }
-        for (row, v) in block.iter_mut().zip(b) {
-            // SAFETY: a whole array of 16.
-            unsafe { _mm512_storeu_ps(row.as_mut_ptr(), v) };
-        }
-    }
-
-    #[target_feature(enable = "avx2")]
-    fn transpose256(block: &mut [Row16; ROWS]) {
-        transpose(block);
-    }
-
-    impl Passes<ROWS> for Avx2 {
-        fn pass(self, pass: &Pass, stride: usize, x: View<ROWS>, y: ViewMut<ROWS>) {
-            // SAFETY: the token proves AVX2 and FMA.
-            unsafe { pass256(pass, stride, x, y) }
-        }
-        fn join(self, z: &Spectrum<ROWS>, factors: &[[Factor; 2]], y: &mut [Row16]) {
-            // SAFETY: the token proves AVX2.
-            unsafe { join256(z, factors, y) }
-        }
-    }
-
-    impl Passes<1> for Avx2 {
-        fn pass(self, pass: &Pass, stride: usize, x: View<1>, y: ViewMut<1>) {
-            // SAFETY: the token proves AVX2 and FMA.
-            unsafe { pass_alone(pass, stride, x, y) }
-        }
-        fn join(self, z: &Spectrum<1>, factors: &[[Factor; 2]], y: &mut [[f32; 1]]) {
-            // SAFETY: the token proves AVX2.
-            unsafe { join256(z, factors, y) }
-        }
-    }
-
-    impl Rows for Avx2 {
-        fn transpose(self, block: &mut [Row16; ROWS]) {
-            // SAFETY: the token proves AVX2.
-            unsafe { transpose256(block) }
-        }
-    }
-
-    impl Passes<ROWS> for Avx512Vnni {
-        fn pass(self, pass: &Pass, stride: usize, x: View<ROWS>, y: ViewMut<ROWS>) {
-            // SAFETY: the token proves AVX-512 F and FMA.
-            unsafe { pass512(pass, stride, x, y) }
-        }
-        fn join(self, z: &Spectrum<ROWS>, factors: &[[Factor; 2]], y: &mut [Row16]) {
-            // SAFETY: the token proves AVX-512 F.
-            unsafe { join512(z, factors, y) }
-        }
-    }
-
-    impl Passes<1> for Avx512Vnni {
-        fn pass(self, pass: &Pass, stride: usize, x: View<1>, y: ViewMut<1>) {
-            self.avx2.pass(pass, stride, x, y);
-        }
-        fn join(self, z: &Spectrum<1>, factors: &[[Factor; 2]], y: &mut [[f32; 1]]) {
-            self.avx2.join(z, factors, y);
-        }
-    }
-
-    impl Rows for Avx512Vnni {
-        fn transpose(self, block: &mut [Row16; ROWS]) {
-            // SAFETY: the token proves AVX-512 F.
-            unsafe { transpose512(block) }
-        }
-    }
-}
-
 /// A complex number of every row.
 #[derive(Clone, Copy)]
 struct Complex<V> {
@@ -464,96 +220,102 @@ struct Complex<V> {
     im: V,
 }
 
-#[inline(always)]
-fn load<V: Lanes<R>, const R: usize>(s: View<R>, i: usize) -> Complex<V> {
-    Complex { re: V::load(&s.re[i]), im: V::load(&s.im[i]) }
-}
+/// Arithmetic on [`Complex`] numbers of R rows.
+#[derive(Clone, Copy)]
+struct Complexes<S, const R: usize>(S);
 
-#[inline(always)]
-fn store<V: Lanes<R>, const R: usize>(v: Complex<V>, s: &mut ViewMut<R>, i: usize) {
-    v.re.store(&mut s.re[i]);
-    v.im.store(&mut s.im[i]);
-}
+impl<S: Lanes<R>, const R: usize> Complexes<S, R> {
+    #[inline(always)]
+    fn zero(self) -> Complex<S::V> {
+        Complex { re: self.0.zero(), im: self.0.zero() }
+    }
 
-/// Arithmetic on [`Complex`].
-trait Arithmetic<const R: usize>: Copy {
-    fn add(self, other: Self) -> Self;
-    fn sub(self, other: Self) -> Self;
-    /// Times −i.
-    fn back(self) -> Self;
-    /// Times c + i s.
-    fn turn(self, turn: [f32; 2]) -> Self;
-}
+    #[inline(always)]
+    fn load(self, from: View<R>, i: usize) -> Complex<S::V> {
+        Complex { re: self.0.load(&from.re[i]), im: self.0.load(&from.im[i]) }
+    }
 
-impl<V: Lanes<R>, const R: usize> Arithmetic<R> for Complex<V> {
     #[inline(always)]
-    fn add(self, other: Self) -> Self {
-        Complex { re: self.re.add(other.re), im: self.im.add(other.im) }
+    fn store(self, v: Complex<S::V>, to: &mut ViewMut<R>, i: usize) {
+        self.0.store(v.re, &mut to.re[i]);
+        self.0.store(v.im, &mut to.im[i]);
     }
+
     #[inline(always)]
-    fn sub(self, other: Self) -> Self {
-        Complex { re: self.re.sub(other.re), im: self.im.sub(other.im) }
+    fn add(self, a: Complex<S::V>, b: Complex<S::V>) -> Complex<S::V> {
+        Complex { re: self.0.add(a.re, b.re), im: self.0.add(a.im, b.im) }
     }
+
     #[inline(always)]
-    fn back(self) -> Self {
-        Complex { re: self.im, im: V::zero().sub(self.re) }
+    fn sub(self, a: Complex<S::V>, b: Complex<S::V>) -> Complex<S::V> {
+        Complex { re: self.0.sub(a.re, b.re), im: self.0.sub(a.im, b.im) }
     }
+
+    /// v · −i.
     #[inline(always)]
-    fn turn(self, [c, s]: [f32; 2]) -> Self {
-        Complex { re: self.re.scale(c).add_scaled(self.im, -s), im: self.im.scale(c).add_scaled(self.re, s) }
+    fn back(self, v: Complex<S::V>) -> Complex<S::V> {
+        Complex { re: v.im, im: self.0.sub(self.0.zero(), v.re) }
+    }
+
+    /// v · (c + i s).
+    #[inline(always)]
+    fn turn(self, v: Complex<S::V>, [c, s]: [f32; 2]) -> Complex<S::V> {
+        let op = self.0;
+        Complex {
+            re: op.add_scaled(op.scale(v.re, c), v.im, -s),
+            im: op.add_scaled(op.scale(v.im, c), v.re, s),
+        }
+    }
+
+    /// sum + v · factor.
+    #[inline(always)]
+    fn add_scaled(self, sum: Complex<S::V>, v: Complex<S::V>, factor: f32) -> Complex<S::V> {
+        Complex { re: self.0.add_scaled(sum.re, v.re, factor), im: self.0.add_scaled(sum.im, v.im, factor) }
     }
 }
 
 /// One pass: for j in 0..m and every number k of a stride, the p numbers k + stride · (j + m i) are transformed, turned, and stored side by
 /// side as k + stride · (p j + t).
 #[inline(always)]
-fn pass<V: Lanes<R>, const R: usize>(pass: &Pass, stride: usize, x: View<R>, mut y: ViewMut<R>) {
-    let (p, y) = (pass.factor, &mut y);
+fn pass<S: Lanes<R>, const R: usize>(s: S, pass: &Pass, stride: usize, x: View<R>, mut y: ViewMut<R>) {
+    let (op, p, y) = (Complexes::<S, R>(s), pass.factor, &mut y);
     let m = x.re.len() / (p * stride);
-    let mut sums = vec![[Complex { re: V::zero(), im: V::zero() }; 2]; p / 2];
+    let mut sums = vec![[op.zero(); 2]; p / 2];
     for j in 0..m {
         let turns = &pass.twiddles[j * (p - 1)..(j + 1) * (p - 1)];
         for k in 0..stride {
-            let from = |i: usize| load::<V, R>(x, k + stride * (j + m * i));
+            let from = |i: usize| op.load(x, k + stride * (j + m * i));
             let to = |t: usize| k + stride * (p * j + t);
             match p {
                 2 => {
                     let (a, b) = (from(0), from(1));
-                    store(a.add(b), y, to(0));
-                    store(a.sub(b).turn(turns[0]), y, to(1));
+                    op.store(op.add(a, b), y, to(0));
+                    op.store(op.turn(op.sub(a, b), turns[0]), y, to(1));
                 }
                 4 => {
                     let [a, b, c, d] = [from(0), from(1), from(2), from(3)];
-                    let (even, odd) = ([a.add(c), a.sub(c)], [b.add(d), b.sub(d).back()]);
-                    store(even[0].add(odd[0]), y, to(0));
-                    store(even[1].add(odd[1]).turn(turns[0]), y, to(1));
-                    store(even[0].sub(odd[0]).turn(turns[1]), y, to(2));
-                    store(even[1].sub(odd[1]).turn(turns[2]), y, to(3));
+                    let even = [op.add(a, c), op.sub(a, c)];
+                    let odd = [op.add(b, d), op.back(op.sub(b, d))];
+                    op.store(op.add(even[0], odd[0]), y, to(0));
+                    op.store(op.turn(op.add(even[1], odd[1]), turns[0]), y, to(1));
+                    op.store(op.turn(op.sub(even[0], odd[0]), turns[1]), y, to(2));
+                    op.store(op.turn(op.sub(even[1], odd[1]), turns[2]), y, to(3));
                 }
                 _ => {
                     let first = from(0);
                     let mut all = first;
                     for (i, sum) in (1..).zip(&mut sums) {
                         let (a, b) = (from(i), from(p - i));
-                        *sum = [a.add(b), a.sub(b)];
-                        all = all.add(sum[0]);
+                        *sum = [op.add(a, b), op.sub(a, b)];
+                        all = op.add(all, sum[0]);
                     }
-                    store(all, y, to(0));
+                    op.store(all, y, to(0));
                     let mut t = 1;
                     while t <= sums.len() {
-                        let left = sums.len() + 1 - t;
-                        let done = if left >= 4 {
-                            outputs::<V, R, 4>(pass, &sums, first, t)
-                                .into_iter()
-                                .enumerate()
-                                .for_each(|(o, pair)| pair.store(y, turns, t + o, p, to));
-                            4
-                        } else {
-                            let [pair] = outputs::<V, R, 1>(pass, &sums, first, t);
-                            pair.store(y, turns, t, p, to);
-                            1
+                        t += match sums.len() + 1 - t {
+                            4.. => outputs::<S, R, 4>(op, pass, &sums, first, t, turns, y, to),
+                            _ => outputs::<S, R, 1>(op, pass, &sums, first, t, turns, y, to),
                         };
-                        t += done;
                     }
                 }
             }
@@ -561,54 +323,37 @@ fn pass<V: Lanes<R>, const R: usize>(pass: &Pass, stride: usize, x: View<R>, mut
     }
 }
 
-/// What outputs t and p − t of a small transform consist of.
-struct Pair<V> {
-    /// x₀ + Σ cos · (x_j + x_(p−j)).
-    even: Complex<V>,
-    /// Σ sin · (x_j − x_(p−j)).
-    odd: Complex<V>,
-}
-
-impl<V> Pair<V> {
-    #[inline(always)]
-    fn store<const R: usize>(
-        self,
-        y: &mut ViewMut<R>,
-        turns: &[[f32; 2]],
-        t: usize,
-        p: usize,
-        to: impl Fn(usize) -> usize,
-    ) where
-        V: Lanes<R>,
-    {
-        let odd = self.odd.back();
-        store(self.even.add(odd).turn(turns[t - 1]), y, to(t));
-        store(self.even.sub(odd).turn(turns[p - t - 1]), y, to(p - t));
-    }
-}
-
-/// Outputs t to t + T − 1 and their mirror images: T at a time, so that a sum is loaded once for all of them.
+/// Outputs t to t + T − 1 of a small transform and their mirror images: T at a time, so that a sum is loaded once for all of them. Returns T.
+///
+/// Output t is x₀ + Σ cos · (x_j + x_(p−j)) − i Σ sin · (x_j − x_(p−j)), and p − t has the other sign. sums: those of every j, [+, −].
 #[inline(always)]
-fn outputs<V: Lanes<R>, const R: usize, const T: usize>(
+fn outputs<S: Lanes<R>, const R: usize, const T: usize>(
+    op: Complexes<S, R>,
     pass: &Pass,
-    sums: &[[Complex<V>; 2]],
-    first: Complex<V>,
+    sums: &[[Complex<S::V>; 2]],
+    first: Complex<S::V>,
     t: usize,
-) -> [Pair<V>; T] {
-    let zero = Complex { re: V::zero(), im: V::zero() };
-    let (mut even, mut odd) = ([first; T], [zero; T]);
+    turns: &[[f32; 2]],
+    y: &mut ViewMut<R>,
+    to: impl Fn(usize) -> usize,
+) -> usize {
+    let (mut even, mut odd) = ([first; T], [op.zero(); T]);
     let circles: [&[[f32; 2]]; T] =
         std::array::from_fn(|o| &pass.circle[(t + o - 1) * sums.len()..][..sums.len()]);
     for (j, [sum, difference]) in sums.iter().enumerate() {
         for o in 0..T {
             let [c, s] = circles[o][j];
-            even[o].re = even[o].re.add_scaled(sum.re, c);
-            even[o].im = even[o].im.add_scaled(sum.im, c);
-            odd[o].re = odd[o].re.add_scaled(difference.re, s);
-            odd[o].im = odd[o].im.add_scaled(difference.im, s);
+            even[o] = op.add_scaled(even[o], *sum, c);
+            odd[o] = op.add_scaled(odd[o], *difference, s);
         }
     }
-    std::array::from_fn(|o| Pair { even: even[o], odd: odd[o] })
+    let p = pass.factor;
+    for o in 0..T {
+        let (t, odd) = (t + o, op.back(odd[o]));
+        op.store(op.turn(op.add(even[o], odd), turns[t - 1]), y, to(t));
+        op.store(op.turn(op.sub(even[o], odd), turns[p - t - 1]), y, to(p - t));
+    }
+    T
 }
 
 #[cfg(test)]

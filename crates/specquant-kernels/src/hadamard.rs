@@ -9,8 +9,8 @@
 //! are others, which matters to nobody who transforms both activations and weights; and a width that has no plan there (4864,
 //! 29568, 9 heads) is no error.
 
+mod butterflies;
 mod kernel;
-mod lanes;
 mod orders;
 
 use crate::Isa;

@@ -8,7 +8,7 @@
 //! With x as a matrix X `[n₁, n₂]` that is Aᵀ X B: n (n₁ + n₂) multiplications. What reads the transformed input is multiplied by the inverse transpose,
 //! `(A ⊗ B)⁻ᵀ = A⁻ᵀ ⊗ B⁻ᵀ`.
 
-use crate::packed_dense::{PackedDense, matmul_packed};
+use crate::{PackedDense, matmul_packed, transposed};
 use rayon::prelude::*;
 
 /// Values per task; fewer are not worth a second thread.
@@ -41,7 +41,10 @@ impl Factor {
     }
 
     fn transposed(&self) -> Self {
-        Factor::new(self.n, transposed(&self.matrix, self.n, self.matrix.len() / self.n))
+        if self.matrix.is_empty() {
+            return self.clone();
+        }
+        Factor::new(self.n, transposed(&self.matrix, self.n, self.n))
     }
 
     /// The inverse, transposed, in f64 on the way.
@@ -144,14 +147,6 @@ fn transpose(x: &[f32], t: &mut [f32], rows: usize, columns: usize) {
     for (column, t) in t.chunks_exact_mut(rows).enumerate() {
         t.iter_mut().zip(x[column..].iter().step_by(columns)).for_each(|(t, x)| *t = *x);
     }
-}
-
-fn transposed(x: &[f32], rows: usize, columns: usize) -> Vec<f32> {
-    let mut t = vec![0.0; x.len()];
-    if !x.is_empty() {
-        transpose(x, &mut t, rows, columns);
-    }
-    t
 }
 
 /// The inverse of `[n, n]`, by elimination with the largest pivot of each column; nothing if that is too small, or not finite.

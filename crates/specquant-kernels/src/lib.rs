@@ -24,6 +24,7 @@ mod hadamard;
 mod isa;
 mod kronecker;
 mod kv;
+mod lanes;
 mod matmul;
 mod ops;
 mod packed_dense;

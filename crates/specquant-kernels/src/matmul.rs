@@ -46,7 +46,7 @@ const FLOAT_DEPTH: usize = 128;
 /// # Panics
 /// If the input widths differ or `y` or the buffers of `a` have the wrong length.
 pub fn matmul_int(a: &QuantizedActs, w: &PackedWeights, y: &mut [f32]) {
-    matmul_int_with(Isa::active(), &[(a, w)], y, false);
+    matmul_int_with(Isa::active(), &[(a, w)], y);
 }
 
 /// The sum of two products of [`matmul_int`], for inputs in two parts of different widths: y is passed over once.
@@ -54,17 +54,12 @@ pub fn matmul_int(a: &QuantizedActs, w: &PackedWeights, y: &mut [f32]) {
 /// # Panics
 /// As [`matmul_int`], and if the two differ in rows or outputs.
 pub fn matmul_int_sum(parts: [(&QuantizedActs, &PackedWeights); 2], y: &mut [f32]) {
-    matmul_int_with(Isa::active(), &parts, y, false);
+    matmul_int_with(Isa::active(), &parts, y);
 }
 
-/// The sum of products on a given instruction set, added to y or written there, for tests.
+/// The sum of products on a given instruction set, for tests.
 #[doc(hidden)]
-pub fn matmul_int_with(
-    isa: Isa,
-    parts: &[(&QuantizedActs, &PackedWeights)],
-    y: &mut [f32],
-    accumulate: bool,
-) {
+pub fn matmul_int_with(isa: Isa, parts: &[(&QuantizedActs, &PackedWeights)], y: &mut [f32]) {
     let Some((first, weights)) = parts.first() else { return };
     let (rows, out) = (first.rows, weights.out_features());
     for (a, w) in parts {
@@ -77,7 +72,7 @@ pub fn matmul_int_with(
     }
     assert_eq!(y.len(), rows * out, "y must be [rows, out]");
     let inp = parts.iter().map(|(_, w)| w.in_features()).sum();
-    with_token!(isa, kernel => for_rects(y, rows, out, inp, |rect| int_rect(kernel, parts, rect, accumulate)));
+    with_token!(isa, kernel => for_rects(y, rows, out, inp, |rect| int_rect(kernel, parts, rect)));
 }
 
 /// Product of float activations with quantized weights, whose codes are widened to f32 (for 16-bit activations).
@@ -251,12 +246,7 @@ fn panels(rect: &Rect, step: usize) -> impl Iterator<Item = (usize, Range<usize>
     (first..end).step_by(step).map(move |p| ((p - first) * PANEL, p..end.min(p + step)))
 }
 
-fn int_rect<K: Kernel>(
-    kernel: K,
-    parts: &[(&QuantizedActs, &PackedWeights)],
-    mut rect: Rect,
-    accumulate: bool,
-) {
+fn int_rect<K: Kernel>(kernel: K, parts: &[(&QuantizedActs, &PackedWeights)], mut rect: Rect) {
     let (row, rows) = (rect.row, rect.y.len());
     let mut scratch = Vec::new();
     let (mut acc, mut sums) = ([[0; PANEL]; PANELS * ROWS], [[0.; PANEL]; PANELS * ROWS]);
@@ -284,7 +274,7 @@ fn int_rect<K: Kernel>(
                 each.for_each(|((acc, sum), panel)| kernel.fold(w.group(panel, g), zero, acc, sum, g == 0));
             }
             for (j, sum) in sums.chunks_exact(rows).enumerate() {
-                kernel.store(sum, &a.scale[row..][..rows], &mut rect.y, col + j * PANEL, accumulate || i > 0);
+                kernel.store(sum, &a.scale[row..][..rows], &mut rect.y, col + j * PANEL, i > 0);
             }
         }
     }
@@ -411,7 +401,7 @@ mod tests {
         let (x, dense) = (a.dequantize(), w.dequantize());
         let want = naive(&x, &dense, rows, out, inp);
         let mut scalar = vec![f32::NAN; rows * out];
-        matmul_int_with(Isa::Scalar, &[(a, w)], &mut scalar, false);
+        matmul_int_with(Isa::Scalar, &[(a, w)], &mut scalar);
         for isa in Isa::available() {
             let what = format!(
                 "{} u{}s{} {rows}x{inp}x{out} group {}",
@@ -421,13 +411,11 @@ mod tests {
                 w.group_size()
             );
             let mut y = vec![f32::NAN; rows * out];
-            matmul_int_with(isa, &[(a, w)], &mut y, false);
+            matmul_int_with(isa, &[(a, w)], &mut y);
             assert!(y.iter().zip(&scalar).all(|(a, b)| a.to_bits() == b.to_bits()), "{what}");
             assert_close(&y, &want, &what);
-            // Added to itself, exactly twice as much.
-            matmul_int_with(isa, &[(a, w)], &mut y, true);
-            assert!(y.iter().zip(&scalar).all(|(a, b)| *a == 2.0 * b), "{what}");
-            matmul_int_with(isa, &[(a, w), (a, w)], &mut y, false);
+            // Two of them are exactly twice as much.
+            matmul_int_with(isa, &[(a, w), (a, w)], &mut y);
             assert!(y.iter().zip(&scalar).all(|(a, b)| *a == 2.0 * b), "{what}");
             y.fill(f32::NAN);
             matmul_float_with(isa, &x, rows, w, &mut y, false);
@@ -497,7 +485,7 @@ mod tests {
                         };
                         for isa in Isa::available() {
                             let mut y = vec![0.; rows * out];
-                            matmul_int_with(isa, &[(&a, &w)], &mut y, false);
+                            matmul_int_with(isa, &[(&a, &w)], &mut y);
                             let want = (top * code * inp as i32) as f32;
                             assert!(
                                 y.iter().all(|&y| y == want),

@@ -14,16 +14,13 @@ impl Workspace {
 
     /// A buffer of `len` values, of any content.
     pub fn take(&mut self, len: usize) -> Vec<f32> {
-        // The smallest that is large enough, else the largest, which then grows.
-        let fits = |v: &Vec<f32>| {
-            (v.capacity() < len, if v.capacity() < len { usize::MAX - v.capacity() } else { v.capacity() })
-        };
-        let best = (0..self.free.len()).min_by_key(|&i| fits(&self.free[i]));
-        let mut buffer = best.map(|i| self.free.swap_remove(i)).unwrap_or_default();
-        if buffer.capacity() < len {
-            // Not copied, as it would be by growing.
-            buffer = Vec::with_capacity(len);
-        }
+        // The smallest that is large enough; where none is, a new one takes the place of the largest.
+        let large = |v: &Vec<f32>| v.capacity() >= len;
+        let fit =
+            (0..self.free.len()).filter(|&i| large(&self.free[i])).min_by_key(|&i| self.free[i].capacity());
+        let largest = || (0..self.free.len()).max_by_key(|&i| self.free[i].capacity());
+        let found = fit.or_else(largest).map(|i| self.free.swap_remove(i)).filter(large);
+        let mut buffer = found.unwrap_or_else(|| Vec::with_capacity(len));
         buffer.resize(len, 0.0);
         buffer
     }

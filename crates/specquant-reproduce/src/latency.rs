@@ -42,11 +42,9 @@ pub(crate) fn threads() -> usize {
     rayon::current_num_threads()
 }
 
-/// The processor, as the system names it.
+/// The processor, as the system names it, or its architecture.
 pub(crate) fn cpu() -> String {
-    let info = std::fs::read_to_string("/proc/cpuinfo").unwrap_or_default();
-    let line = info.lines().find(|l| l.starts_with("model name")).and_then(|l| l.split_once(':'));
-    line.map_or_else(|| std::env::consts::ARCH.to_owned(), |(_, name)| name.trim().to_owned())
+    specquant_kernels::cpu_name().unwrap_or_else(|| std::env::consts::ARCH.to_owned())
 }
 
 impl Latency {

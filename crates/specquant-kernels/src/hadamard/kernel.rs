@@ -1,11 +1,12 @@
 //! The loops of [`super::Hadamard`]: additions and subtractions in one fixed order, so that every instruction set gives the
 //! same bits.
 
-use super::lanes::{Lanes, Single};
+use super::butterflies::Butterflies;
 use super::orders::{GROUP, GROUPS, OUTPUTS, Order};
 #[cfg(target_arch = "x86_64")]
 use crate::isa::{Avx2, Avx512Vnni};
 use crate::isa::{Isa, Scalar, with_token};
+use crate::lanes::Lanes;
 use std::sync::Arc;
 
 /// Floats of a vector.
@@ -89,7 +90,7 @@ impl Kernel for Avx512Vnni {
 // The loops below are written out where closures would do: a closure is compiled by itself, without the instruction set.
 
 #[inline(always)]
-fn run<S: Lanes<LANES>>(s: S, x: &mut [f32], steps: &Steps, scratch: &mut Scratch) {
+fn run<S: Butterflies<LANES>>(s: S, x: &mut [f32], steps: &Steps, scratch: &mut Scratch) {
     if steps.orders.is_empty() {
         return butterflies(s, x, steps.low, steps.inner, steps.scale);
     }
@@ -115,10 +116,10 @@ fn run<S: Lanes<LANES>>(s: S, x: &mut [f32], steps: &Steps, scratch: &mut Scratc
 
 /// The Walsh-Hadamard transforms of x `[.., low, inner]` along `low`, a power of two from 2 on, times `scale`.
 #[inline(always)]
-fn butterflies<S: Lanes<LANES>>(s: S, x: &mut [f32], low: usize, inner: usize, scale: f32) {
+fn butterflies<S: Butterflies<LANES>>(s: S, x: &mut [f32], low: usize, inner: usize, scale: f32) {
     let length = low * inner;
     if length < LANES || (inner > 1 && !inner.is_multiple_of(LANES)) {
-        return levels(Single, x, inner, length, scale);
+        return levels::<1, _>(Scalar, x, inner, length, scale);
     }
     // Strides below `near` are done piece by piece: whole transforms if several fit in, or else a part of one.
     let mut near = 2 * inner;
@@ -143,7 +144,7 @@ fn butterflies<S: Lanes<LANES>>(s: S, x: &mut [f32], low: usize, inner: usize, s
 
 /// The butterflies of strides 1, 2 and 4, times `scale`.
 #[inline(always)]
-fn lanes<S: Lanes<LANES>>(s: S, x: &mut [f32], scale: f32) {
+fn lanes<S: Butterflies<LANES>>(s: S, x: &mut [f32], scale: f32) {
     for x in x.as_chunks_mut::<LANES>().0 {
         s.store(s.butterflies(s.scale(s.load(x), scale)), x);
     }
@@ -151,7 +152,7 @@ fn lanes<S: Lanes<LANES>>(s: S, x: &mut [f32], scale: f32) {
 
 /// The butterflies of strides 1 to 32, times `scale`.
 #[inline(always)]
-fn squares<S: Lanes<LANES>>(s: S, x: &mut [f32], scale: f32) {
+fn squares<S: Butterflies<LANES>>(s: S, x: &mut [f32], scale: f32) {
     for x in x.as_chunks_mut::<LANES>().0.as_chunks_mut::<LANES>().0 {
         let mut v = [s.zero(); LANES];
         for r in 0..LANES {
@@ -238,7 +239,7 @@ fn mix_all<S: Lanes<LANES>>(
         at += LANES;
     }
     while at < stride {
-        mix::<1, Single, 1>(Single, &mut x[at..], k, stride, codes, scale, scratch);
+        mix::<1, _, 1>(Scalar, &mut x[at..], k, stride, codes, scale, scratch);
         at += 1;
     }
 }

@@ -3,18 +3,12 @@
 
 use candle_core::{CpuStorage, CustomOp1, CustomOp2, CustomOp3, Layout, Result, Shape, Tensor};
 use rayon::prelude::*;
-use specquant_kernels::{Kronecker, matmul_nt};
+use specquant_kernels::{Kronecker, matmul_nt, transposed};
 
 use crate::ops::{MIN_SCALE, round, slice, tensor, to_vec, with_slice};
 
 /// Rows that one task takes; sums over rows are added in the order of the tasks, whatever the number of threads.
 const ROWS: usize = 64;
-
-/// x `[n, n]` transposed.
-fn transposed(x: &[f32]) -> Vec<f32> {
-    let n = x.len().isqrt();
-    (0..x.len()).map(|i| x[i % n * n + i / n]).collect()
-}
 
 /// Q = (I − A/2)⁻¹ (I + A/2), A = T − Tᵀ, T the part of x below the diagonal: orthonormal for every x `[n, n]` (torch's
 /// `parametrizations.orthogonal` with `orthogonal_map = "cayley"`, as FlatQuant's trans_utils.py has it).
@@ -43,7 +37,7 @@ impl CustomOp1 for Cayley {
         let Some(inverse) = Kronecker::new(n, left, Vec::new()).inverse_transposed() else {
             candle_core::bail!("a parameter of an orthonormal matrix is not finite");
         };
-        let m = transposed(inverse.left());
+        let m = transposed(inverse.left(), n, n);
         let q = m.iter().enumerate().map(|(at, m)| 2.0 * m - one(at / n, at % n)).collect();
         Ok((CpuStorage::F32(q), layout.shape().clone()))
     }
@@ -98,7 +92,8 @@ impl CustomOp3 for KroneckerProduct {
         g: &Tensor,
     ) -> Result<(Option<Tensor>, Option<Tensor>, Option<Tensor>)> {
         let ((rows, n), n1, n2) = (x.dims2()?, a.dim(0)?, b.dim(0)?);
-        let (a, b, mut behind) = (transposed(&to_vec(a)?), transposed(&to_vec(b)?), to_vec(g)?);
+        let (a, b) = (transposed(&to_vec(a)?, n1, n1), transposed(&to_vec(b)?, n2, n2));
+        let mut behind = to_vec(g)?;
         // G (Aᵀ ⊗ I), of which both the gradients by x and by B are made, then G (I ⊗ Bᵀ).
         let mut beside = behind.clone();
         Kronecker::new(n, a, Vec::new()).apply(&mut behind, rows);

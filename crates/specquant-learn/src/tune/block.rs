@@ -5,7 +5,7 @@
 use rayon::prelude::*;
 use specquant_kernels::{
     KvCache, KvFormat, KvSide, PackedDense, PackedWeights, exp_in_place, matmul_float, matmul_int, matmul_nn,
-    matmul_nt, matmul_packed, quantize_acts,
+    matmul_nt, matmul_packed, quantize_acts, transposed,
 };
 use specquant_model::{
     Activation, Block, InputTransform, KEPT_BITS, KvCenter, Levels, Linear, ModelConfig, QuantLinear,
@@ -19,17 +19,6 @@ use crate::ops::{CausalSoftmax, FakeQuantWeight, RmsNorm, Rope, activation, back
 
 /// Values that one thread takes at least.
 const GRAIN: usize = 1 << 14;
-
-/// x: `[rows, columns]`; returns `[columns, rows]`.
-fn transposed(x: &[f32], rows: usize, columns: usize) -> Vec<f32> {
-    let mut y = vec![0.0; x.len()];
-    if rows > 0 {
-        y.par_chunks_mut(rows).enumerate().for_each(|(column, y)| {
-            y.iter_mut().zip(x.iter().skip(column).step_by(columns)).for_each(|(y, x)| *y = *x);
-        });
-    }
-    y
-}
 
 /// Changes every value of `y` by that of `x`.
 fn zip(y: &mut [f32], x: &[f32], f: impl Fn(&mut f32, f32) + Sync) {

@@ -3,11 +3,10 @@
 //! Diagonals fold into the norms and `up_proj`, the transform of the heads of v into `v_proj` and out of `o_proj`; the transform of keys runs in the
 //! block after RoPE, those of inputs in front of their quantizers (see specquant-learn, `flatquant`, for the formulas).
 
-use specquant_kernels::Kronecker;
+use specquant_kernels::{Kronecker, transposed};
 use specquant_learn::FlatBlock;
 use specquant_model::{Block, InputTransform, KeyTransform, ModelConfig, Site, storable_matrix};
 
-use super::rotate::transposed;
 use crate::block::apply_scales;
 use crate::{Error, Result};
 

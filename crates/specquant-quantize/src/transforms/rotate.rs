@@ -12,7 +12,7 @@
 use rand::Rng;
 use rand_chacha::{ChaCha8Rng, rand_core::SeedableRng};
 use rayon::prelude::*;
-use specquant_kernels::Hadamard;
+use specquant_kernels::{Hadamard, transposed};
 use specquant_model::{Block, Linear, ModelConfig, OnlineRotations, Rotation, RotationKind, Rotations};
 
 use crate::recipe::Rotate;
@@ -93,15 +93,6 @@ impl Orthogonal {
 
 /// Rows that go through a dense product together.
 const DENSE_ROWS: usize = 4096;
-
-/// w `[rows, cols]` as `[cols, rows]`.
-pub(crate) fn transposed(w: &[f32], rows: usize, cols: usize) -> Vec<f32> {
-    let mut t = vec![0.0; w.len()];
-    t.par_chunks_exact_mut(rows.max(1)).enumerate().for_each(|(col, out)| {
-        out.iter_mut().zip(w[col..].iter().step_by(cols)).for_each(|(t, w)| *t = *w);
-    });
-    t
-}
 
 /// The rotations that a recipe leaves to run time. A width without a Hadamard matrix (9 heads) is not mixed by it; heads are by nothing else.
 pub fn online(rotate: &Rotate, config: &ModelConfig) -> OnlineRotations {
