@@ -20,7 +20,7 @@ use std::time::{Duration, Instant};
 
 use serde::Serialize;
 use specquant_kernels::{Isa, cpu_name, measure_ceilings};
-use specquant_model::Result;
+use specquant_model::{Result, Source};
 
 /// What to measure.
 #[derive(Debug, Clone)]
@@ -79,6 +79,8 @@ pub struct Step<'a> {
 /// # Errors
 /// When a model cannot be opened or run.
 pub fn run(settings: &Settings, progress: &mut dyn FnMut(Step)) -> Result<Report> {
+    // What cannot be opened is said before the minutes that the rest takes.
+    settings.models.iter().try_for_each(|path| Source::open(path).map(drop))?;
     let shapes = Shape::all(settings.full);
     let of = 1 + products::SHAPES.len() + shapes.len() + settings.models.len();
     let mut done = 0;

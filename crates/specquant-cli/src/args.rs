@@ -486,7 +486,7 @@ pub struct BenchArgs {
     /// Least time for every figure, in seconds
     #[arg(long, value_name = "S", default_value_t = 1.0)]
     pub seconds: f64,
-    /// Also write README.md, bench.json and roofline.svg there; older ones are replaced
+    /// Also write README.md, bench.json and roofline.svg to this directory, which must be new, empty or an earlier benchmark's
     #[arg(short, long, value_name = "DIR")]
     pub output: Option<PathBuf>,
     /// Print the result as JSON

@@ -3,9 +3,8 @@
 use std::io::Write;
 use std::process::ExitCode;
 
-use anyhow::Context;
 use specquant_bench::{BlockRow, ModelRow, Product, ProductRow, Report, Settings, roofline, run as measure};
-use specquant_eval::write_whole;
+use specquant_eval::{claim_directory, write_whole};
 
 use crate::args::BenchArgs;
 use crate::system;
@@ -18,6 +17,10 @@ pub fn run(args: BenchArgs) -> anyhow::Result<ExitCode> {
         "--seconds is {}; take 0.1 to 3600",
         args.seconds
     );
+    if let Some(dir) = &args.output {
+        // Before the work: a README.md of somebody else's is not to be overwritten.
+        claim_directory(dir, ".specquant-bench", "benchmark", true)?;
+    }
     let settings = Settings { full: args.full, models: args.models, seconds: args.seconds };
     let mut progress: Option<Progress> = None;
     let report = measure(&settings, &mut |step| {
@@ -27,7 +30,6 @@ pub fn run(args: BenchArgs) -> anyhow::Result<ExitCode> {
     drop(progress);
     let (json, tables) = (serde_json::to_string_pretty(&report)?, text(&report));
     if let Some(dir) = &args.output {
-        std::fs::create_dir_all(dir).with_context(|| format!("cannot create {}", dir.display()))?;
         let page = format!(
             "# Speed\n\n![Roofline](roofline.svg)\n\n```\n{tables}```\n\nMade by `{}`; [raw data](bench.json).\n",
             command()

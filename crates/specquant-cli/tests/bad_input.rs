@@ -490,7 +490,10 @@ fn models_that_are_not_there() {
     let path = absent.to_str().unwrap();
     refuse(&lab, ["inspect", path], &words);
     refuse(&lab, ["chat", "-m", path], &words);
+    // Before minutes of measuring.
+    refuse(&lab, ["bench", path], &words);
     let text = lab.file("text.txt", TEXT);
+    refuse(&lab, ["bench", "-o", lab.path().to_str().unwrap()], &["not empty", "no benchmark's", "-o"]);
     refuse(&lab, ["eval", "ppl", "-m", path, "--text", text.to_str().unwrap()], &words);
     let empty = lab.path().join("empty");
     fs::create_dir(&empty).unwrap();
