@@ -16,8 +16,8 @@ use crate::Isa;
 #[cfg(target_arch = "x86_64")]
 use crate::isa::{Avx2, Avx512Vnni};
 use crate::isa::{Scalar, with_token};
+use crate::parallel::{Shared, for_each_chunk};
 use crate::weights::nearest_levels;
-use rayon::prelude::*;
 
 /// Lower bound of a token's scale, so that an all-zero token quantizes to zeros instead of dividing by zero.
 pub const MIN_SCALE: f32 = 1e-20;
@@ -127,7 +127,7 @@ fn quantize(
     rows: usize,
     cols: usize,
     bits: u8,
-    token: impl Fn(&dyn Quantizer, &[f32], &mut [u8]) -> (f32, i32) + Send + Sync,
+    token: impl Fn(&dyn Quantizer, &[f32], &mut [u8]) -> (f32, i32) + Sync,
 ) -> QuantizedActs {
     assert_eq!(x.len(), rows * cols, "x must be [rows, cols]");
     let stride = stride(cols);
@@ -143,18 +143,18 @@ fn quantize(
     if cols == 0 {
         return a;
     }
-    let tokens =
-        (a.codes.par_chunks_mut(stride), x.par_chunks(cols), &mut a.scale, &mut a.zero).into_par_iter();
     let at_once = GRAIN.div_ceil(cols);
-    with_token!(isa, k => if rows <= at_once {
-        for (t, codes) in a.codes.chunks_mut(stride).enumerate() {
-            (a.scale[t], a.zero[t]) = token(&k, &x[t * cols..][..cols], &mut codes[..cols]);
+    let (scales, zeros) = (Shared(a.scale.as_mut_ptr()), Shared(a.zero.as_mut_ptr()));
+    with_token!(isa, k => for_each_chunk(&mut a.codes, at_once * stride, |i, codes| {
+        for (codes, t) in codes.chunks_exact_mut(stride).zip(i * at_once..) {
+            let (scale, zero) = token(&k, &x[t * cols..][..cols], &mut codes[..cols]);
+            // SAFETY: there are as many as tokens, and this task alone has token t.
+            unsafe {
+                *scales.get().add(t) = scale;
+                *zeros.get().add(t) = zero;
+            }
         }
-    } else {
-        tokens.with_min_len(at_once).for_each(|(codes, x, scale, zero)| {
-            (*scale, *zero) = token(&k, x, &mut codes[..cols]);
-        })
-    });
+    }));
     a
 }
 

@@ -6,8 +6,8 @@
 
 use crate::ops::{exp, exp_sum_body, fold, max_body, twin};
 use crate::packed_dense::{tile_nn_add, tile_nt};
+use crate::parallel::{Shared, for_each_chunk, for_each_index};
 use crate::{KvCache, KvSide};
-use rayon::prelude::*;
 use std::ops::Range;
 
 /// Rows (queries times the heads of a group) of one task: tiles of this many rows and [`KEYS`] keys stay in the L2 cache.
@@ -15,7 +15,9 @@ const ROWS: usize = 192;
 /// Keys in a tile.
 const KEYS: usize = 128;
 /// Keys in a task of a single query: fixed, so that any number of threads adds up the same parts.
-const DECODE_KEYS: usize = 512;
+const DECODE_KEYS: usize = 256;
+/// Values of keys and values below which a single query is not worth sharing.
+const FEW_VALUES: usize = 1 << 14;
 
 /// Causal attention of the last `t` tokens in the cache: query i stands at position `cache.len() − t + i` and sees the keys up
 /// to its own position, at most `window` of them.
@@ -51,16 +53,20 @@ pub fn attention(
     }
     let queries = (ROWS / job.group).clamp(16, 128);
     let start = cache.len() - t;
-    let chunks = out.par_chunks_mut(queries * width).zip(q.par_chunks(queries * width)).enumerate();
-    chunks.for_each(|(b, (out, q))| {
-        let tiles: Vec<_> =
-            (0..kv_heads).into_par_iter().map(|h| job.block(q, width, h, start + b * queries)).collect();
-        // Heads lie side by side in a token: scatter each head's tile.
-        let part = job.group * head_dim;
-        for (out, i) in out.chunks_exact_mut(width).zip(0..) {
-            for (out, tile) in out.chunks_exact_mut(part).zip(&tiles) {
-                out.copy_from_slice(&tile[i * part..][..part]);
-            }
+    let part = job.group * head_dim;
+    let out = Shared(out.as_mut_ptr());
+    // The longest first: later queries see more keys.
+    let blocks = t.div_ceil(queries);
+    for_each_index(blocks * kv_heads, |i| {
+        let (first, head) = ((blocks - 1 - i / kv_heads) * queries, i % kv_heads);
+        let q = &q[first * width..(first + queries).min(t) * width];
+        let tile = job.block(q, width, head, start + first);
+        // Heads lie side by side in a token.
+        for (tile, token) in tile.chunks_exact(part).zip(first..) {
+            // SAFETY: token < t and head < kv_heads; this task alone has both.
+            let out =
+                unsafe { std::slice::from_raw_parts_mut(out.get().add(token * width + head * part), part) };
+            out.copy_from_slice(tile);
         }
     });
 }
@@ -114,11 +120,12 @@ impl Job<'_> {
             self.decode_range(&q[head * part..][..part], head, from..(from + DECODE_KEYS).min(len))
         };
         let tasks = self.cache.kv_heads() * ranges;
-        let parts: Vec<State> = if ranges == 1 {
-            (0..tasks).map(task).collect()
-        } else {
-            (0..tasks).into_par_iter().map(task).collect()
-        };
+        let mut parts: Vec<State> = (0..tasks).map(|_| State::new(self.group, d)).collect();
+        let few = (len - first) * 2 * self.cache.kv_heads() * d < FEW_VALUES;
+        let at_once = if few { tasks } else { 1 };
+        for_each_chunk(&mut parts, at_once, |first, parts| {
+            parts.iter_mut().zip(first * at_once..).for_each(|(part, i)| *part = task(i));
+        });
         for (out, parts) in out.chunks_exact_mut(part).zip(parts.chunks_exact(ranges)) {
             let mut whole = State::new(self.group, d);
             for part in parts {
@@ -229,20 +236,47 @@ twin! {
 fn dot_rows_body(q: &[f32], k: &[f32], scores: &mut [f32], d: usize) {
     let n = k.len() / d;
     for (q, scores) in q.chunks_exact(d).zip(scores.chunks_exact_mut(n)) {
-        for (k, score) in k.chunks_exact(d).zip(scores) {
-            let mut lanes = [0.0f32; 16];
-            let (qs, ks) = (q.chunks_exact(16), k.chunks_exact(16));
-            for (l, (q, k)) in qs.remainder().iter().zip(ks.remainder()).enumerate() {
-                lanes[l] = q * k;
+        // Four keys together: sums across lanes cost more than the products, and four take little longer than one.
+        let (fours, rest) = scores.as_chunks_mut::<4>();
+        let mut keys = k.chunks_exact(d);
+        for scores in fours {
+            let mut lanes = [[0.0f32; 16]; 4];
+            // Loops: a closure that is passed on would not be compiled for the instruction set.
+            for (lanes, k) in lanes.iter_mut().zip(&mut keys) {
+                *lanes = dot_lanes(q, k);
             }
-            for (q, k) in qs.zip(ks) {
-                for l in 0..16 {
-                    lanes[l] = q[l].mul_add(k[l], lanes[l]);
+            // As `fold` adds them.
+            for width in [8, 4, 2, 1] {
+                for lanes in &mut lanes {
+                    for l in 0..width {
+                        lanes[l] += lanes[l + width];
+                    }
                 }
             }
-            *score = fold(lanes);
+            for i in 0..4 {
+                scores[i] = lanes[i][0];
+            }
+        }
+        for (k, score) in keys.zip(rest) {
+            *score = fold(dot_lanes(q, k));
         }
     }
+}
+
+/// Products of two vectors, added up by lanes.
+#[inline(always)]
+fn dot_lanes(q: &[f32], k: &[f32]) -> [f32; 16] {
+    let mut lanes = [0.0f32; 16];
+    let ((qs, q_rest), (ks, k_rest)) = (q.as_chunks::<16>(), k.as_chunks::<16>());
+    for (l, (q, k)) in q_rest.iter().zip(k_rest).enumerate() {
+        lanes[l] = q * k;
+    }
+    for (q, k) in qs.iter().zip(ks) {
+        for l in 0..16 {
+            lanes[l] = q[l].mul_add(k[l], lanes[l]);
+        }
+    }
+    lanes
 }
 
 twin! { fn dot_rows = dot_rows_body(q: &[f32], k: &[f32], scores: &mut [f32], d: usize) }

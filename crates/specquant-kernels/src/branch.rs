@@ -14,9 +14,9 @@
 //! 2/n elsewhere; the orthonormal basis carries them. The cosine transform, single inputs and stored directions (low-rank
 //! branches) are other bases of the same product.
 
-use crate::KernelError;
 use crate::dense::matmul_nt;
 use crate::ops::{twin, widen_f16};
+use crate::{KernelError, for_each_chunk};
 use half::f16;
 use rayon::prelude::*;
 use std::borrow::Cow;
@@ -262,13 +262,16 @@ pub fn add_branch(p: &[f32], rows: usize, p_stride: usize, c: &BranchCoeffs, y: 
         add_panels(p, rows, p_stride, c, 0..panels, y, c.out);
     } else if rows == 1 {
         let step = panels.div_ceil(8);
-        y.par_chunks_mut(step * PANEL).enumerate().for_each(|(i, y)| {
+        for_each_chunk(y, step * PANEL, |i, y| {
             let width = y.len();
             add_panels(p, 1, p_stride, c, i * step..panels.min((i + 1) * step), y, width);
         });
     } else {
-        let tasks = y.par_chunks_mut(ROWS * c.out).zip(p.par_chunks(ROWS * p_stride));
-        tasks.for_each(|(y, p)| add_panels(p, y.len() / c.out, p_stride, c, 0..panels, y, c.out));
+        for_each_chunk(y, ROWS * c.out, |i, y| {
+            let rows = y.len() / c.out;
+            let p = &p[i * ROWS * p_stride..][..rows * p_stride];
+            add_panels(p, rows, p_stride, c, 0..panels, y, c.out);
+        });
     }
 }
 

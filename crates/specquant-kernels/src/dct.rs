@@ -8,10 +8,9 @@
 //! in n log n by one real Fourier transform of the reordered values (Makhoul, IEEE Trans. ASSP 28, 1980): the even ones in rising order, then the odd
 //! ones in falling order, whose k-th coefficient is turned by k/4n of a turn.
 
-use crate::Isa;
 use crate::fft::{Fft, Passes, ROWS, Rows, Spectrum};
 use crate::isa::with_token;
-use rayon::prelude::*;
+use crate::{Isa, for_each_chunk};
 use realfft::num_complex::Complex;
 use realfft::{ComplexToReal, RealFftPlanner};
 use std::fmt;
@@ -76,7 +75,7 @@ impl Dct {
         assert_eq!(x.len(), rows * self.n, "cosine transform: x is not [{rows}, {}]", self.n);
         let task = |x: &mut [f32]| with_token!(isa, k => self.rows(k, x));
         let at_once = (CHUNK / self.n).next_multiple_of(ROWS);
-        if rows <= at_once { task(x) } else { x.par_chunks_mut(at_once * self.n).for_each(task) }
+        for_each_chunk(x, at_once * self.n, |_, x| task(x));
     }
 
     /// [`apply`](Self::apply) on this thread: 16 rows at a time, or one.
@@ -163,7 +162,7 @@ impl Dct {
             }
         };
         let at_once = (CHUNK / self.n).max(1);
-        if rows <= at_once { task(y) } else { y.par_chunks_mut(at_once * self.n).for_each(task) }
+        for_each_chunk(y, at_once * self.n, |_, y| task(y));
     }
 
     fn undo(

@@ -4,7 +4,7 @@
 //! reading the weights once, to dot products. Neither depends on the number of threads.
 
 use crate::ops::fold;
-use crate::{PackedDense, add_matmul_packed, matmul_packed};
+use crate::{PackedDense, add_matmul_packed, for_each_chunk, matmul_packed};
 use rayon::prelude::*;
 
 /// Up to this many rows go to dot products.
@@ -69,9 +69,9 @@ fn few_rows(x: &[f32], w: &[f32], y: &mut [f32], m: usize, k: usize, n: usize, a
     if m * k * n < SMALL {
         dots(x, w, &mut yt, m, k);
     } else {
-        yt.par_chunks_mut(FEW_COLS * m)
-            .zip(w.par_chunks(FEW_COLS * k))
-            .for_each(|(yt, w)| dots(x, w, yt, m, k));
+        for_each_chunk(&mut yt, FEW_COLS * m, |i, yt| {
+            dots(x, &w[i * FEW_COLS * k..][..yt.len() / m * k], yt, m, k);
+        });
     }
     for i in 0..m {
         for (j, y) in y[i * n..(i + 1) * n].iter_mut().enumerate() {

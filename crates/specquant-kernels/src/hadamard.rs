@@ -13,10 +13,9 @@ mod butterflies;
 mod kernel;
 mod orders;
 
-use crate::Isa;
+use crate::{Isa, for_each_chunk};
 use kernel::{Scratch, Steps, transform};
 use orders::Order;
-use rayon::prelude::*;
 use std::fmt;
 use std::sync::Arc;
 
@@ -155,10 +154,7 @@ impl Hadamard {
         let steps = Steps { low: self.low, inner, orders: &self.orders, transposed, scale: self.scale() };
         let task = |x: &mut [f32]| transform(isa, x, &steps, &mut Scratch::new(&self.orders));
         let chunk = (CHUNK / (block * inner)).max(1) * block * inner;
-        if x.len() <= chunk {
-            return task(x);
-        }
-        x.par_chunks_mut(chunk).for_each(task);
+        for_each_chunk(x, chunk, |_, x| task(x));
     }
 }
 

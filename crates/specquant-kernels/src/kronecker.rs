@@ -8,8 +8,7 @@
 //! With x as a matrix X `[n₁, n₂]` that is Aᵀ X B: n (n₁ + n₂) multiplications. What reads the transformed input is multiplied by the inverse transpose,
 //! `(A ⊗ B)⁻ᵀ = A⁻ᵀ ⊗ B⁻ᵀ`.
 
-use crate::{PackedDense, matmul_packed, transposed};
-use rayon::prelude::*;
+use crate::{PackedDense, for_each_chunk, matmul_packed, transposed};
 
 /// Values per task; fewer are not worth a second thread.
 const CHUNK: usize = 1 << 14;
@@ -121,7 +120,7 @@ impl Kronecker {
         let n = self.width();
         assert_eq!(x.len(), rows * n, "Kronecker product: x is not [{rows}, {n}]");
         let at_once = (CHUNK / n).max(1);
-        if rows <= at_once { self.task(x) } else { x.par_chunks_mut(at_once * n).for_each(|x| self.task(x)) }
+        for_each_chunk(x, at_once * n, |_, x| self.task(x));
     }
 
     /// Whole rows.

@@ -16,10 +16,10 @@
 
 mod gaussian;
 
+use crate::for_each_chunk;
 use crate::ops::{twin, widen_f16};
 use half::f16;
 use half::slice::HalfFloatSliceExt;
-use rayon::prelude::*;
 use std::ops::Range;
 
 /// How a cache stores keys and values.
@@ -144,19 +144,19 @@ impl KvCache {
             "KV cache: {} is not whole tokens of {width}",
             k.len()
         );
-        let store = |(to, x, head): (&mut Head, &[f32], usize)| to.append(format, x, width, head, head_dim);
-        let heads: Vec<_> = self
+        let mut heads: Vec<_> = self
             .keys
             .iter_mut()
             .enumerate()
             .map(|(h, head)| (head, k, h))
             .chain(self.values.iter_mut().enumerate().map(|(h, head)| (head, v, h)))
             .collect();
-        if k.len() < 1 << 14 {
-            heads.into_iter().for_each(store);
-        } else {
-            heads.into_par_iter().for_each(store);
-        }
+        let at_once = if k.len() < 1 << 14 { heads.len() } else { 1 };
+        for_each_chunk(&mut heads, at_once, |_, heads| {
+            for (to, x, head) in heads {
+                to.append(format, x, width, *head, head_dim);
+            }
+        });
         self.len += k.len() / width;
     }
 

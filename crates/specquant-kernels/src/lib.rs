@@ -28,6 +28,7 @@ mod lanes;
 mod matmul;
 mod ops;
 mod packed_dense;
+mod parallel;
 mod reflections;
 mod weights;
 
@@ -45,5 +46,6 @@ pub use kv::*;
 pub use matmul::*;
 pub use ops::*;
 pub use packed_dense::*;
+pub use parallel::*;
 pub use reflections::*;
 pub use weights::*;

@@ -21,9 +21,10 @@ mod avx2;
 mod avx512;
 
 use crate::isa::with_token;
+use crate::parallel::{Shared, for_each_index};
 use crate::weights::{Chunk, PANEL};
 use crate::{Isa, PackedWeights, QuantizedActs};
-use rayon::prelude::*;
+use std::marker::PhantomData;
 use std::ops::Range;
 
 /// Tokens of a rectangle at most: what the unpacking of a block of weights is shared by. A multiple of the rows of every tile.
@@ -32,47 +33,66 @@ const ROWS: usize = 96;
 const TILE_ROWS: usize = 12;
 /// Panels that an instruction set may take side by side.
 const PANELS: usize = 2;
-/// Multiply-accumulates that a rectangle has at least, if the product has them: below, spawning costs more than it saves.
-const GRAIN: usize = 1 << 18;
+/// Rows for which sums are kept in a small place: clearing a large one takes as long as such a product.
+const FEW_ROWS: usize = 8;
+/// Multiply-accumulates that a rectangle has at least, if the product has them: below, sharing costs more than it saves.
+const GRAIN: usize = 1 << 17;
 /// Inputs of a block: unpacked, 32 channels take 24 kB.
 const INT_DEPTH: usize = 768;
 /// Inputs of a block: 16 channels of widened weights take 8 kB.
 const FLOAT_DEPTH: usize = 128;
+
+/// An integer product, or the sum of some for an input in parts of different widths, and where it goes.
+pub struct IntProduct<'a> {
+    /// Quantized activations and weights.
+    pub parts: &'a [(&'a QuantizedActs, &'a PackedWeights)],
+    /// `[rows, out]`, overwritten.
+    pub y: &'a mut [f32],
+}
 
 /// Integer product: quantized activations times quantized weights.
 ///
 /// `y`: `[a.rows, out]`, overwritten.
 ///
 /// # Panics
-/// If the input widths differ or `y` or the buffers of `a` have the wrong length.
+/// As [`matmul_int_all`].
 pub fn matmul_int(a: &QuantizedActs, w: &PackedWeights, y: &mut [f32]) {
-    matmul_int_with(Isa::active(), &[(a, w)], y);
+    matmul_int_all([IntProduct { parts: &[(a, w)], y }]);
 }
 
-/// The sum of two products of [`matmul_int`], for inputs in two parts of different widths: y is passed over once.
+/// Several integer products, whose work threads share as if they were one.
 ///
 /// # Panics
-/// As [`matmul_int`], and if the two differ in rows or outputs.
-pub fn matmul_int_sum(parts: [(&QuantizedActs, &PackedWeights); 2], y: &mut [f32]) {
-    matmul_int_with(Isa::active(), &parts, y);
+/// If the input widths of a part differ, a product's parts differ in rows or outputs, or a buffer has the wrong length.
+pub fn matmul_int_all<const N: usize>(products: [IntProduct; N]) {
+    matmul_int_with(Isa::active(), products);
 }
 
-/// The sum of products on a given instruction set, for tests.
+/// [`matmul_int_all`] on a given instruction set, for tests.
 #[doc(hidden)]
-pub fn matmul_int_with(isa: Isa, parts: &[(&QuantizedActs, &PackedWeights)], y: &mut [f32]) {
-    let Some((first, weights)) = parts.first() else { return };
-    let (rows, out) = (first.rows, weights.out_features());
-    for (a, w) in parts {
-        let inp = w.in_features();
-        assert_eq!(a.cols, inp, "activations have {} columns, the weights {inp} inputs", a.cols);
-        assert!(a.stride >= inp.next_multiple_of(8), "stride of the activations");
-        assert_eq!(a.codes.len(), a.rows * a.stride, "codes of the activations");
-        assert!(a.scale.len() == a.rows && a.zero.len() == a.rows, "scales of the activations");
-        assert!(a.rows == rows && w.out_features() == out, "parts of one product");
-    }
-    assert_eq!(y.len(), rows * out, "y must be [rows, out]");
-    let inp = parts.iter().map(|(_, w)| w.in_features()).sum();
-    with_token!(isa, kernel => for_rects(y, rows, out, inp, |rect| int_rect(kernel, parts, rect)));
+pub fn matmul_int_with<const N: usize>(isa: Isa, products: [IntProduct; N]) {
+    let grids = products.map(|IntProduct { parts, y }| {
+        let (rows, out) = parts.first().map_or((0, 0), |(a, w)| (a.rows, w.out_features()));
+        for (a, w) in parts {
+            let inp = w.in_features();
+            assert_eq!(a.cols, inp, "activations have {} columns, the weights {inp} inputs", a.cols);
+            assert!(a.stride >= inp.next_multiple_of(8), "stride of the activations");
+            assert_eq!(a.codes.len(), a.rows * a.stride, "codes of the activations");
+            assert!(a.scale.len() == a.rows && a.zero.len() == a.rows, "scales of the activations");
+            assert!(a.rows == rows && w.out_features() == out, "parts of one product");
+        }
+        let inp = parts.iter().map(|(_, w)| w.in_features()).sum();
+        (parts, Grid::new(y, rows, out, inp))
+    });
+    with_token!(isa, kernel => for_each_index(grids.iter().map(|(_, grid)| grid.len()).sum(), |mut i| {
+        for (parts, grid) in &grids {
+            if i < grid.len() {
+                // SAFETY: every rectangle is taken once.
+                return int_rect(kernel, parts, unsafe { grid.rect(i) });
+            }
+            i -= grid.len();
+        }
+    }));
 }
 
 /// Product of float activations with quantized weights, whose codes are widened to f32 (for 16-bit activations).
@@ -106,7 +126,11 @@ pub fn matmul_float_with(
     let (out, inp) = (w.out_features(), w.in_features());
     assert_eq!(x.len(), rows * inp, "x must be [rows, in]");
     assert_eq!(y.len(), rows * out, "y must be [rows, out]");
-    with_token!(isa, kernel => for_rects(y, rows, out, inp, |rect| float_rect(kernel, x, w, rect, accumulate)));
+    let grid = Grid::new(y, rows, out, inp);
+    with_token!(isa, kernel => for_each_index(grid.len(), |i| {
+        // SAFETY: every rectangle is taken once.
+        float_rect(kernel, x, w, unsafe { grid.rect(i) }, accumulate);
+    }));
 }
 
 /// Name of the kernel that multiplies these bit widths, `{isa}-{operands}-{variant}`: `avx2-u4s4-i16acc`. More than 8
@@ -166,7 +190,7 @@ trait Kernel: Copy + Send + Sync {
     }
     /// Writes a panel's sums times the tokens' scales to the columns from `col` on, or adds them; columns that y does not have are
     /// dropped.
-    fn store(self, sum: &[[f32; PANEL]], scale: &[f32], y: &mut [&mut [f32]], col: usize, accumulate: bool) {
+    fn store(self, sum: &[[f32; PANEL]], scale: &[f32], y: &mut Rect, col: usize, accumulate: bool) {
         store(sum, scale, y, col, accumulate);
     }
 }
@@ -203,35 +227,72 @@ struct FloatBlock<'a> {
     levels: &'a [i8; 16],
 }
 
-/// A rectangle of y: some columns of some rows.
+/// A rectangle of y: some columns of some rows, which one task writes.
 struct Rect<'a> {
     row: usize,
     col: usize,
-    y: Vec<&'a mut [f32]>,
+    rows: usize,
+    width: usize,
+    /// Its first value; rows lie `stride` apart.
+    start: *mut f32,
+    stride: usize,
+    y: PhantomData<&'a mut [f32]>,
 }
 
-/// Cuts y `[rows, out]` into rectangles and hands them to threads. Rectangles start at multiples of [`PANEL`] columns.
-fn for_rects(y: &mut [f32], rows: usize, out: usize, inp: usize, f: impl Fn(Rect) + Send + Sync) {
-    if y.is_empty() {
-        return;
+impl Rect<'_> {
+    /// Row i of the rectangle.
+    #[inline(always)]
+    fn row_mut(&mut self, i: usize) -> &mut [f32] {
+        assert!(i < self.rows);
+        // SAFETY: within y, and nobody else's by the contract of `Grid::rect`.
+        unsafe { std::slice::from_raw_parts_mut(self.start.add(i * self.stride), self.width) }
     }
-    let high = rows.div_ceil(rows.div_ceil(ROWS)).next_multiple_of(TILE_ROWS);
-    let least = GRAIN / (high.min(rows) * inp);
-    let across = (out / least.max(PANELS * PANEL)).max(1);
-    let wide = out.div_ceil(across).next_multiple_of(PANELS * PANEL);
-    let mut rects: Vec<Rect> = Vec::with_capacity(rows.div_ceil(high) * across);
-    for (i, strip) in y.chunks_mut(high * out).enumerate() {
-        let first = rects.len();
-        for row in strip.chunks_mut(out) {
-            for (j, part) in row.chunks_mut(wide).enumerate() {
-                if rects.len() == first + j {
-                    rects.push(Rect { row: i * high, col: j * wide, y: Vec::with_capacity(high.min(rows)) });
-                }
-                rects[first + j].y.push(part);
-            }
+}
+
+/// How y `[rows, out]` is cut into rectangles, which start at multiples of [`PANEL`] columns.
+struct Grid<'a> {
+    rows: usize,
+    out: usize,
+    /// Of a rectangle.
+    high: usize,
+    wide: usize,
+    /// Rectangles.
+    down: usize,
+    across: usize,
+    start: Shared<f32>,
+    y: PhantomData<&'a mut [f32]>,
+}
+
+impl<'a> Grid<'a> {
+    /// inp: depth of the product.
+    fn new(y: &'a mut [f32], rows: usize, out: usize, inp: usize) -> Self {
+        assert_eq!(y.len(), rows * out, "y must be [rows, out]");
+        let (start, empty) = (Shared(y.as_mut_ptr()), y.is_empty());
+        if empty {
+            return Grid { rows, out, high: 1, wide: 1, down: 0, across: 0, start, y: PhantomData };
         }
+        let high = rows.div_ceil(rows.div_ceil(ROWS)).next_multiple_of(TILE_ROWS);
+        let least = GRAIN / (high.min(rows) * inp);
+        let across = (out / least.max(PANELS * PANEL)).max(1);
+        let wide = out.div_ceil(across).next_multiple_of(PANELS * PANEL);
+        let (down, across) = (rows.div_ceil(high), out.div_ceil(wide));
+        Grid { rows, out, high, wide, down, across, start, y: PhantomData }
     }
-    if rects.len() == 1 { rects.into_iter().for_each(f) } else { rects.into_par_iter().for_each(f) }
+
+    /// Rectangles.
+    fn len(&self) -> usize {
+        self.down * self.across
+    }
+
+    /// # Safety
+    /// i < [`Grid::len`], and no rectangle may be there twice at a time.
+    unsafe fn rect(&self, i: usize) -> Rect<'a> {
+        let (row, col) = (i / self.across * self.high, i % self.across * self.wide);
+        let (rows, width) = (self.high.min(self.rows - row), self.wide.min(self.out - col));
+        // SAFETY: row < rows and col < out.
+        let start = unsafe { self.start.get().add(row * self.out + col) };
+        Rect { row, col, rows, width, start, stride: self.out, y: PhantomData }
+    }
 }
 
 /// The blocks of a group: (start, end), of `depth` inputs at most, evenly, starting at multiples of 8.
@@ -242,14 +303,30 @@ fn blocks(start: usize, size: usize, depth: usize) -> impl Iterator<Item = (usiz
 
 /// The panels of a rectangle, up to `step` at a time: (column within the rectangle, panels).
 fn panels(rect: &Rect, step: usize) -> impl Iterator<Item = (usize, Range<usize>)> + use<> {
-    let (first, end) = (rect.col / PANEL, rect.col / PANEL + rect.y[0].len().div_ceil(PANEL));
+    let (first, end) = (rect.col / PANEL, rect.col / PANEL + rect.width.div_ceil(PANEL));
     (first..end).step_by(step).map(move |p| ((p - first) * PANEL, p..end.min(p + step)))
 }
 
-fn int_rect<K: Kernel>(kernel: K, parts: &[(&QuantizedActs, &PackedWeights)], mut rect: Rect) {
-    let (row, rows) = (rect.row, rect.y.len());
+fn int_rect<K: Kernel>(kernel: K, parts: &[(&QuantizedActs, &PackedWeights)], rect: Rect) {
+    if rect.rows <= FEW_ROWS {
+        const N: usize = PANELS * FEW_ROWS;
+        int_panels(kernel, parts, rect, &mut [[0; PANEL]; N], &mut [[0.; PANEL]; N]);
+    } else {
+        const N: usize = PANELS * ROWS;
+        int_panels(kernel, parts, rect, &mut [[0; PANEL]; N], &mut [[0.; PANEL]; N]);
+    }
+}
+
+/// acc: zeros; sums: anything; of every panel that is side by side with others, a row for each of the rectangle's.
+fn int_panels<K: Kernel>(
+    kernel: K,
+    parts: &[(&QuantizedActs, &PackedWeights)],
+    mut rect: Rect,
+    acc: &mut [[i32; PANEL]],
+    sums: &mut [[f32; PANEL]],
+) {
+    let (row, rows) = (rect.row, rect.rows);
     let mut scratch = Vec::new();
-    let (mut acc, mut sums) = ([[0; PANEL]; PANELS * ROWS], [[0.; PANEL]; PANELS * ROWS]);
     for (col, range) in panels(&rect, K::INT_PANELS) {
         let (acc, sums) = (&mut acc[..range.len() * rows], &mut sums[..range.len() * rows]);
         for (i, (a, w)) in parts.iter().enumerate() {
@@ -274,14 +351,14 @@ fn int_rect<K: Kernel>(kernel: K, parts: &[(&QuantizedActs, &PackedWeights)], mu
                 each.for_each(|((acc, sum), panel)| kernel.fold(w.group(panel, g), zero, acc, sum, g == 0));
             }
             for (j, sum) in sums.chunks_exact(rows).enumerate() {
-                kernel.store(sum, &a.scale[row..][..rows], &mut rect.y, col + j * PANEL, i > 0);
+                kernel.store(sum, &a.scale[row..][..rows], &mut rect, col + j * PANEL, i > 0);
             }
         }
     }
 }
 
 fn float_rect(kernel: impl Kernel, x: &[f32], w: &PackedWeights, mut rect: Rect, accumulate: bool) {
-    let (row, rows, stride) = (rect.row, rect.y.len(), w.in_features());
+    let (row, rows, stride) = (rect.row, rect.rows, w.in_features());
     let mut scratch = Vec::new();
     let (mut acc, mut sums) = ([[0.; PANEL]; ROWS], [[0.; PANEL]; ROWS]);
     let (acc, sums) = (&mut acc[..rows], &mut sums[..rows]);
@@ -309,7 +386,7 @@ fn float_rect(kernel: impl Kernel, x: &[f32], w: &PackedWeights, mut rect: Rect,
                 }
             }
         }
-        kernel.store(sums, &[1.; ROWS][..rows], &mut rect.y, col, accumulate);
+        kernel.store(sums, &[1.; ROWS][..rows], &mut rect, col, accumulate);
     }
 }
 
@@ -331,9 +408,9 @@ fn fold(
 }
 
 #[inline(always)]
-fn store(sum: &[[f32; PANEL]], scale: &[f32], y: &mut [&mut [f32]], col: usize, accumulate: bool) {
-    for ((y, sum), scale) in y.iter_mut().zip(sum).zip(scale) {
-        let y = &mut y[col..];
+fn store(sum: &[[f32; PANEL]], scale: &[f32], y: &mut Rect, col: usize, accumulate: bool) {
+    for (i, (sum, scale)) in sum.iter().zip(scale).enumerate() {
+        let y = &mut y.row_mut(i)[col..];
         let width = y.len().min(PANEL);
         // A whole panel has a length that the compiler knows.
         match y.first_chunk_mut::<PANEL>() {
@@ -401,7 +478,7 @@ mod tests {
         let (x, dense) = (a.dequantize(), w.dequantize());
         let want = naive(&x, &dense, rows, out, inp);
         let mut scalar = vec![f32::NAN; rows * out];
-        matmul_int_with(Isa::Scalar, &[(a, w)], &mut scalar);
+        matmul_int_with(Isa::Scalar, [IntProduct { parts: &[(a, w)], y: &mut scalar }]);
         for isa in Isa::available() {
             let what = format!(
                 "{} u{}s{} {rows}x{inp}x{out} group {}",
@@ -411,11 +488,11 @@ mod tests {
                 w.group_size()
             );
             let mut y = vec![f32::NAN; rows * out];
-            matmul_int_with(isa, &[(a, w)], &mut y);
+            matmul_int_with(isa, [IntProduct { parts: &[(a, w)], y: &mut y }]);
             assert!(y.iter().zip(&scalar).all(|(a, b)| a.to_bits() == b.to_bits()), "{what}");
             assert_close(&y, &want, &what);
             // Two of them are exactly twice as much.
-            matmul_int_with(isa, &[(a, w), (a, w)], &mut y);
+            matmul_int_with(isa, [IntProduct { parts: &[(a, w), (a, w)], y: &mut y }]);
             assert!(y.iter().zip(&scalar).all(|(a, b)| *a == 2.0 * b), "{what}");
             y.fill(f32::NAN);
             matmul_float_with(isa, &x, rows, w, &mut y, false);
@@ -485,7 +562,7 @@ mod tests {
                         };
                         for isa in Isa::available() {
                             let mut y = vec![0.; rows * out];
-                            matmul_int_with(isa, &[(&a, &w)], &mut y);
+                            matmul_int_with(isa, [IntProduct { parts: &[(&a, &w)], y: &mut y }]);
                             let want = (top * code * inp as i32) as f32;
                             assert!(
                                 y.iter().all(|&y| y == want),

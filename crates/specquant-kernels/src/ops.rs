@@ -4,9 +4,9 @@
 //! where the loops become vector code, and for the baseline. `mul_add` rounds once either way and sums run in fixed lanes, so they
 //! agree bit for bit, and so do any two numbers of threads.
 
+use crate::for_each_chunk;
 use half::f16;
 use half::slice::HalfFloatSliceExt;
-use rayon::prelude::*;
 
 /// Defines `name`, which runs the `#[inline(always)]` function `body` compiled for the active instruction set.
 macro_rules! twin {
@@ -177,7 +177,7 @@ pub fn exp_in_place(x: &mut [f32]) {
     if x.len() <= CHUNK {
         return exp_chunk(x);
     }
-    x.par_chunks_mut(CHUNK).for_each(exp_chunk);
+    for_each_chunk(x, CHUNK, |_, x| exp_chunk(x));
 }
 
 #[inline(always)]
@@ -259,9 +259,7 @@ pub fn rms_norm(x: &[f32], weight: &[f32], eps: f32, out: &mut [f32]) {
     if x.len() <= chunk {
         return rms_norm_rows(x, weight, eps, out);
     }
-    x.par_chunks(chunk)
-        .zip(out.par_chunks_mut(chunk))
-        .for_each(|(x, out)| rms_norm_rows(x, weight, eps, out));
+    for_each_chunk(out, chunk, |i, out| rms_norm_rows(&x[i * chunk..][..out.len()], weight, eps, out));
 }
 
 #[inline(always)]
@@ -282,7 +280,7 @@ pub fn silu_mul(gate: &mut [f32], up: &[f32]) {
     if gate.len() <= CHUNK {
         return silu_mul_chunk(gate, up);
     }
-    gate.par_chunks_mut(CHUNK).zip(up.par_chunks(CHUNK)).for_each(|(g, u)| silu_mul_chunk(g, u));
+    for_each_chunk(gate, CHUNK, |i, gate| silu_mul_chunk(gate, &up[i * CHUNK..][..gate.len()]));
 }
 
 /// 2 √(2/π), the slope at 0 of what [`gelu_mul`] gives the exponential.
@@ -310,7 +308,7 @@ pub fn gelu_mul(gate: &mut [f32], up: &[f32]) {
     if gate.len() <= CHUNK {
         return gelu_mul_chunk(gate, up);
     }
-    gate.par_chunks_mut(CHUNK).zip(up.par_chunks(CHUNK)).for_each(|(g, u)| gelu_mul_chunk(g, u));
+    for_each_chunk(gate, CHUNK, |i, gate| gelu_mul_chunk(gate, &up[i * CHUNK..][..gate.len()]));
 }
 
 /// Rotary embedding of one token, in place: element i of a head's first half turns with element i of its second half, the

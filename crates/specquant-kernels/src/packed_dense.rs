@@ -7,7 +7,11 @@
 #[cfg(target_arch = "x86_64")]
 use crate::isa::{Avx2, Avx512Vnni};
 use crate::isa::{Isa, Scalar, with_token};
+use crate::parallel::{Shared, for_each_chunk, for_each_index};
+use half::{bf16, f16};
 use rayon::prelude::*;
+#[cfg(target_arch = "x86_64")]
+use std::arch::x86_64::*;
 use std::ops::Range;
 
 /// Output columns of a panel: the lanes of an AVX-512 register.
@@ -17,6 +21,8 @@ const TASK_ROWS: usize = 192;
 /// Panels of one task, and of one where there are too few rows for several.
 const TASK_PANELS: usize = 16;
 const FEW_TASK_PANELS: usize = 4;
+/// Panels that are always many.
+const MANY_PANELS: usize = 1024;
 /// Depth that is summed before the sums go to memory: a pair of panels of it is 48 KiB, and stays in a core's L2 beside the rows.
 const DEPTH: usize = 384;
 /// Multiply-adds below which a second thread does not pay.
@@ -28,7 +34,16 @@ pub struct PackedDense {
     n: usize,
     k: usize,
     /// `[ceil(n / 16), k, 16]`; columns from n on are zero.
-    panels: Vec<f32>,
+    panels: Panels,
+}
+
+/// Values of a [`PackedDense`].
+#[derive(Debug, Clone, PartialEq)]
+enum Panels {
+    F32(Vec<f32>),
+    F16(Vec<f16>),
+    Bf16(Vec<bf16>),
+    I8(Vec<i8>),
 }
 
 impl PackedDense {
@@ -43,7 +58,7 @@ impl PackedDense {
             let each = panels.par_chunks_exact_mut(k * PANEL).zip(w.par_chunks(PANEL * k));
             each.for_each(|(panel, rows)| pack_rows(rows, k, panel));
         }
-        PackedDense { n, k, panels }
+        PackedDense { n, k, panels: Panels::F32(panels) }
     }
 
     /// Packs the transpose of `w`, `[k, n]` row-major.
@@ -57,7 +72,24 @@ impl PackedDense {
             let each = panels.par_chunks_exact_mut(k * PANEL).enumerate();
             each.for_each(|(i, panel)| pack_columns(w, n, i, panel));
         }
-        PackedDense { n, k, panels }
+        PackedDense { n, k, panels: Panels::F32(panels) }
+    }
+
+    /// In 8 or 16 bits if i8, f16 or bf16 holds every value exactly: a product of few rows takes as long as reading the weights. Results
+    /// stay the same to the last bit.
+    pub fn compact(self) -> Self {
+        let Panels::F32(wide) = &self.panels else { return self };
+        let all = |exact: fn(f32) -> bool| wide.par_chunks(1 << 16).all(|w| w.iter().all(|&w| exact(w)));
+        let panels = if all(|w| f32::from(w as i8) == w) {
+            Panels::I8(wide.par_iter().map(|&w| w as i8).collect())
+        } else if all(|w| f16::from_f32(w).to_f32() == w) {
+            Panels::F16(wide.par_iter().map(|&w| f16::from_f32(w)).collect())
+        } else if all(|w| bf16::from_f32(w).to_f32() == w) {
+            Panels::Bf16(wide.par_iter().map(|&w| bf16::from_f32(w)).collect())
+        } else {
+            return self;
+        };
+        PackedDense { panels, ..self }
     }
 
     /// Output features.
@@ -72,9 +104,70 @@ impl PackedDense {
 
     /// Bytes in memory.
     pub fn bytes(&self) -> usize {
-        size_of_val(self.panels.as_slice())
+        match &self.panels {
+            Panels::F32(panels) => size_of_val(panels.as_slice()),
+            Panels::F16(panels) => size_of_val(panels.as_slice()),
+            Panels::Bf16(panels) => size_of_val(panels.as_slice()),
+            Panels::I8(panels) => size_of_val(panels.as_slice()),
+        }
     }
 }
+
+/// How a weight is stored. Widening is exact.
+trait Weight: Copy + Send + Sync {
+    fn widen(self) -> f32;
+
+    /// 8 weights, widened.
+    ///
+    /// # Safety
+    /// `from` must be valid for reading 8 of them, and the machine have AVX2 and F16C.
+    #[cfg(target_arch = "x86_64")]
+    unsafe fn load8(from: *const Self) -> __m256;
+
+    /// 16 weights, widened.
+    ///
+    /// # Safety
+    /// `from` must be valid for reading 16 of them, and the machine have AVX-512 F.
+    #[cfg(target_arch = "x86_64")]
+    unsafe fn load16(from: *const Self) -> __m512;
+}
+
+/// Loads of one type: 8 and 16 weights from `$from`.
+macro_rules! weight {
+    ($type:ty, $widen:expr, $from:ident => $load8:expr, $load16:expr) => {
+        impl Weight for $type {
+            #[inline(always)]
+            fn widen(self) -> f32 {
+                $widen(self)
+            }
+
+            #[cfg(target_arch = "x86_64")]
+            #[inline(always)]
+            unsafe fn load8($from: *const Self) -> __m256 {
+                // SAFETY: the caller's.
+                unsafe { $load8 }
+            }
+
+            #[cfg(target_arch = "x86_64")]
+            #[inline(always)]
+            unsafe fn load16($from: *const Self) -> __m512 {
+                // SAFETY: the caller's.
+                unsafe { $load16 }
+            }
+        }
+    };
+}
+weight!(f32, |w| w, from => _mm256_loadu_ps(from), _mm512_loadu_ps(from));
+weight!(f16, f16::to_f32, from => _mm256_cvtph_ps(_mm_loadu_si128(from.cast())), _mm512_cvtph_ps(_mm256_loadu_si256(from.cast())));
+weight!(bf16, bf16::to_f32, from =>
+    _mm256_castsi256_ps(_mm256_slli_epi32::<16>(_mm256_cvtepu16_epi32(_mm_loadu_si128(from.cast())))),
+    _mm512_castsi512_ps(_mm512_slli_epi32::<16>(_mm512_cvtepu16_epi32(_mm256_loadu_si256(from.cast()))))
+);
+
+weight!(i8, f32::from, from =>
+    _mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(_mm_loadl_epi64(from.cast()))),
+    _mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm_loadu_si128(from.cast())))
+);
 
 /// Up to 16 rows of w, `[.., k]`, as a panel, `[k, 16]`; lanes without a row stay as they are.
 fn pack_rows(rows: &[f32], k: usize, panel: &mut [f32]) {
@@ -117,7 +210,23 @@ pub fn add_matmul_packed(x: &[f32], w: &PackedDense, y: &mut [f32], m: usize) {
 /// As [`matmul_packed`].
 #[doc(hidden)]
 pub fn matmul_packed_with(isa: Isa, x: &[f32], w: &PackedDense, y: &mut [f32], m: usize, accumulate: bool) {
-    let (n, k) = (w.n, w.k);
+    match &w.panels {
+        Panels::F32(panels) => matmul_panels(isa, x, panels, [w.n, w.k], y, m, accumulate),
+        Panels::F16(panels) => matmul_panels(isa, x, panels, [w.n, w.k], y, m, accumulate),
+        Panels::Bf16(panels) => matmul_panels(isa, x, panels, [w.n, w.k], y, m, accumulate),
+        Panels::I8(panels) => matmul_panels(isa, x, panels, [w.n, w.k], y, m, accumulate),
+    }
+}
+
+fn matmul_panels<W: Weight>(
+    isa: Isa,
+    x: &[f32],
+    panels: &[W],
+    [n, k]: [usize; 2],
+    y: &mut [f32],
+    m: usize,
+    accumulate: bool,
+) {
     // Checked: a product that wraps would let the tiles write beside y.
     assert_eq!(Some(x.len()), m.checked_mul(k), "packed product: x is not [{m}, {k}]");
     assert_eq!(Some(y.len()), m.checked_mul(n), "packed product: y is not [{m}, {n}]");
@@ -137,28 +246,25 @@ pub fn matmul_packed_with(isa: Isa, x: &[f32], w: &PackedDense, y: &mut [f32], m
         x
     } else {
         let mut copy = vec![0.0; m * pitch];
-        copy.par_chunks_exact_mut(pitch)
-            .zip(x.par_chunks_exact(k))
-            .for_each(|(to, from)| to[..k].copy_from_slice(from));
+        for_each_chunk(&mut copy, pitch, |i, row| row[..k].copy_from_slice(&x[i * k..][..k]));
         spread = copy;
         &spread
     };
-    let panels = n.div_ceil(PANEL);
-    let task_panels = if m <= TASK_ROWS { FEW_TASK_PANELS } else { TASK_PANELS };
-    let (row_blocks, column_blocks) = (m.div_ceil(TASK_ROWS), panels.div_ceil(task_panels));
-    let (product, out) = (Product { x, pitch, panels: &w.panels, n, k, accumulate }, Output(y.as_mut_ptr()));
+    let columns = n.div_ceil(PANEL);
+    let task_panels = if m <= TASK_ROWS && columns < MANY_PANELS { FEW_TASK_PANELS } else { TASK_PANELS };
+    let (row_blocks, column_blocks) = (m.div_ceil(TASK_ROWS), columns.div_ceil(task_panels));
+    let (product, out) = (Product { x, pitch, panels, n, k, accumulate }, Shared(y.as_mut_ptr()));
     let task = |t: usize| {
-        let out = &out;
         let rows = t / column_blocks * TASK_ROWS..m.min((t / column_blocks + 1) * TASK_ROWS);
-        let columns = t % column_blocks * task_panels..panels.min((t % column_blocks + 1) * task_panels);
+        let columns = t % column_blocks * task_panels..columns.min((t % column_blocks + 1) * task_panels);
         // SAFETY: y is [m, n], and only this task touches these rows and columns.
-        with_token!(isa, token => unsafe { product.block(token, rows, columns, out.0) });
+        with_token!(isa, token => unsafe { product.block(token, rows, columns, out.get()) });
     };
     let tasks = row_blocks * column_blocks;
     if tasks == 1 || m * k * n < SMALL {
         (0..tasks).for_each(task);
     } else {
-        (0..tasks).into_par_iter().for_each(task);
+        for_each_index(tasks, task);
     }
 }
 
@@ -199,7 +305,7 @@ pub(crate) fn tile_nn_add(
 }
 
 /// All of y [m, n], which the caller has checked; on this thread.
-fn whole(product: Product, y: &mut [f32], m: usize) {
+fn whole(product: Product<f32>, y: &mut [f32], m: usize) {
     assert_eq!(y.len(), m * product.n);
     // SAFETY: y is all there and borrowed for writing.
     with_token!(Isa::active(), token => unsafe {
@@ -207,63 +313,63 @@ fn whole(product: Product, y: &mut [f32], m: usize) {
     });
 }
 
-/// An output that tasks write disjoint blocks of.
-struct Output(*mut f32);
-// SAFETY: every task writes its own block and nobody reads until all are done.
-unsafe impl Send for Output {}
-// SAFETY: as above.
-unsafe impl Sync for Output {}
-
 /// A product of rows, `pitch` apart, with panels `[ceil(n / 16), k, 16]`.
-struct Product<'a> {
+struct Product<'a, W> {
     x: &'a [f32],
     pitch: usize,
-    panels: &'a [f32],
+    panels: &'a [W],
     n: usize,
     k: usize,
     /// Whether it is added to y.
     accumulate: bool,
 }
 
-impl Product<'_> {
+impl<W: Weight> Product<'_, W> {
     /// Some rows, and the columns of some panels.
     ///
     /// # Safety
     /// y must be valid for reading and writing these rows and columns of `[.., n]`, and nobody else may touch them.
     unsafe fn block<T: Tile>(&self, token: T, rows: Range<usize>, columns: Range<usize>, y: *mut f32) {
         let (n, k) = (self.n, self.k);
-        for depth in (0..k).step_by(DEPTH) {
-            let length = DEPTH.min(k - depth);
-            for first in columns.clone().step_by(T::PANELS) {
-                let count = T::PANELS.min(columns.end - first);
-                let mut row = rows.start;
-                while row < rows.end {
-                    let height = T::HEIGHTS.into_iter().find(|h| *h <= rows.end - row).unwrap_or(1);
-                    let part = Part {
-                        x: &self.x[row * self.pitch + depth..],
-                        pitch: self.pitch,
-                        w: &self.panels[(first * k + depth) * PANEL..],
-                        panel_stride: k * PANEL,
-                        depth: length,
-                        begin: depth == 0 && !self.accumulate,
-                    };
-                    let width = (count * PANEL).min(n - first * PANEL);
-                    // SAFETY: rows row..row + height and columns from first · 16 on, `width` of them, are among the caller's.
-                    unsafe { token.tile(&part, height, count, width, y.add(row * n + first * PANEL), n) };
-                    row += height;
-                }
+        let part = |depth: usize, first: usize| {
+            let count = T::PANELS.min(columns.end - first);
+            let mut row = rows.start;
+            while row < rows.end {
+                let height = T::HEIGHTS.into_iter().find(|h| *h <= rows.end - row).unwrap_or(1);
+                let x = &self.x[row * self.pitch + depth..];
+                let begin = depth == 0 && !self.accumulate;
+                let w = &self.panels[(first * k + depth) * PANEL..];
+                let part = Part {
+                    x,
+                    pitch: self.pitch,
+                    w,
+                    panel_stride: k * PANEL,
+                    depth: DEPTH.min(k - depth),
+                    begin,
+                };
+                let width = (count * PANEL).min(n - first * PANEL);
+                // SAFETY: rows row..row + height and columns from first · 16 on, `width` of them, are among the caller's.
+                unsafe { token.tile(&part, height, count, width, y.add(row * n + first * PANEL), n) };
+                row += height;
             }
+        };
+        let (depths, firsts) = ((0..k).step_by(DEPTH), columns.clone().step_by(T::PANELS));
+        if rows.len() <= T::HEIGHTS[0] {
+            // Weights in the order in which they lie.
+            firsts.for_each(|first| depths.clone().for_each(|depth| part(depth, first)));
+        } else {
+            depths.for_each(|depth| firsts.clone().for_each(|first| part(depth, first)));
         }
     }
 }
 
 /// What a tile multiplies.
-struct Part<'a> {
+struct Part<'a, W> {
     /// First of the rows, `pitch` apart.
     x: &'a [f32],
     pitch: usize,
     /// First of the panels, `panel_stride` apart.
-    w: &'a [f32],
+    w: &'a [W],
     panel_stride: usize,
     /// Inputs to sum over.
     depth: usize,
@@ -271,7 +377,7 @@ struct Part<'a> {
     begin: bool,
 }
 
-impl Part<'_> {
+impl<W> Part<'_, W> {
     /// Panics unless `rows` rows and `panels` panels of `depth` inputs are there.
     fn check(&self, rows: usize, panels: usize) {
         assert!(self.depth > 0 && rows > 0 && panels > 0);
@@ -291,14 +397,30 @@ trait Tile: Copy + Sync {
     ///
     /// # Safety
     /// `y` must be valid for reading and writing `rows` rows of `width` floats, `ldy` apart.
-    unsafe fn tile(self, part: &Part, rows: usize, panels: usize, width: usize, y: *mut f32, ldy: usize);
+    unsafe fn tile<W: Weight>(
+        self,
+        part: &Part<W>,
+        rows: usize,
+        panels: usize,
+        width: usize,
+        y: *mut f32,
+        ldy: usize,
+    );
 }
 
 impl Tile for Scalar {
     const PANELS: usize = 1;
     const HEIGHTS: [usize; 5] = [1; 5];
 
-    unsafe fn tile(self, part: &Part, rows: usize, panels: usize, width: usize, y: *mut f32, _: usize) {
+    unsafe fn tile<W: Weight>(
+        self,
+        part: &Part<W>,
+        rows: usize,
+        panels: usize,
+        width: usize,
+        y: *mut f32,
+        _: usize,
+    ) {
         part.check(rows, panels);
         // SAFETY: the caller's.
         let y = unsafe { std::slice::from_raw_parts_mut(y, width) };
@@ -307,7 +429,7 @@ impl Tile for Scalar {
             sums[..width].copy_from_slice(y);
         }
         for (x, w) in part.x[..part.depth].iter().zip(part.w.chunks_exact(PANEL)) {
-            sums.iter_mut().zip(w).for_each(|(s, w)| *s += x * w);
+            sums.iter_mut().zip(w).for_each(|(s, w)| *s += x * w.widen());
         }
         y.copy_from_slice(&sums[..width]);
     }
@@ -317,14 +439,14 @@ impl Tile for Scalar {
 #[cfg(target_arch = "x86_64")]
 macro_rules! x86_tile {
     ($token:ty, $name:ident, $features:literal, $panels:literal, $heights:expr, $reg:ty, $lanes:literal,
-     $zero:ident, $load:ident, $store:ident, $splat:ident, $fma:ident) => {
+     $zero:ident, $weights:ident, $load:ident, $store:ident, $splat:ident, $fma:ident) => {
         impl Tile for $token {
             const PANELS: usize = $panels;
             const HEIGHTS: [usize; 5] = $heights;
 
-            unsafe fn tile(
+            unsafe fn tile<W: Weight>(
                 self,
-                part: &Part,
+                part: &Part<W>,
                 rows: usize,
                 panels: usize,
                 width: usize,
@@ -347,8 +469,8 @@ macro_rules! x86_tile {
                     macro_rules! call {
                         ($r:literal) => {
                             match panels {
-                                1 => $name::<$r, { PANEL / $lanes }>(part, to, ld),
-                                _ => $name::<$r, { $panels * PANEL / $lanes }>(part, to, ld),
+                                1 => $name::<W, $r, { PANEL / $lanes }>(part, to, ld),
+                                _ => $name::<W, $r, { $panels * PANEL / $lanes }>(part, to, ld),
                             }
                         };
                     }
@@ -375,8 +497,7 @@ macro_rules! x86_tile {
         /// # Safety
         /// As [`Tile::tile`], for the instruction set and for what [`Part::check`] proves.
         #[target_feature(enable = $features)]
-        unsafe fn $name<const R: usize, const V: usize>(part: &Part, y: *mut f32, ldy: usize) {
-            use std::arch::x86_64::*;
+        unsafe fn $name<W: Weight, const R: usize, const V: usize>(part: &Part<W>, y: *mut f32, ldy: usize) {
             let (x, w) = (part.x.as_ptr(), part.w.as_ptr());
             let mut sums: [[$reg; V]; R] = [[$zero(); V]; R];
             // SAFETY: the caller's.
@@ -392,7 +513,7 @@ macro_rules! x86_tile {
                     let mut weights: [$reg; V] = [$zero(); V];
                     for v in 0..V {
                         let (panel, at) = (v * $lanes / PANEL, v * $lanes % PANEL);
-                        weights[v] = $load(w.add(panel * part.panel_stride + l * PANEL + at));
+                        weights[v] = W::$weights(w.add(panel * part.panel_stride + l * PANEL + at));
                     }
                     for r in 0..R {
                         let input = $splat(*x.add(r * part.pitch + l));
@@ -421,6 +542,7 @@ x86_tile!(
     __m512,
     16,
     _mm512_setzero_ps,
+    load16,
     _mm512_loadu_ps,
     _mm512_storeu_ps,
     _mm512_set1_ps,
@@ -430,12 +552,13 @@ x86_tile!(
 x86_tile!(
     Avx2,
     avx2_tile,
-    "avx2,fma",
+    "avx2,fma,f16c",
     1,
     [6, 4, 3, 2, 1],
     __m256,
     8,
     _mm256_setzero_ps,
+    load8,
     _mm256_loadu_ps,
     _mm256_storeu_ps,
     _mm256_set1_ps,
@@ -507,6 +630,27 @@ mod tests {
             (2, 1536, 48),
         ] {
             check(m, k, n);
+        }
+    }
+
+    #[test]
+    fn fewer_bits_where_they_are_exact() {
+        for (m, k, n) in [(1, 576, 70), (13, 300, 33), (3, 0, 2)] {
+            let (x, w) = (values(m, m * k), values(n, n * k));
+            let rounded = |f: fn(f32) -> f32| w.iter().map(|&w| f(w)).collect::<Vec<f32>>();
+            let f16s = rounded(|w| f16::from_f32(w).to_f32());
+            let bf16s = rounded(|w| bf16::from_f32(1e-6 * w).to_f32());
+            let bytes = rounded(|w| (127.0 * w).round());
+            for (w, size) in [(bytes, 1), (f16s, 2), (bf16s, 2), (w, 4)] {
+                let (wide, compact) = (PackedDense::pack(&w, n, k), PackedDense::pack(&w, n, k).compact());
+                assert_eq!(compact.bytes(), n.next_multiple_of(PANEL) * k * size);
+                for isa in Isa::available() {
+                    let [mut y, mut z] = [(); 2].map(|()| vec![0.5; m * n]);
+                    matmul_packed_with(isa, &x, &wide, &mut y, m, true);
+                    matmul_packed_with(isa, &x, &compact, &mut z, m, true);
+                    assert_eq!(y, z, "{isa:?}");
+                }
+            }
         }
     }
 

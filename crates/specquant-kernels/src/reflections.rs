@@ -9,8 +9,7 @@
 //! T_jj = 2 / |v_j|²,   T_ij = −T_jj Σ_k T_ik (v_k · v_j)   for i < j
 //! ```
 
-use crate::{PackedDense, add_matmul_packed, matmul_packed};
-use rayon::prelude::*;
+use crate::{PackedDense, add_matmul_packed, for_each_chunk, matmul_packed};
 
 /// Rows of a task of [`Reflections::apply`].
 const ROWS: usize = 256;
@@ -51,8 +50,8 @@ impl Reflections {
         let factor: Vec<f32> = t.into_iter().map(|v| -v as f32).collect();
         Reflections {
             n,
-            along: PackedDense::pack(&vectors, r, n),
-            back: PackedDense::pack_transposed(&vectors, n, r),
+            along: PackedDense::pack(&vectors, r, n).compact(),
+            back: PackedDense::pack_transposed(&vectors, n, r).compact(),
             factors: [PackedDense::pack_transposed(&factor, r, r), PackedDense::pack(&factor, r, r)],
             vectors,
         }
@@ -106,7 +105,7 @@ impl Reflections {
         if r == 0 {
             return;
         }
-        x.par_chunks_mut(ROWS * n).for_each(|x| {
+        for_each_chunk(x, ROWS * n, |_, x| {
             let rows = x.len() / n;
             let (mut along, mut shares) = (vec![0.0; rows * r], vec![0.0; rows * r]);
             matmul_packed(x, &self.along, &mut along, rows);

@@ -1,6 +1,5 @@
 //! One decoder block: RMSNorm, grouped-query attention with RoPE, gated MLP.
 
-use rayon::prelude::*;
 use specquant_kernels as kernels;
 use specquant_kernels::KvCache;
 
@@ -9,6 +8,8 @@ use crate::{Activation, InputTransform, ModelConfig, Result, Rotations, Workspac
 
 /// See [`Block::rows_at_once`]: of a block 4096 wide, some 60 MB.
 const ROWS_AT_ONCE: usize = 512;
+/// Spans that are enough to keep all threads busy, and the tokens of a long one.
+const FEW_SPANS: usize = 16;
 
 /// A place in the block whose input feeds linear layers: the unit of smoothing, of activation statistics and of Hessians.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash)]
@@ -348,10 +349,14 @@ impl Block {
             (first, rest) = (rows.end, after);
             jobs.push((rows, span, out));
         }
-        jobs.into_par_iter().for_each(|(rows, span, out)| {
-            let (kv, qo) = (rows.start * narrow..rows.end * narrow, rows.start * wide..rows.end * wide);
-            span.cache.append(&k[kv.clone()], &v[kv]);
-            kernels::attention(&q[qo], span.rows, config.num_heads, span.cache, scale, self.window, out);
+        // A few long ones share out their own work.
+        let at_once = if jobs.len() < FEW_SPANS && first > FEW_SPANS * jobs.len() { jobs.len() } else { 1 };
+        kernels::for_each_chunk(&mut jobs, at_once, |_, jobs| {
+            for (rows, span, out) in jobs {
+                let (kv, qo) = (rows.start * narrow..rows.end * narrow, rows.start * wide..rows.end * wide);
+                span.cache.append(&k[kv.clone()], &v[kv]);
+                kernels::attention(&q[qo], span.rows, config.num_heads, span.cache, scale, self.window, out);
+            }
         });
     }
 }

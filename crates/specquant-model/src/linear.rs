@@ -192,7 +192,7 @@ impl Linear {
         Ok(())
     }
 
-    /// Widens a dense weight to f32 and packs it for products; anything else stays as it is.
+    /// Widens a dense weight, to f32 unless 16 bits hold it exactly, and packs it for products; anything else stays as it is.
     ///
     /// # Errors
     /// When a weight is not finite.
@@ -201,7 +201,7 @@ impl Linear {
         if let Linear::Dense(DenseLinear { weight, out, inp, .. }) = self
             && let DenseWeight::Owned(w) = weight
         {
-            *weight = DenseWeight::Packed(PackedDense::pack(w, *out, *inp));
+            *weight = DenseWeight::Packed(PackedDense::pack(w, *out, *inp).compact());
         }
         Ok(())
     }
@@ -253,7 +253,7 @@ pub fn forward_shared<const N: usize>(
     x: &[f32],
     rows: usize,
     transform: Option<&InputTransform>,
-    outputs: [&mut [f32]; N],
+    mut outputs: [&mut [f32]; N],
     workspace: &mut Workspace,
 ) -> Result<()> {
     debug_assert!(layers.iter().all(|l| x.len() == rows * l.in_features()));
@@ -266,42 +266,17 @@ pub fn forward_shared<const N: usize>(
         Some(SplitInput { kept, rest }) => (kept.as_slice(), rest.as_slice()),
         None => (&[][..], x),
     };
+    multiply(layers, x, kept, rows, outputs.each_mut())?;
     let branch = |l: &&Linear| match l {
         Linear::Quantized(q) => q.branch.as_ref().map(|b| (Arc::as_ptr(&b.basis), b.coeffs.rank())),
         Linear::Dense(_) => None,
     };
     let branches = layers.each_ref().map(branch);
     let mut projected: Option<(*const Basis, Vec<f32>)> = None;
-    let mut codes: Option<((u8, Levels, u32), kernels::QuantizedActs)> = None;
-    let mut kept_codes: Option<kernels::QuantizedActs> = None;
     for (layer, y) in layers.into_iter().zip(outputs) {
         let bias = match layer {
-            Linear::Dense(l) => {
-                l.forward(x, rows, y)?;
-                &l.bias
-            }
+            Linear::Dense(l) => &l.bias,
             Linear::Quantized(l) => {
-                if l.act_bits == 16 {
-                    kernels::matmul_float(x, rows, &l.weights, y);
-                    if let Some(Kept { weights, .. }) = &l.kept {
-                        kernels::add_matmul_float(kept, rows, weights, y);
-                    }
-                } else {
-                    let key = (l.act_bits, l.act_levels, l.act_clip.to_bits());
-                    let acts = match codes.take() {
-                        Some((k, acts)) if k == key => acts,
-                        _ => quantize_input(x, rows, l.act_bits, l.act_levels, l.act_clip),
-                    };
-                    if let Some(Kept { weights, act_bits }) = &l.kept {
-                        let kept = kept_codes.get_or_insert_with(|| {
-                            kernels::quantize_acts(kept, rows, kept.len() / rows, *act_bits, 1.0)
-                        });
-                        kernels::matmul_int_sum([(&acts, &l.weights), (kept, weights)], y);
-                    } else {
-                        kernels::matmul_int(&acts, &l.weights, y);
-                    }
-                    codes = Some((key, acts));
-                }
                 if let Some(Branch { basis, coeffs }) = &l.branch {
                     let this = Arc::as_ptr(basis);
                     if projected.as_ref().is_none_or(|(of, _)| *of != this) {
@@ -324,5 +299,60 @@ pub fn forward_shared<const N: usize>(
         workspace.give(kept);
         workspace.give(rest);
     }
+    Ok(())
+}
+
+/// The layers' products without branch and bias. x: `[rows, in]`, kept: `[rows, r]`, the two parts of the transformed input.
+fn multiply<const N: usize>(
+    layers: [&Linear; N],
+    x: &[f32],
+    kept: &[f32],
+    rows: usize,
+    outputs: [&mut &mut [f32]; N],
+) -> Result<()> {
+    let input = |l: &QuantLinear| {
+        let kept_bits = l.kept.as_ref().map(|k| k.act_bits);
+        (l.act_bits, l.act_levels, l.act_clip.to_bits(), kept_bits)
+    };
+    let first = match layers.first() {
+        Some(Linear::Quantized(l)) if l.act_bits < 16 => Some(l),
+        _ => None,
+    };
+    let same =
+        |l: &&Linear| matches!((l, first), (Linear::Quantized(l), Some(first)) if input(l) == input(first));
+    let (Some(first), true) = (first, layers.iter().all(same)) else {
+        // One by one.
+        for (layer, y) in layers.into_iter().zip(outputs) {
+            match layer {
+                Linear::Dense(l) => l.forward(x, rows, y)?,
+                Linear::Quantized(l) if l.act_bits == 16 => {
+                    kernels::matmul_float(x, rows, &l.weights, y);
+                    if let Some(Kept { weights, .. }) = &l.kept {
+                        kernels::add_matmul_float(kept, rows, weights, y);
+                    }
+                }
+                Linear::Quantized(_) => multiply([layer], x, kept, rows, [y])?,
+            }
+        }
+        return Ok(());
+    };
+    let codes = quantize_input(x, rows, first.act_bits, first.act_levels, first.act_clip);
+    let kept_codes =
+        first.kept.as_ref().map(|k| kernels::quantize_acts(kept, rows, kept.len() / rows, k.act_bits, 1.0));
+    let parts = layers.map(|layer| {
+        let l = match layer {
+            Linear::Quantized(l) => l,
+            Linear::Dense(_) => first,
+        };
+        let kept = l.kept.as_ref().map_or(&l.weights, |k| &k.weights);
+        [(&codes, &l.weights), (kept_codes.as_ref().unwrap_or(&codes), kept)]
+    });
+    let used = if kept_codes.is_some() { 2 } else { 1 };
+    let mut outputs = outputs.into_iter();
+    let products = parts.each_ref().map(|parts| kernels::IntProduct {
+        parts: &parts[..used],
+        y: outputs.next().map_or(&mut [][..], |y| y),
+    });
+    kernels::matmul_int_all(products);
     Ok(())
 }

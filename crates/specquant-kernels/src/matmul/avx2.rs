@@ -7,7 +7,7 @@
 //!
 //! Float: a 32-bit lane holds a channel's quad; codes become floats where they stand in the lane (see [`widen`]).
 
-use super::{FloatBlock, IntBlock, Kernel, fold, i16_steps, store as store_sums};
+use super::{FloatBlock, IntBlock, Kernel, Rect, fold, i16_steps, store as store_sums};
 use crate::isa::Avx2;
 use crate::weights::{Chunk, PANEL, UNIFORM_LEVELS};
 use std::arch::x86_64::*;
@@ -62,15 +62,9 @@ impl Kernel for Avx2 {
         unsafe { fold_avx2(group, zero, acc, sum, begin) }
     }
 
-    fn store(self, sum: &[[f32; PANEL]], scale: &[f32], y: &mut [&mut [f32]], col: usize, accumulate: bool) {
+    fn store(self, sum: &[[f32; PANEL]], scale: &[f32], y: &mut Rect, col: usize, accumulate: bool) {
         #[target_feature(enable = "avx2")]
-        fn store_avx2(
-            sum: &[[f32; PANEL]],
-            scale: &[f32],
-            y: &mut [&mut [f32]],
-            col: usize,
-            accumulate: bool,
-        ) {
+        fn store_avx2(sum: &[[f32; PANEL]], scale: &[f32], y: &mut Rect, col: usize, accumulate: bool) {
             store_sums(sum, scale, y, col, accumulate);
         }
         // SAFETY: the token proves AVX2.

@@ -4,7 +4,7 @@
 //! A few tokens unpack nibbles in registers, one panel at a time, and a lone one splits its sum into four chains. Float products use the
 //! AVX2 code.
 
-use super::{FloatBlock, IntBlock, Kernel, PANELS};
+use super::{FloatBlock, IntBlock, Kernel, PANELS, Rect};
 use crate::isa::Avx512Vnni;
 use crate::weights::{Chunk, PANEL};
 use std::arch::x86_64::*;
@@ -41,7 +41,7 @@ impl Kernel for Avx512Vnni {
         unsafe { fold(group, zero, acc, sum, begin) }
     }
 
-    fn store(self, sum: &[[f32; PANEL]], scale: &[f32], y: &mut [&mut [f32]], col: usize, accumulate: bool) {
+    fn store(self, sum: &[[f32; PANEL]], scale: &[f32], y: &mut Rect, col: usize, accumulate: bool) {
         // SAFETY: the token proves AVX-512 F.
         unsafe { store(sum, scale, y, col, accumulate) }
     }
@@ -72,9 +72,9 @@ fn fold(
 }
 
 #[target_feature(enable = "avx512f")]
-fn store(sum: &[[f32; PANEL]], scale: &[f32], y: &mut [&mut [f32]], col: usize, accumulate: bool) {
-    for ((y, sum), scale) in y.iter_mut().zip(sum).zip(scale) {
-        let y = &mut y[col..];
+fn store(sum: &[[f32; PANEL]], scale: &[f32], y: &mut Rect, col: usize, accumulate: bool) {
+    for (i, (sum, scale)) in sum.iter().zip(scale).enumerate() {
+        let y = &mut y.row_mut(i)[col..];
         // The lanes that y has.
         let mask = if y.len() < PANEL { (1u16 << y.len()) - 1 } else { u16::MAX };
         // SAFETY: 16 lanes from an array of 16; of y, only those that it has.
