@@ -22,6 +22,17 @@ use serde::Serialize;
 use specquant_kernels::{Isa, cpu_name, measure_ceilings};
 use specquant_model::{Result, Source};
 
+/// A part of a [`Report`].
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Part {
+    /// Products by shape.
+    Products,
+    /// Decoder blocks.
+    Blocks,
+    /// Whole models.
+    Models,
+}
+
 /// What to measure.
 #[derive(Debug, Clone)]
 pub struct Settings {
@@ -31,6 +42,14 @@ pub struct Settings {
     pub models: Vec<PathBuf>,
     /// Least time for every figure, in seconds.
     pub seconds: f64,
+    /// The parts to measure; all of them if there are none.
+    pub only: Vec<Part>,
+}
+
+impl Settings {
+    fn wants(&self, part: Part) -> bool {
+        self.only.is_empty() || self.only.contains(&part)
+    }
 }
 
 /// Everything measured.
@@ -81,8 +100,10 @@ pub struct Step<'a> {
 pub fn run(settings: &Settings, progress: &mut dyn FnMut(Step)) -> Result<Report> {
     // What cannot be opened is said before the minutes that the rest takes.
     settings.models.iter().try_for_each(|path| Source::open(path).map(drop))?;
-    let shapes = Shape::all(settings.full);
-    let of = 1 + products::SHAPES.len() + shapes.len() + settings.models.len();
+    let products = if settings.wants(Part::Products) { &products::SHAPES[..] } else { &[] };
+    let shapes = if settings.wants(Part::Blocks) { Shape::all(settings.full) } else { Vec::new() };
+    let models = if settings.wants(Part::Models) { &settings.models[..] } else { &[] };
+    let of = 1 + products.len() + shapes.len() + models.len();
     let mut done = 0;
     let mut tell = |name: &str| {
         progress(Step { done, of, name });
@@ -100,7 +121,7 @@ pub fn run(settings: &Settings, progress: &mut dyn FnMut(Step)) -> Result<Report
         read_gbs: ceilings.read_gbs,
     };
     let mut report = Report { machine, products: Vec::new(), blocks: Vec::new(), models: Vec::new() };
-    for shape in products::SHAPES {
+    for &shape in products {
         tell(&format!("product {} x {}", shape[0], shape[1]));
         report.products.extend(products::measure(shape, settings));
     }
@@ -108,7 +129,7 @@ pub fn run(settings: &Settings, progress: &mut dyn FnMut(Step)) -> Result<Report
         tell(&format!("block of {}", shape.name));
         report.blocks.extend(blocks::measure(shape, settings)?);
     }
-    for path in &settings.models {
+    for path in models {
         tell(&path.display().to_string());
         report.models.push(models::measure(path, settings)?);
     }

@@ -483,6 +483,9 @@ pub struct BenchArgs {
     /// All block shapes of the paper's Table 2, up to 8192 tokens a sequence: hours
     #[arg(long)]
     pub full: bool,
+    /// Measure these parts only
+    #[arg(long, value_name = "PART", value_enum, value_delimiter = ',')]
+    pub only: Vec<PartArg>,
     /// Least time for every figure, in seconds
     #[arg(long, value_name = "S", default_value_t = 1.0)]
     pub seconds: f64,
@@ -495,6 +498,16 @@ pub struct BenchArgs {
     /// Worker threads; all cores by default
     #[arg(long, value_name = "N")]
     pub threads: Option<usize>,
+}
+
+#[derive(Clone, Copy, ValueEnum)]
+pub enum PartArg {
+    /// Integer products by shape
+    Products,
+    /// One decoder block
+    Blocks,
+    /// The models given
+    Models,
 }
 
 #[derive(ClapArgs)]

@@ -3,10 +3,12 @@
 use std::io::Write;
 use std::process::ExitCode;
 
-use specquant_bench::{BlockRow, ModelRow, Product, ProductRow, Report, Settings, roofline, run as measure};
+use specquant_bench::{
+    BlockRow, ModelRow, Part, Product, ProductRow, Report, Settings, roofline, run as measure,
+};
 use specquant_eval::{claim_directory, write_whole};
 
-use crate::args::BenchArgs;
+use crate::args::{BenchArgs, PartArg};
 use crate::system;
 use crate::ui::{Progress, command, table};
 
@@ -21,7 +23,13 @@ pub fn run(args: BenchArgs) -> anyhow::Result<ExitCode> {
         // Before the work: a README.md of somebody else's is not to be overwritten.
         claim_directory(dir, ".specquant-bench", "benchmark", true)?;
     }
-    let settings = Settings { full: args.full, models: args.models, seconds: args.seconds };
+    let only = args.only.iter().map(|part| match part {
+        PartArg::Products => Part::Products,
+        PartArg::Blocks => Part::Blocks,
+        PartArg::Models => Part::Models,
+    });
+    let settings =
+        Settings { full: args.full, models: args.models, seconds: args.seconds, only: only.collect() };
     let mut progress: Option<Progress> = None;
     let report = measure(&settings, &mut |step| {
         let progress = progress.get_or_insert_with(|| Progress::new("measured", step.of as u64, args.json));
@@ -30,13 +38,15 @@ pub fn run(args: BenchArgs) -> anyhow::Result<ExitCode> {
     drop(progress);
     let (json, tables) = (serde_json::to_string_pretty(&report)?, text(&report));
     if let Some(dir) = &args.output {
+        let plot = (!report.products.is_empty()).then(|| roofline(&report));
+        let shown = if plot.is_some() { "![Roofline](roofline.svg)\n\n" } else { "" };
         let page = format!(
-            "# Speed\n\n![Roofline](roofline.svg)\n\n```\n{tables}```\n\nMade by `{}`; [raw data](bench.json).\n",
+            "# Speed\n\n{shown}```\n{tables}```\n\nMade by `{}`; [raw data](bench.json).\n",
             command()
         );
-        for (name, content) in
-            [("README.md", &page), ("bench.json", &json), ("roofline.svg", &roofline(&report))]
-        {
+        let files =
+            [("README.md", Some(&page)), ("bench.json", Some(&json)), ("roofline.svg", plot.as_ref())];
+        for (name, content) in files.into_iter().filter_map(|(name, content)| Some((name, content?))) {
             write_whole(&dir.join(name), |file| file.write_all(content.as_bytes()))?;
         }
     }
@@ -52,13 +62,17 @@ pub fn run(args: BenchArgs) -> anyhow::Result<ExitCode> {
 fn text(report: &Report) -> String {
     let m = &report.machine;
     let mut text = format!(
-        "{}, {} threads, {}\nlimits: int8 {:.0} GOP/s, f32 {:.0} GFLOP/s, memory read {:.1} GB/s\n\n",
+        "{}, {} threads, {}\nlimits: int8 {:.0} GOP/s, f32 {:.0} GFLOP/s, memory read {:.1} GB/s\n",
         m.cpu, m.threads, m.isa, m.int8_gops, m.f32_gflops, m.read_gbs
     );
-    text += "products, with the quantizer of their activations; of the limit: arithmetic, or memory where few tokens are bound by it\n";
-    text += &table(&products(report));
-    text += "\none decoder block on 4 prompts, times faster than in f32; memory of weights and cache, times less than at 16 bits\n";
-    text += &table(&blocks(&report.blocks));
+    if !report.products.is_empty() {
+        text += "\nproducts, with the quantizer of their activations; of the limit: arithmetic, or memory where few tokens are bound by it\n";
+        text += &table(&products(report));
+    }
+    if !report.blocks.is_empty() {
+        text += "\none decoder block on 4 prompts, times faster than in f32; memory of weights and cache, times less than at 16 bits\n";
+        text += &table(&blocks(&report.blocks));
+    }
     if !report.models.is_empty() {
         text += "\nwhole models, tokens a second; in brackets, times the first one's\n";
         text += &table(&models(&report.models));
