@@ -21,6 +21,9 @@ const TASK_ROWS: usize = 192;
 /// Panels of one task, and of one where there are too few rows for several.
 const TASK_PANELS: usize = 16;
 const FEW_TASK_PANELS: usize = 4;
+/// Bytes of weights that are fetched before they are used, where one row passes over them: the processor's own prefetching stops at every page.
+#[cfg(target_arch = "x86_64")]
+const AHEAD: usize = 2048;
 /// Panels that are always many.
 const MANY_PANELS: usize = 1024;
 /// Depth that is summed before the sums go to memory: a pair of panels of it is 48 KiB, and stays in a core's L2 beside the rows.
@@ -513,7 +516,11 @@ macro_rules! x86_tile {
                     let mut weights: [$reg; V] = [$zero(); V];
                     for v in 0..V {
                         let (panel, at) = (v * $lanes / PANEL, v * $lanes % PANEL);
-                        weights[v] = W::$weights(w.add(panel * part.panel_stride + l * PANEL + at));
+                        let from = w.wrapping_add(panel * part.panel_stride + l * PANEL + at);
+                        if R == 1 {
+                            _mm_prefetch::<_MM_HINT_T0>(from.cast::<i8>().wrapping_add(AHEAD));
+                        }
+                        weights[v] = W::$weights(from);
                     }
                     for r in 0..R {
                         let input = $splat(*x.add(r * part.pitch + l));

@@ -11,6 +11,8 @@ use std::arch::x86_64::*;
 
 /// Up to as many tokens unpack nibbles in registers: for more, unpacking once costs less.
 const FEW_ROWS: usize = 8;
+/// Bytes of weights that are fetched before they are used, where one token passes over them: the processor's own prefetching stops at every page.
+const AHEAD: usize = 4096;
 
 impl Kernel for Avx512Vnni {
     const INT_PANELS: usize = PANELS;
@@ -257,6 +259,9 @@ unsafe fn nibbles(w: &[Chunk], levels: &[i8; 16], a: *const u8, acc: &mut [[i32;
     let mut sum = [_mm512_setzero_si512(); 4];
     let (pairs, last) = w.as_chunks::<2>();
     for (j, pair) in pairs.iter().enumerate() {
+        for chunk in pair {
+            _mm_prefetch::<_MM_HINT_T0>(std::ptr::from_ref(chunk).cast::<i8>().wrapping_add(AHEAD));
+        }
         let [u, v] = [unpack(&pair[0], table), unpack(&pair[1], table)];
         for (i, w) in [u[0], u[1], v[0], v[1]].into_iter().enumerate() {
             // SAFETY: the row has four quads for each pair of chunks.
