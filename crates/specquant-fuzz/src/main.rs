@@ -4,7 +4,7 @@ use std::path::Path;
 use std::process::ExitCode;
 use std::time::{Duration, Instant};
 
-use specquant_fuzz::{Limited, TARGETS, Target, damaged, execute, target};
+use specquant_fuzz::{Limited, TARGETS, Target, damaged, every_field, execute, target};
 
 #[global_allocator]
 static GLOBAL: Limited = Limited;
@@ -43,7 +43,8 @@ fn main() -> ExitCode {
 
 type Finds = Result<usize, Box<dyn std::error::Error>>;
 
-/// Every target for an equal share of the time. Inputs are numbered from the clock, so that no two runs are alike.
+/// Every target for an equal share of the time: first every field and tensor damaged by itself, then inputs that are numbered from the clock, so that
+/// no two runs are alike.
 fn soak(seconds: u64, dir: &Path, targets: &[Target]) -> Finds {
     let share = Duration::from_secs(seconds) / targets.len() as u32;
     let first = std::time::SystemTime::now().duration_since(std::time::UNIX_EPOCH)?.as_secs() << 24;
@@ -52,8 +53,10 @@ fn soak(seconds: u64, dir: &Path, targets: &[Target]) -> Finds {
         let (scratch, seeds) = (dir.join("scratch").join(target.name), (target.seeds)());
         std::fs::create_dir_all(&scratch)?;
         let (started, mut executions, mut ran) = (Instant::now(), 0u64, 0u64);
-        while started.elapsed() < share {
-            let input = damaged(seeds, first + executions);
+        for input in every_field(seeds).chain((first..).map(|number| damaged(seeds, number))) {
+            if started.elapsed() >= share {
+                break;
+            }
             match execute(target, &scratch, &input) {
                 Ok(outcome) => ran += u64::from(outcome.is_ok()),
                 Err(find) => {

@@ -259,8 +259,14 @@ fn tensor_damaged(file: &[u8], tensor: usize, how: usize, rng: &mut ChaCha8Rng) 
         _ => x.to_le_bytes().to_vec(),
     };
     match how {
-        0..5 => *shape.first_mut()? = [0, 1, shape[0] + 1, shape[0].saturating_sub(1), 2 * shape[0]][how],
-        5..9 => *shape.last_mut()? = [0, 1, shape[shape.len() - 1] + 1, 2 * shape[shape.len() - 1]][how - 5],
+        0..5 => {
+            let first = shape.first_mut()?;
+            *first = [0, 1, *first + 1, first.saturating_sub(1), 2 * *first][how];
+        }
+        5..9 => {
+            let last = shape.last_mut()?;
+            *last = [0, 1, *last + 1, 2 * *last][how - 5];
+        }
         9 => shape.reverse(),
         10 => *shape = vec![shape.iter().product()],
         11 => shape.clear(),

@@ -18,7 +18,8 @@ use specquant_quantize::{Recipe, run};
 use crate::files::{join, read, write};
 use crate::gguf_writer;
 
-type Files = Vec<(String, Vec<u8>)>;
+/// Files by name.
+pub type Files = Vec<(String, Vec<u8>)>;
 
 /// Tokens of the tiny models.
 const VOCAB: usize = 48;
@@ -32,7 +33,8 @@ fn file(name: &str, bytes: impl Into<Vec<u8>>) -> (String, Vec<u8>) {
     (name.to_owned(), bytes.into())
 }
 
-fn config(family: &str, layers: usize) -> Value {
+/// config.json of a tiny model.
+pub fn config(family: &str, layers: usize) -> Value {
     let mut config = json!({
         "model_type": family, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": layers, "num_attention_heads": 4,
         "num_key_value_heads": 2, "head_dim": 8, "vocab_size": VOCAB, "max_position_embeddings": 64, "rms_norm_eps": 1e-5,
@@ -57,8 +59,8 @@ fn noise(n: usize, rng: &mut ChaCha8Rng) -> Vec<u8> {
     (0..n).flat_map(|_| f16::from_f32(rng.random_range(-0.3f32..0.3)).to_le_bytes()).collect()
 }
 
-/// A dense model, in as many files as asked for.
-fn dense(config: &Value, shards: usize) -> Files {
+/// A dense model of random weights with this config.json, in as many files as asked for.
+pub fn dense(config: &Value, shards: usize) -> Files {
     let mut rng = ChaCha8Rng::seed_from_u64(1);
     let shapes = ModelConfig::from_hf_json(config, Path::new("config.json")).unwrap().expected_tensors();
     let tensors: Vec<(String, Vec<usize>, Vec<u8>)> =

@@ -23,17 +23,24 @@ pub struct Target {
     pub run: fn(&Path, &[u8]) -> Outcome,
     /// Valid inputs to start from.
     pub seeds: fn() -> &'static [Vec<u8>],
+    /// Bytes of memory that an input may take besides a multiple of its own.
+    pub memory: usize,
 }
+
+/// For vocabularies, kernels' tables and libraries.
+const FILES: usize = 32 << 20;
+/// What the fuel of a chat template pays for, several times over: texts grow by doubling, and are written out for people.
+const TEXTS: usize = 512 << 20;
 
 /// Every kind.
 pub const TARGETS: [Target; 7] = [
-    Target { name: "model", run: model_directory, seeds: seeds::models },
-    Target { name: "checkpoint", run: model_directory, seeds: seeds::checkpoints },
-    Target { name: "gguf", run: gguf, seeds: seeds::ggufs },
-    Target { name: "tokenizer", run: tokenizer, seeds: seeds::tokenizers },
-    Target { name: "template", run: template, seeds: seeds::templates },
-    Target { name: "recipe", run: recipe, seeds: seeds::recipes },
-    Target { name: "tasks", run: tasks, seeds: seeds::tasks },
+    Target { name: "model", run: model_directory, seeds: seeds::models, memory: FILES },
+    Target { name: "checkpoint", run: model_directory, seeds: seeds::checkpoints, memory: FILES },
+    Target { name: "gguf", run: gguf, seeds: seeds::ggufs, memory: FILES },
+    Target { name: "tokenizer", run: tokenizer, seeds: seeds::tokenizers, memory: TEXTS },
+    Target { name: "template", run: template, seeds: seeds::templates, memory: TEXTS },
+    Target { name: "recipe", run: recipe, seeds: seeds::recipes, memory: FILES },
+    Target { name: "tasks", run: tasks, seeds: seeds::tasks, memory: FILES },
 ];
 
 /// A target by name.

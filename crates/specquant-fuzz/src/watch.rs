@@ -62,9 +62,7 @@ unsafe impl GlobalAlloc for Limited {
     }
 }
 
-/// Memory that an input may take: a constant, for vocabularies, kernels' tables and libraries, and a multiple of its own size, as weights are
-/// widened from 2 bits to 32.
-const BASE_BYTES: usize = 32 << 20;
+/// Weights are widened from 2 bits to 32, and held in two layouts for a while.
 const TIMES_INPUT: usize = 64;
 /// Time that an input may take; those of valid ones are milliseconds.
 const MOST: Duration = Duration::from_secs(10);
@@ -103,7 +101,7 @@ pub fn execute(target: &Target, dir: &Path, input: &[u8]) -> Result<Outcome, Fin
             *message = info.to_string();
         }
     }));
-    LIMIT.store(USED.load(Relaxed) + BASE_BYTES + TIMES_INPUT * input.len(), Relaxed);
+    LIMIT.store(USED.load(Relaxed) + target.memory + TIMES_INPUT * input.len(), Relaxed);
     let started = Instant::now();
     let outcome = catch_unwind(AssertUnwindSafe(|| (target.run)(dir, input)));
     let time = started.elapsed();

@@ -19,8 +19,8 @@ pub struct Message {
 }
 
 /// What a template may spend: an instruction costs 1, and so do 64 bytes of text that it makes. A template from the internet must neither run forever
-/// nor take all memory; a thousand messages take a twentieth of this.
-const FUEL: u64 = 2_000_000;
+/// nor take all memory; a thousand messages take a tenth of this.
+const FUEL: u64 = 1_000_000;
 /// Bytes of a template. Those of models that call tools have 20,000.
 const MAX_TEMPLATE: usize = 64 << 10;
 /// The engine goes down into a template's expressions recursively, 450 bytes of stack for a byte such as each of `------1`, and does not stop before the
