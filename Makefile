@@ -8,7 +8,7 @@ TASKS := ../shared/data/tasks
 MINUTES := 60
 HOST := $(shell rustc -vV | sed -n 's/^host: //p')
 # What Miri interprets in minutes: packers and unpackers, scalar products, quantizers of activations and of the cache.
-MIRI_TESTS := weights:: isa:: error:: matmul::tests::empty matmul::tests::levels matmul::tests::names acts::tests::special kv::tests::degenerate \
+MIRI_TESTS := weights:: isa:: error:: matmul::tests::empty matmul::tests::levels matmul::tests::names acts::tests::special acts::tests::equals kv::tests::degenerate \
 	branch::tests::pack branch::tests::inputs dense::tests::empty hadamard::tests::nothing
 
 .DEFAULT_GOAL := help
@@ -46,7 +46,7 @@ fuzz: ## The same targets under libFuzzer and AddressSanitizer for MINUTES (60) 
 
 sanitize: ## The kernels' tests under AddressSanitizer, and packers and scalar kernels under Miri: nightly compiler with miri and rust-src.
 	RUSTFLAGS=-Zsanitizer=address cargo +nightly test --release -p specquant-kernels --lib --target $(HOST) --target-dir target/asan
-	MIRIFLAGS="-Zmiri-disable-isolation -Zmiri-ignore-leaks -Zmiri-permissive-provenance" PROPTEST_CASES=2 RAYON_NUM_THREADS=2 \
+	MIRIFLAGS="-Zmiri-tree-borrows -Zmiri-disable-isolation -Zmiri-ignore-leaks -Zmiri-permissive-provenance" PROPTEST_CASES=2 RAYON_NUM_THREADS=2 \
 		cargo +nightly miri test -p specquant-kernels --lib --target-dir target/miri -- $(MIRI_TESTS)
 
 deny: ## Licences, sources and known vulnerabilities of all dependencies: cargo install cargo-deny cargo-audit.
