@@ -302,7 +302,7 @@ const MATRICES: [(&str, usize); 9] = [
 fn with_matrices(bytes: &[u8]) -> Vec<u8> {
     let stored = SafeTensors::deserialize(bytes).unwrap();
     let matrix = |n: usize| -> Vec<u8> {
-        let value = |i: usize| if i % (n + 1) == 0 { 1.0 } else { (i as f32).sin() / 8.0 };
+        let value = |i: usize| if i.is_multiple_of(n + 1) { 1.0 } else { (i as f32).sin() / 8.0 };
         (0..n * n).flat_map(|i| f16::from_f32(value(i)).to_le_bytes()).collect()
     };
     let added: Vec<(String, usize, Vec<u8>)> =
