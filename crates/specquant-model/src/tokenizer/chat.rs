@@ -293,7 +293,7 @@ mod tests {
             ("{{ '{:.4294967295f}'.format(1.5) }}", "format"),
             ("{{ ('{0}' * 100000).format('b' * 1000000) }}", "format"),
             ("{{ ([1] * 100000000)|tojson }}", ""),
-            ("{{ ('a' * 60000000).split('a')|length }}", "split"),
+            ("{{ ('a' * 10000000).split('a')|length }}", "split"),
             ("{% for i in range(10000) %}{{ 'a' * 1000 }}{% endfor %}", "its text is longer"),
             (&"x".repeat(MAX_TEMPLATE + 1), "65537 bytes"),
         ] {
