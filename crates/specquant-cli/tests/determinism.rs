@@ -1,5 +1,5 @@
 //! The same inputs write the same bytes: on one thread and two, with every instruction set, and again.
-#![allow(clippy::unwrap_used, reason = "a test that cannot go on fails")]
+#![allow(clippy::unwrap_used, clippy::panic, reason = "a test that cannot go on fails")]
 
 mod common;
 
