@@ -4,8 +4,15 @@ FETCH := scripts/fetch-model.sh
 TEXTS := ../shared/data/wikitext2
 TASKS := ../shared/data/tasks
 
+# What soak takes in all, and fuzz for each target.
+MINUTES := 60
+HOST := $(shell rustc -vV | sed -n 's/^host: //p')
+# What Miri interprets in minutes: packers and unpackers, scalar products, quantizers of activations and of the cache.
+MIRI_TESTS := weights:: isa:: error:: matmul::tests::empty matmul::tests::levels matmul::tests::names acts::tests::special acts::tests::equals kv::tests::degenerate \
+	branch::tests::pack branch::tests::inputs dense::tests::empty hadamard::tests::nothing
+
 .DEFAULT_GOAL := help
-.PHONY: help demo reproduction build model test lint fmt docs
+.PHONY: help demo reproduction build model test soak fuzz sanitize deny lint fmt docs
 
 help: ## Print this list.
 	@sed -n 's/^\([a-z]*\):.*## \(.*\)/  make \1	\2/p' Makefile
@@ -27,6 +34,24 @@ test: model lint ## All that CI runs: formatting, clippy, tests, documentation.
 	SPECQUANT_SMOLLM2="$$($(FETCH))" cargo test --workspace
 	cargo test -p specquant-eval --features hub --test parquet
 	$(MAKE) docs
+
+soak: ## Feed damaged files to every reader for MINUTES (60); inputs that break a limit go to target/soak.
+	cargo run --release -p specquant-fuzz -- soak $$(($(MINUTES) * 60)) target/soak
+
+fuzz: ## The same targets under libFuzzer and AddressSanitizer for MINUTES (60) in all: nightly compiler, cargo install cargo-fuzz.
+	cargo run --release -p specquant-fuzz -- seeds fuzz/corpus
+	for target in $$(cargo +nightly fuzz list); do \
+		cargo +nightly fuzz run $$target -- -max_total_time=$$(($(MINUTES) * 60 / 7)) -max_len=200000 -timeout=20 || exit 1; \
+	done
+
+sanitize: ## The kernels' tests under AddressSanitizer, and packers and scalar kernels under Miri: nightly compiler with miri and rust-src.
+	RUSTFLAGS=-Zsanitizer=address cargo +nightly test --release -p specquant-kernels --lib --target $(HOST) --target-dir target/asan
+	MIRIFLAGS="-Zmiri-tree-borrows -Zmiri-disable-isolation -Zmiri-ignore-leaks -Zmiri-permissive-provenance" PROPTEST_CASES=2 RAYON_NUM_THREADS=2 \
+		cargo +nightly miri test -p specquant-kernels --lib --target-dir target/miri -- $(MIRI_TESTS)
+
+deny: ## Licences, sources and known vulnerabilities of all dependencies: cargo install cargo-deny cargo-audit.
+	cargo deny check
+	cargo audit
 
 lint: ## Check formatting and lints without changing anything.
 	cargo fmt --check

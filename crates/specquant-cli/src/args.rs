@@ -460,6 +460,9 @@ pub struct InspectArgs {
     /// Also measure the spectrum of dense weights: the energy in the lowest 20% of frequencies, which the paper puts at 92%
     #[arg(long)]
     pub spectrum: bool,
+    /// Only look for damage, all of it: checksums (SHA256SUMS), shapes, ranges, numbers that are not finite, tokenizer; exit code 1 for any
+    #[arg(long, conflicts_with = "spectrum")]
+    pub verify: bool,
     /// Print JSON
     #[arg(long)]
     pub json: bool,

@@ -88,7 +88,25 @@ const COLUMNS: [(&str, &str, usize); 8] = [
     ("error", "relative_error", 5),
 ];
 
+/// `--verify`: every problem on a line of its own.
+fn verify(args: &InspectArgs) -> anyhow::Result<ExitCode> {
+    let problems = specquant_model::verify(&args.model)?;
+    let mut out = std::io::stdout();
+    if args.json {
+        let problems: Vec<&str> = problems.iter().collect();
+        writeln!(out, "{:#}", json!({ "model": args.model, "problems": problems }))?;
+    } else if problems.is_empty() {
+        writeln!(out, "{}: no damage found", args.model.display())?;
+    } else {
+        problems.iter().try_for_each(|problem| writeln!(out, "{problem}"))?;
+    }
+    Ok(if problems.is_empty() { ExitCode::SUCCESS } else { ExitCode::from(1) })
+}
+
 pub fn run(args: InspectArgs) -> anyhow::Result<ExitCode> {
+    if args.verify {
+        return verify(&args);
+    }
     let source = Source::open(&args.model)?;
     let types = types(&source)?;
     let quant = QuantizationConfig::from_config(source.config_json(), source.path())?;

@@ -271,10 +271,12 @@ pub fn run(args: QuantizeArgs) -> anyhow::Result<ExitCode> {
     let started = Instant::now();
     let report = quantize(&source, &recipe, &args.output, args.overwrite, args.json)?;
     let seconds = started.elapsed().as_secs_f64();
-    for layer in &report.layers {
-        if let Some(why) = &layer.rounding.fallback {
-            note!("warning: {}: rounded to nearest: {why}", layer.name);
-        }
+    if let [_, ..] = report.fallbacks[..] {
+        let mut list = specquant_model::Problems::default();
+        report.fallbacks.iter().for_each(|q::Fallback { layer, what }| list.push(format!("{layer}: {what}")));
+        note!(
+            "warning: done other than the recipe says, as report.json and README.md of the checkpoint list too: {list}"
+        );
     }
     let peak = system::peak_rss();
     if args.json {

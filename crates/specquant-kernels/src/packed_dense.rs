@@ -432,7 +432,8 @@ impl Tile for Scalar {
             sums[..width].copy_from_slice(y);
         }
         for (x, w) in part.x[..part.depth].iter().zip(part.w.chunks_exact(PANEL)) {
-            sums.iter_mut().zip(w).for_each(|(s, w)| *s += x * w.widen());
+            // Rounded once, as the others do it, so that all give the same bits.
+            sums.iter_mut().zip(w).for_each(|(s, w)| *s = x.mul_add(w.widen(), *s));
         }
         y.copy_from_slice(&sums[..width]);
     }

@@ -210,7 +210,7 @@ pub enum Error {
     },
     /// The forward pass overflowed, or a weight is NaN.
     #[error(
-        "the model's hidden states are not finite; the checkpoint is damaged, `specquant inspect` may say where"
+        "the model's hidden states or logits are not finite; the checkpoint is damaged, `specquant inspect` may say where"
     )]
     NotFiniteStates,
     /// A sequence without tokens to continue.

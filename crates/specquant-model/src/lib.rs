@@ -16,6 +16,7 @@ mod stored_linear;
 mod stored_transform;
 mod text;
 mod tokenizer;
+mod verify;
 mod workspace;
 
 pub use block::*;
@@ -33,4 +34,5 @@ pub use stored_linear::*;
 pub use stored_transform::*;
 pub use text::*;
 pub use tokenizer::*;
+pub use verify::*;
 pub use workspace::*;

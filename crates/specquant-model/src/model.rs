@@ -442,7 +442,7 @@ impl Model {
     /// The logits after the last token of each sequence, `[batch, vocab]`.
     ///
     /// # Errors
-    /// As [`Model::hidden`]; [`Error::NoTokens`] when an entry has none.
+    /// As [`Model::hidden`]; [`Error::NoTokens`] when an entry has none; [`Error::NotFiniteStates`].
     pub fn next_logits(&self, batch: &mut [(&mut Sequence, &[u32])]) -> Result<Vec<f32>> {
         if batch.iter().any(|(_, ids)| ids.is_empty()) {
             return Err(Error::NoTokens);
@@ -452,10 +452,10 @@ impl Model {
             Some(*end - 1)
         });
         let last = self.hidden_of(batch, &Vec::from_iter(ends))?;
-        if last.iter().any(|v| !v.is_finite()) {
-            return Err(Error::NotFiniteStates);
-        }
-        self.logits(&last)
+        let logits = self.logits(&last)?;
+        // Without a branch, which makes it vector code. A finite state can still overflow in the head.
+        let finite = |x: &[f32]| x.iter().fold(true, |finite, v| finite & v.is_finite());
+        if finite(&last) && finite(&logits) { Ok(logits) } else { Err(Error::NotFiniteStates) }
     }
 
     /// Decoder blocks.

@@ -1,7 +1,9 @@
 //! Text to token ids and back, exactly as Hugging Face's `tokenizers` does it, and chat templates.
 
+mod bounds;
 mod chat;
 mod from_gguf;
+mod guard;
 
 use std::path::{Path, PathBuf};
 
@@ -11,6 +13,7 @@ use serde_json::Value;
 use crate::{Error, Result};
 pub use chat::Message;
 pub(crate) use from_gguf::side_files as gguf_side_files;
+use guard::guarded;
 
 const TOKENIZER: &str = "tokenizer.json";
 const CONFIG: &str = "tokenizer_config.json";
@@ -74,10 +77,15 @@ impl Tokenizer {
         // The library panics on some malformed JSON; this does not.
         serde_json::from_slice::<IgnoredAny>(bytes)
             .map_err(|cause| Error::Json { path: at.clone(), cause })?;
-        let bad = |e: tokenizers::Error| Error::tokenizer(&at, format!("cannot be used as a tokenizer: {e}"));
-        let mut inner = tokenizers::Tokenizer::from_bytes(bytes).map_err(bad)?;
-        // Left over from training, these would cut or pad every text.
-        inner.with_truncation(None).map_err(bad)?.with_padding(None);
+        let inner = guarded(|| {
+            let mut inner = tokenizers::Tokenizer::from_bytes(bytes)?;
+            // Left over from training, these would cut or pad every text.
+            inner.with_truncation(None)?.with_padding(None);
+            Ok::<_, tokenizers::Error>(inner)
+        });
+        let inner = inner.map_err(|why| {
+            Error::tokenizer(&at, format!("cannot be used as a tokenizer: {why}; get the file again"))
+        })?;
 
         let (config, map) = (json(CONFIG)?, json(SPECIAL_TOKENS)?);
         let special = |key: &str| [&config, &map].into_iter().find_map(|json| token_text(json.get(key)?));
@@ -103,7 +111,7 @@ impl Tokenizer {
     /// # Errors
     /// [`Error::Tokenizer`], for a vocabulary without an unknown token that lacks a piece of the text.
     pub fn encode(&self, text: &str, add_special: bool) -> Result<Vec<u32>> {
-        let encoding = self.inner.encode_fast(text, add_special).map_err(|e| self.error(&e))?;
+        let encoding = guarded(|| self.inner.encode_fast(text, add_special)).map_err(|e| self.error(&e))?;
         Ok(encoding.get_ids().to_vec())
     }
 
@@ -112,18 +120,18 @@ impl Tokenizer {
     /// # Errors
     /// [`Error::Tokenizer`] when the decoder fails.
     pub fn decode(&self, ids: &[u32], skip_special: bool) -> Result<String> {
-        self.inner.decode(ids, skip_special).map_err(|e| self.error(&e))
+        guarded(|| self.inner.decode(ids, skip_special)).map_err(|e| self.error(&e))
     }
 
     /// Decodes a generation token by token: the closure returns the text that an id completes, `None` while a character is
     /// incomplete.
     pub fn decoder(&self, skip_special: bool) -> impl FnMut(u32) -> Result<Option<String>> + '_ {
         let mut stream = self.inner.decode_stream(skip_special);
-        move |id| stream.step(id).map_err(|e| self.error(&e))
+        move |id| guarded(|| stream.step(id)).map_err(|e| self.error(&e))
     }
 
-    fn error(&self, e: &tokenizers::Error) -> Error {
-        Error::tokenizer(&self.path, format!("tokenizer: {e}"))
+    fn error(&self, why: &str) -> Error {
+        Error::tokenizer(&self.path, format!("tokenizer: {why}"))
     }
 
     /// Number of tokens, added ones included. The model's embedding may have more rows.
@@ -275,5 +283,27 @@ mod tests {
         }
         let err = tiny(json!({}), &[(SPECIAL_TOKENS, "{")]).unwrap_err().to_string();
         assert!(err.contains("special_tokens_map.json"), "{err}");
+    }
+
+    /// Found by fuzzing: the library panics at each of these, the first when it reads the file, the others when it is used.
+    #[test]
+    fn what_the_library_panics_at_is_an_error() {
+        let with = |part: &str, value: Value| {
+            let mut tokenizer = json!({"model": {"type": "BPE", "vocab": {"a": 0, "<s>": 1}, "merges": []}});
+            tokenizer[part] = value;
+            let text = tokenizer.to_string().replace("LONE", "\\ud800");
+            Tokenizer::from_files(Path::new("dir"), &[(TOKENIZER.to_owned(), text.into_bytes())])
+        };
+        let lone = with("decoder", json!({"type": "Strip", "content": "LONE", "start": 1, "stop": 0}));
+        assert!(lone.unwrap_err().to_string().contains("tokenizer.json"));
+        let bos = json!([{"SpecialToken": {"id": "<s>", "type_id": 0}}]);
+        let template =
+            json!({"type": "TemplateProcessing", "single": bos, "pair": bos, "special_tokens": {}});
+        let error = with("post_processor", template).unwrap().encode("a", true).unwrap_err().to_string();
+        assert!(error.contains("dir: tokenizer"), "{error}");
+        let strips =
+            with("decoder", json!({"type": "Strip", "content": "a", "start": 0, "stop": 9})).unwrap();
+        assert!(strips.decode(&[0], false).is_err());
+        assert!(strips.decoder(false)(0).is_err());
     }
 }

@@ -10,6 +10,7 @@ use specquant_model::{
     storable_scales,
 };
 
+use crate::branch;
 use crate::layer::{self, Input, RoundingReport, Weight};
 use crate::learn::Learned;
 use crate::recipe::{Recipe, Rounding, Searched, SmoothMethod};
@@ -42,6 +43,9 @@ pub struct LayerReport {
     /// Largest number of items of a channel; absent without a branch.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub max_k: Option<u16>,
+    /// Items per channel that the recipe asks for, where the layer has fewer.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub items_asked: Option<usize>,
     /// Temperature of the allocation; absent without a branch.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub temperature: Option<f32>,
@@ -201,7 +205,7 @@ pub fn quantize_block(
     recipe: &Recipe,
     config: &ModelConfig,
 ) -> Result<QuantizedBlock> {
-    let strengths = smooth_block(block, stats, recipe, config)?;
+    let strengths = smooth_block(block, stats, recipe, config).map_err(|e| e.within(prefix))?;
     let (mut done, mut bases, mut act_clips) = (Vec::new(), [const { None }; 4], [None; 4]);
     for (i, site) in Site::ALL.into_iter().enumerate() {
         let whole = &stats[i];
@@ -274,6 +278,11 @@ pub fn quantize_block(
                 let total: usize = b.counts.iter().map(|&k| usize::from(k)).sum();
                 (total as f64 / out as f64, b.counts.iter().copied().max().unwrap_or(0))
             });
+            let asked = recipe
+                .branch
+                .as_ref()
+                .filter(|_| items.is_some())
+                .map(|b| branch::asked(b, outs, stored.inp));
             let report = LayerReport {
                 name: names[l].to_owned(),
                 shape: [out, inp],
@@ -283,6 +292,7 @@ pub fn quantize_block(
                 act_clip: act_clips[i],
                 mean_k: items.map(|(mean, _)| mean),
                 max_k: items.map(|(_, most)| most),
+                items_asked: asked.filter(|&asked| items.is_some_and(|(mean, _)| mean < asked as f64)),
                 temperature: items.map(|_| temperature),
                 relative_error: errors[l],
                 rounding,

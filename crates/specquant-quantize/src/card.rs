@@ -4,6 +4,7 @@ use std::fmt::Write;
 
 use specquant_model::Source;
 
+use crate::fallback::Fallback;
 use crate::pipeline::Report;
 use crate::recipe::Recipe;
 
@@ -37,12 +38,10 @@ pub fn render(source: &Source, recipe: &Recipe, report: &Report) -> String {
     for layer in worst.iter().take(5) {
         let _ = writeln!(card, "| {} | {:.4} |", layer.name, layer.relative_error);
     }
-    let fallbacks: Vec<_> =
-        report.layers.iter().filter_map(|l| Some((&l.name, l.rounding.fallback.as_ref()?))).collect();
-    if !fallbacks.is_empty() {
-        card.push_str("\n## Layers rounded to nearest instead of by GPTQ\n\n");
-        for (name, why) in fallbacks {
-            let _ = writeln!(card, "- {name}: {why}");
+    if !report.fallbacks.is_empty() {
+        card.push_str("\n## Done other than the recipe says\n\n");
+        for Fallback { layer, what } in &report.fallbacks {
+            let _ = writeln!(card, "- {layer}: {what}");
         }
     }
     card

@@ -56,3 +56,17 @@ pub enum Error {
     #[error(transparent)]
     Model(#[from] specquant_model::Error),
 }
+
+impl Error {
+    /// The same error of a layer that was named within its block `prefix`.
+    pub(crate) fn within(self, prefix: &str) -> Self {
+        let full = |module: String| format!("{prefix}.{module}");
+        match self {
+            Error::NotFinite { module, what, channel } => {
+                Error::NotFinite { module: full(module), what, channel }
+            }
+            Error::Branch { module, cause } => Error::Branch { module: full(module), cause },
+            other => other,
+        }
+    }
+}

@@ -8,6 +8,7 @@ pub mod branch;
 pub mod calibration;
 mod card;
 mod error;
+mod fallback;
 pub mod layer;
 mod learn;
 mod output;
@@ -23,6 +24,7 @@ mod vocabulary;
 
 pub use block::*;
 pub use error::*;
+pub use fallback::*;
 pub use learn::{FlatQuantConfig, Learn, Learned, OmniQuantConfig, SpinQuantConfig, TuneConfig};
 pub use output::check_output;
 pub use pipeline::*;

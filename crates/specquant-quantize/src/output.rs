@@ -193,6 +193,8 @@ impl Output {
     pub fn finish(mut self) -> Result<()> {
         debug_assert_eq!(self.written, self.shards);
         self.write_index()?;
+        let sums = specquant_model::checksums(&self.partial)?;
+        self.write(specquant_model::CHECKSUMS, sums.as_bytes())?;
         let moved = |e: std::io::Error| Error::Output {
             path: self.destination.clone(),
             why: format!("cannot be moved into place: {e}"),

@@ -15,6 +15,7 @@ use specquant_model::{
 };
 
 use crate::block::{LayerReport, quantize_block};
+use crate::fallback::{Fallback, fallbacks};
 use crate::learn::{self, Learn, Learned};
 use crate::output::Output;
 use crate::recipe::Recipe;
@@ -63,6 +64,8 @@ pub struct Report {
     /// KL divergence from the full model before every step of the tuning, in nats a token, on one sequence each; absent without tuning.
     #[serde(skip_serializing_if = "Vec::is_empty")]
     pub tuning_losses: Vec<f64>,
+    /// What was done other than the recipe says.
+    pub fallbacks: Vec<Fallback>,
     /// Every layer, in the order of the model.
     pub layers: Vec<LayerReport>,
 }
@@ -159,6 +162,7 @@ pub fn run(
         bits_per_weight: if weights > 0.0 { bits / weights } else { 16.0 },
         tensor_bytes: 0,
         tuning_losses: Vec::new(),
+        fallbacks: fallbacks(recipe, &layers),
         layers,
     };
     let quantization = QuantizationConfig {

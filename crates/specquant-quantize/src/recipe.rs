@@ -408,14 +408,14 @@ impl Recipe {
         }
         let clip = &self.weight_clip;
         if clip.enabled
-            && (clip.grid == 0
+            && (!(1..=MAX_TRIES).contains(&clip.grid)
                 || !(0.0..1.0).contains(&clip.max_shrink)
                 || clip.norm.is_nan()
                 || clip.norm <= 0.0)
         {
-            return refuse(
-                "weight_clip: grid is at least 1, max_shrink lies in [0, 1) and norm is positive".to_owned(),
-            );
+            return refuse(format!(
+                "weight_clip: grid lies in 1 to {MAX_TRIES}, max_shrink in [0, 1), and norm is positive"
+            ));
         }
         let c = &self.calibration;
         let samples = self.text().samples;
@@ -464,6 +464,9 @@ impl Branch {
                  temperature = 0 (--temperature)"
             ));
         }
+        if iterations > MAX_TRIES {
+            return refuse(format!("branch.iterations is at most {MAX_TRIES}"));
+        }
         if iterations > 1 && !basis.is_low_rank() {
             return refuse(format!("branch.iterations: only svd and wsvd are fitted again, not {name}"));
         }
@@ -475,6 +478,9 @@ impl Branch {
         Ok(())
     }
 }
+
+/// Steps of a search at most: far more than help, and few enough that the search ends.
+const MAX_TRIES: usize = 1000;
 
 /// No layer keeps as many directions.
 const MAX_ITEMS: usize = 1 << 14;
@@ -520,6 +526,8 @@ mod tests {
             (format!("{base}[calibration]\nsamples = 0"), "samples"),
             (format!("{base}[scheme]\nweight_bits = 1\nact_bits = 4\nkv_bits = 4"), "W1"),
             (format!("{base}[weight_clip]\nmax_shrink = 1.5"), "max_shrink"),
+            (format!("{base}[weight_clip]\ngrid = 65536"), "grid"),
+            (format!("{base}[branch]\nbasis = \"svd\"\nrank = 8\niterations = 65536"), "iterations"),
             (format!("{base}[branch]\nrank = 8"), "mean_k"),
             (format!("{base}[branch]\nbasis = \"svd\"\nrank = 8\nscore = \"act\""), "share"),
             (format!("{base}[branch]\nbasis = \"dct\"\nmean_k = 8\niterations = 5"), "svd"),

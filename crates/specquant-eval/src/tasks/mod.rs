@@ -112,7 +112,7 @@ impl Document {
     /// A context and its choices, each after a space (lm-eval's `target_delimiter`).
     pub(crate) fn choices(context: &str, choices: &[&str], gold: usize) -> Result<Document, String> {
         if gold >= choices.len() {
-            return Err(format!("the answer is choice {} of {}", gold + 1, choices.len()));
+            return Err(format!("the answer is choice {} of {}", gold.saturating_add(1), choices.len()));
         }
         Ok(Document {
             requests: choices

@@ -31,5 +31,7 @@ mod tests {
         // The hub's hidden test labels.
         let row = json!({"goal": "g", "sol1": "a", "sol2": "b", "label": -1});
         assert!(parse(&TASK, row).unwrap_err().contains("label"));
+        let row = json!({"goal": "g", "sol1": "a", "sol2": "b", "label": u64::MAX});
+        assert!(parse(&TASK, row).unwrap_err().contains("choice 18446744073709551615 of 2"));
     }
 }

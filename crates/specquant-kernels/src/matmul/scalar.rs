@@ -26,7 +26,7 @@ impl Kernel for Scalar {
                 for k in 4 * q..block.depth.min(4 * q + 4) {
                     let x = block.x[t * block.stride + k];
                     for c in 0..PANEL {
-                        acc[c] += x * f32::from(w[c][k % 4]);
+                        acc[c] = x.mul_add(f32::from(w[c][k % 4]), acc[c]);
                     }
                 }
             }

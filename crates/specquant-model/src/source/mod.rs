@@ -150,7 +150,17 @@ impl Source {
         let mut expected = std::collections::BTreeSet::new();
         for (name, shape) in self.config.expected_tensors() {
             match self.tensors.get(&name) {
-                None if quantized && name.ends_with(".weight") && self.has(&format!("{name}_packed")) => {}
+                None if quantized && name.ends_with(".weight") && self.has(&format!("{name}_packed")) => {
+                    // Every width of the model is one of these: nothing is made in a size that no tensor has.
+                    let scales = self.tensors.get(&format!("{name}_scale"));
+                    let got = scales.map(|t| &t.shape[..]).unwrap_or_default();
+                    if got.first() != shape.first() {
+                        problems.push(format!(
+                            "{name}_scale has shape {got:?}, but the configuration asks for {} channels; quantize the model again",
+                            shape[0]
+                        ));
+                    }
+                }
                 None => problems.push(format!("{name} {shape:?} is missing")),
                 Some(t) if t.shape != shape => {
                     problems.push(format!(

@@ -195,15 +195,22 @@ fn quantized_checkpoints_leave_linears_to_their_reader() {
     let mut config = config_json();
     config["quantization_config"] = json!({"quant_method": "specquant"});
     let mut tensors = stored(&config);
-    for (name, packed) in [("model.layers.0.mlp.up_proj", 48), ("lm_head", 40)] {
+    for (name, packed, out) in [("model.layers.0.mlp.up_proj", 48, 12), ("lm_head", 40, 10)] {
         tensors.remove(&format!("{name}.weight")).unwrap();
         tensors.insert(format!("{name}.weight_packed"), (StDtype::U8, vec![packed], vec![0; packed]));
+        tensors.insert(format!("{name}.weight_scale"), (StDtype::F32, vec![out, 1], vec![0; 4 * out]));
     }
     let source = Source::open(write(&config, &tensors).path()).unwrap();
     assert!(source.is_quantized() && !source.config().tie_word_embeddings);
     assert_eq!(source.tensor("lm_head.weight_packed").unwrap().bytes().len(), 40);
     tensors.remove("model.layers.1.mlp.up_proj.weight");
     error(&write(&config, &tensors), &["layers.1.mlp.up_proj.weight [12, 8] is missing"]);
+    // A width that no tensor has is refused before anything is made of that size.
+    config["intermediate_size"] = json!(16_000_000);
+    error(
+        &write(&config, &tensors),
+        &["layers.0.mlp.up_proj.weight_scale has shape [12, 1]", "16000000 channels"],
+    );
 }
 
 #[test]

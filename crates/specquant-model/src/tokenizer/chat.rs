@@ -6,6 +6,8 @@ use minijinja::{Environment, Error, ErrorKind, Value, context};
 use serde::{Deserialize, Serialize};
 
 use super::SpecialTokens;
+use super::bounds::{BoundedBytes, MAX_TEXT, method, too_long};
+use super::guard::guarded;
 
 /// One message of a conversation.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
@@ -16,12 +18,34 @@ pub struct Message {
     pub content: String,
 }
 
-/// Instructions that a template may execute: a template from the internet must not run forever. A thousand messages take a
-/// hundredth of it.
-const FUEL: u64 = 10_000_000;
+/// What a template may spend: an instruction costs 1, and so do 64 bytes of text that it makes. A template from the internet must neither run forever
+/// nor take all memory; a thousand messages take a tenth of this.
+const FUEL: u64 = 1_000_000;
+/// Bytes of a template. Those of models that call tools have 20,000.
+const MAX_TEMPLATE: usize = 64 << 10;
+/// The engine goes down into a template's expressions recursively, 450 bytes of stack for a byte such as each of `------1`, and does not stop before the
+/// stack ends, which would end the program. Several times that, because an unoptimized build takes more; what is not used is only reserved.
+const STACK: usize = MAX_TEMPLATE * 4096;
 
 /// Renders `template`; the error is the engine's message.
 pub(super) fn render(
+    template: &str,
+    messages: &[Message],
+    specials: &SpecialTokens,
+    add_generation_prompt: bool,
+) -> Result<String, String> {
+    if template.len() > MAX_TEMPLATE {
+        return Err(format!("has {} bytes, where {MAX_TEMPLATE} are allowed", template.len()));
+    }
+    let on_its_stack = || guarded(|| render_here(template, messages, specials, add_generation_prompt));
+    std::thread::scope(|scope| {
+        let thread = std::thread::Builder::new().stack_size(STACK).spawn_scoped(scope, on_its_stack);
+        let thread = thread.map_err(|e| format!("cannot be given {STACK} bytes of stack: {e}"))?;
+        thread.join().unwrap_or_else(|_| Err("the template engine failed".to_owned()))
+    })
+}
+
+fn render_here(
     template: &str,
     messages: &[Message],
     specials: &SpecialTokens,
@@ -32,7 +56,7 @@ pub(super) fn render(
     let syntax = SyntaxConfig::builder().trim_blocks(true).lstrip_blocks(true).build();
     env.set_syntax(syntax.map_err(|e| e.to_string())?);
     env.set_fuel(Some(FUEL));
-    env.set_unknown_method_callback(minijinja_contrib::pycompat::unknown_method_callback);
+    env.set_unknown_method_callback(method);
     env.add_function("raise_exception", |message: String| -> Result<Value, Error> {
         Err(Error::new(ErrorKind::InvalidOperation, message))
     });
@@ -49,7 +73,11 @@ pub(super) fn render(
         tools => Value::from(()),
         documents => Value::from(()),
     };
-    env.render_str(&template, context).map_err(|e| match e.detail() {
+    let text = env.render_str(&template, context).and_then(|text| match text.len() {
+        ..=MAX_TEXT => Ok(text),
+        _ => Err(too_long("its text")),
+    });
+    text.map_err(|e| match e.detail() {
         // What raise_exception said is for the user.
         Some(detail) => format!("{detail}{}", e.line().map(|n| format!(" (line {n})")).unwrap_or_default()),
         None => e.to_string(),
@@ -83,7 +111,7 @@ fn ignore_generation_tags(template: &str) -> String {
 fn tojson(value: &Value, options: Kwargs) -> Result<String, Error> {
     let indent: Option<usize> = options.get("indent")?;
     let failed = |e: &dyn std::fmt::Display| Error::new(ErrorKind::BadSerialization, e.to_string());
-    let mut out = Vec::new();
+    let mut out = BoundedBytes::default();
     match indent {
         Some(n) => {
             let spaces = " ".repeat(n.min(16));
@@ -98,7 +126,7 @@ fn tojson(value: &Value, options: Kwargs) -> Result<String, Error> {
                 .map_err(|e| failed(&e))?;
         }
     }
-    String::from_utf8(out).map_err(|e| failed(&e))
+    String::from_utf8(out.0).map_err(|e| failed(&e))
 }
 
 struct Spaced;
@@ -242,6 +270,38 @@ mod tests {
         assert!(run(endless).is_err());
         assert!(run("{% macro f() %}{{ f() }}{% endmacro %}{{ f() }}").is_err());
         assert!(run("{{ strftime_now('%Q') }}").is_err());
+    }
+
+    /// All of these took memory without bound, or ended the program, when fuzzing or reading the engine's source found them.
+    #[test]
+    fn templates_are_bounded() {
+        let doubled = "{% set ns = namespace(x='aaaaaaaa') %}{% for i in range(60) %}{% set ns.x = ns.x ~ ns.x %}{% endfor %}";
+        let deep = ["-", "(", "not "]
+            .map(|word| format!("{{{{ {}1 }}}}", word.repeat((MAX_TEMPLATE - 8) / word.len())));
+        let long = ["+1", "|abs", ".a", "()", "[0]", " if 1 else 1", " and 1"]
+            .map(|word| format!("{{{{ 1{} }}}}", word.repeat((MAX_TEMPLATE - 8) / word.len())));
+        let branches = format!("{{% if 1 %}}{}{{% endif %}}", "{% elif 1 %}".repeat(5000));
+        for template in deep.iter().chain(&long).chain([&branches]) {
+            // Whether it means anything is the engine's business.
+            let _ = run(template);
+        }
+        for (template, word) in [
+            (doubled, "fuel"),
+            ("{{ ('a' * 1000000).replace('', 'b' * 1000000) }}", "replace"),
+            ("{{ ('b' * 1000000).join(['a'] * 1000000) }}", "join"),
+            ("{{ '{:>4294967295}'.format(1) }}", "format"),
+            ("{{ '{:.4294967295f}'.format(1.5) }}", "format"),
+            ("{{ ('{0}' * 100000).format('b' * 1000000) }}", "format"),
+            ("{{ ([1] * 100000000)|tojson }}", ""),
+            ("{{ ('a' * 10000000).split('a')|length }}", "split"),
+            ("{% for i in range(10000) %}{{ 'a' * 1000 }}{% endfor %}", "its text is longer"),
+            (&"x".repeat(MAX_TEMPLATE + 1), "65537 bytes"),
+        ] {
+            let error = run(template).unwrap_err();
+            assert!(error.contains(word), "{template:.60}: {error}");
+        }
+        let usual = "{{ 'a-b'.replace('-', '+') }}{{ '{:>4}|{}'.format('x', 1.5) }}{{ ', '.join(['a', 2]) }}{{ [1, {'a': 2}]|tojson(indent=2) }}";
+        assert_eq!(run(usual).unwrap(), "a+b   x|1.5a, 2[\n  1,\n  {\n    \"a\": 2\n  }\n]");
     }
 
     #[test]

@@ -31,20 +31,26 @@ pub struct SiteBranch {
 /// Bits of a Fourier bin: two f16. All budgets are counted in it.
 const BIN_BITS: usize = 32;
 
-/// Items that every channel (for the stored bases: every layer) gets on average, so that the branch takes as many bits as `mean_k` lowest
+/// Items that every channel (for the stored bases: every layer) is to get on average, so that the branch takes as many bits as `mean_k` lowest
 /// Fourier bins per channel, indices and stored directions included; or the rank that the recipe names.
 ///
 /// outs: output channels of all layers that share the input of `inp` channels.
-pub fn items(branch: &Branch, outs: usize, inp: usize) -> usize {
+pub fn asked(branch: &Branch, outs: usize, inp: usize) -> usize {
     let budget = BIN_BITS * branch.mean_k * outs;
     match branch.basis {
         BranchBasis::Fourier => branch.mean_k,
         BranchBasis::FourierTop => branch.mean_k * BIN_BITS / (BIN_BITS + 16),
-        BranchBasis::Dct => (branch.mean_k * BIN_BITS / 16).min(inp),
-        _ if branch.rank > 0 => branch.rank.min(inp),
-        BranchBasis::Rows => (budget / (16 * outs + 32)).min(inp),
-        BranchBasis::Svd | BranchBasis::Wsvd => (budget / (16 * (outs + inp))).min(inp),
+        BranchBasis::Dct => branch.mean_k * BIN_BITS / 16,
+        _ if branch.rank > 0 => branch.rank,
+        BranchBasis::Rows => budget / (16 * outs + 32),
+        BranchBasis::Svd | BranchBasis::Wsvd => budget / (16 * (outs + inp)),
     }
+}
+
+/// Those of [`asked`] that there are.
+pub fn items(branch: &Branch, outs: usize, inp: usize) -> usize {
+    let asked = asked(branch, outs, inp);
+    if branch.basis.is_fourier() { asked } else { asked.min(inp) }
 }
 
 /// Bits that the branches of such layers take in all, about: a temperature other than 0 is assumed to make channels differ.
