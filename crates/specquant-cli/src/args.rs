@@ -93,9 +93,15 @@ pub struct QuantizeArgs {
     /// A built-in recipe (spectral[-tuned], specquant, svdquant, quarot, spinquant[-paper], flatquant[-paper], omniquant[-paper], awq, gptq, smooth-gptq, smoothquant, rtn) or a TOML file
     #[arg(short, long, value_name = "NAME|FILE", default_value = DEFAULT_RECIPE)]
     pub recipe: String,
-    /// Replace a SpecQuant checkpoint, or an empty directory, at DST
+    /// Replace a SpecQuant checkpoint, or an empty directory, at DST; without --resume, an unfinished one too
     #[arg(long)]
     pub overwrite: bool,
+    /// Continue an interrupted run to the same DST, whose finished blocks are in DST.partial
+    #[arg(long)]
+    pub resume: bool,
+    /// Run although the predicted peak memory exceeds what is available
+    #[arg(long)]
+    pub ignore_memory: bool,
     /// Print the plan and stop
     #[arg(long)]
     pub dry_run: bool,
@@ -397,6 +403,9 @@ pub struct CompareArgs {
     /// Continue an interrupted comparison in the same --output, or add models or documents to a finished one
     #[arg(long)]
     pub resume: bool,
+    /// Quantize although the predicted peak memory exceeds what is available
+    #[arg(long, requires = "recipes")]
+    pub ignore_memory: bool,
     /// Print comparison.json on stdout
     #[arg(long)]
     pub json: bool,
@@ -508,6 +517,9 @@ pub struct DemoArgs {
     /// A built-in recipe or a TOML file
     #[arg(short, long, value_name = "NAME|FILE", default_value = DEFAULT_RECIPE)]
     pub recipe: String,
+    /// Quantize although the predicted peak memory exceeds what is available
+    #[arg(long)]
+    pub ignore_memory: bool,
     #[command(flatten)]
     pub overrides: Overrides,
 }

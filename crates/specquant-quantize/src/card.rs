@@ -4,8 +4,8 @@ use std::fmt::Write;
 
 use specquant_model::Source;
 
-use crate::pipeline::Report;
 use crate::recipe::Recipe;
+use crate::run::Report;
 
 /// README.md of the checkpoint.
 pub fn render(source: &Source, recipe: &Recipe, report: &Report) -> String {
