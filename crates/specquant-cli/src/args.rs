@@ -40,6 +40,8 @@ pub enum Command {
     Doctor(DoctorArgs),
     /// Quantize a model and compare it with the original, in one table
     Demo(DemoArgs),
+    /// Write a model of random weights in the shapes of a known one, to see what quantizing that would take
+    Synth(SynthArgs),
     /// Measure one model for the demo
     #[command(hide = true)]
     Measure(MeasureArgs),
@@ -522,6 +524,22 @@ pub struct DemoArgs {
     pub ignore_memory: bool,
     #[command(flatten)]
     pub overrides: Overrides,
+}
+
+#[derive(ClapArgs)]
+pub struct SynthArgs {
+    /// llama2-7b, llama2-13b, llama2-70b, llama3-8b, tiny
+    #[arg(long, value_name = "ARCH")]
+    pub arch: String,
+    /// Decoder blocks; as many as the real one has by default
+    #[arg(long, value_name = "N")]
+    pub layers: Option<usize>,
+    /// Directory to write, in bf16; it must not exist
+    #[arg(short, long, value_name = "DIR")]
+    pub output: PathBuf,
+    /// Seed of the weights
+    #[arg(long, value_name = "N", default_value_t = 0)]
+    pub seed: u64,
 }
 
 #[derive(ClapArgs)]

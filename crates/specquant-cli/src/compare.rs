@@ -276,7 +276,7 @@ pub fn run(args: CompareArgs) -> anyhow::Result<ExitCode> {
     let first = Source::open(&args.models[0])?;
     for recipe in &args.recipes {
         let recipe = quantize::recipe(recipe, &args.overrides)?;
-        quantize::check_memory(&first, &recipe, args.ignore_memory)?;
+        quantize::check_resources(&first, &recipe, &args.output, args.ignore_memory)?;
     }
     for model in &args.models[1..] {
         Source::open(model)?;

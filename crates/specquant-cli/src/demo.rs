@@ -14,7 +14,7 @@ use specquant_model::{Levels, Model, Sampler, Sampling, Source, generate};
 use specquant_quantize as q;
 
 use crate::args::{DemoArgs, MeasureArgs};
-use crate::quantize::{check_memory, quantize, recipe};
+use crate::quantize::{check_resources, quantize, recipe};
 use crate::system::{self, human};
 use crate::ui::{Progress, note, table};
 
@@ -107,7 +107,7 @@ pub fn run(args: DemoArgs) -> anyhow::Result<ExitCode> {
     let recipe = recipe(&args.recipe, &args.overrides)?;
     system::set_threads(recipe.threads)?;
     let source = Source::open(&args.model)?;
-    let plan = check_memory(&source, &recipe, args.ignore_memory)?;
+    let plan = check_resources(&source, &recipe, &args.output, args.ignore_memory)?;
     let c = source.config();
     note!(
         "quantizing {} ({} blocks, {:.0} M weights in linear layers) to {} by recipe {}",

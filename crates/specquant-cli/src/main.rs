@@ -15,6 +15,7 @@ mod inspect;
 mod interrupt;
 mod quantize;
 mod reproduce;
+mod synth;
 mod system;
 mod tasks;
 mod ui;
@@ -77,6 +78,7 @@ fn run(args: Args) -> anyhow::Result<ExitCode> {
         Command::Inspect(a) => inspect::run(a),
         Command::Doctor(a) => doctor::run(a),
         Command::Demo(a) => demo::run(a),
+        Command::Synth(a) => synth::run(a),
         Command::Measure(a) => demo::measure(a),
     }
 }

@@ -1,6 +1,7 @@
 //! `specquant quantize`.
 
 use std::io::Write;
+use std::path::Path;
 use std::process::ExitCode;
 use std::time::Instant;
 
@@ -256,30 +257,58 @@ fn news(layers: &[LayerReport]) -> String {
     })
 }
 
-/// The plan, if the memory that it needs is there or does not matter.
-pub fn check_memory(source: &Source, recipe: &Recipe, ignore: bool) -> anyhow::Result<Plan> {
-    let plan = q::plan(source, recipe)?;
-    let Some(free) = system::available_memory().filter(|free| *free < plan.peak_bytes && !ignore) else {
-        return Ok(plan);
-    };
-    let remedies = remedies(source, recipe, free);
-    let remedies = match remedies.is_empty() {
-        true => "no single setting makes it fit: combine smaller ones of --samples, --sequence-length and --recipe, or take a machine with more memory"
-            .to_owned(),
-        false => format!("these would fit: {}", remedies.join("; or ")),
-    };
-    anyhow::bail!(
-        "{} would need {} of memory at its peak, and {} are available\n{remedies}\n--ignore-memory runs it all the same",
-        recipe.name,
-        human(plan.peak_bytes),
-        human(free),
-    )
+/// What a run can have; `None` where the system does not say, or it does not matter.
+struct Free {
+    memory: Option<u64>,
+    disk: Option<u64>,
 }
 
-/// Flags under which the run would fit into `free` bytes, each by itself, then the two of the calibration together.
-fn remedies(source: &Source, recipe: &Recipe, free: u64) -> Vec<String> {
-    let needs = |r: &Recipe| q::plan(source, r).map(|plan| plan.peak_bytes).ok();
-    let fits = |r: &Recipe| needs(r).is_some_and(|bytes| bytes <= free);
+impl Free {
+    fn holds(&self, plan: &Plan) -> bool {
+        let within = |free: Option<u64>, bytes| free.is_none_or(|free| bytes <= free);
+        within(self.memory, plan.peak_bytes) && within(self.disk, plan.disk_bytes)
+    }
+}
+
+/// The plan, if the memory and the disk space that it needs are there. ignore: whether memory does not matter.
+pub fn check_resources(
+    source: &Source,
+    recipe: &Recipe,
+    output: &Path,
+    ignore: bool,
+) -> anyhow::Result<Plan> {
+    let plan = q::plan(source, recipe)?;
+    // What an earlier run has written needs no more room.
+    let begun = q::Destination::new(output).partial().is_ok_and(|partial| partial.exists());
+    let free = Free {
+        memory: system::available_memory().filter(|_| !ignore),
+        disk: system::free_disk(output).filter(|_| !begun),
+    };
+    if free.holds(&plan) {
+        return Ok(plan);
+    }
+    let mut lines = Vec::new();
+    if let Some(memory) = free.memory.filter(|memory| *memory < plan.peak_bytes) {
+        let (needs, memory) = (human(plan.peak_bytes), human(memory));
+        lines.push(format!(
+            "{} would need {needs} of memory at its peak, and {memory} are available (--ignore-memory runs it all the same)",
+            recipe.name
+        ));
+    }
+    if let Some(disk) = free.disk.filter(|disk| *disk < plan.disk_bytes) {
+        let (needs, disk) = (human(plan.disk_bytes), human(disk));
+        lines.push(format!("{} would take {needs} of disk space, and {disk} are free", output.display()));
+    }
+    lines.push(match remedies(source, recipe, &free) {
+        found if found.is_empty() => "no single setting makes it fit: combine lower --samples and --sequence-length with a recipe that needs less, such as rtn".to_owned(),
+        found => format!("these would fit: {}", found.join("; or ")),
+    });
+    anyhow::bail!(lines.join("\n"))
+}
+
+/// Flags under which the run would fit, each by itself; if none does, those of the calibration together.
+fn remedies(source: &Source, recipe: &Recipe, free: &Free) -> Vec<String> {
+    let fits = |r: &Recipe| q::plan(source, r).is_ok_and(|plan| free.holds(&plan));
     let with = |samples: usize, length: usize| {
         let mut r = recipe.clone();
         (r.calibration.samples, r.calibration.sequence_length) = (samples, length);
@@ -331,7 +360,7 @@ pub fn run(args: QuantizeArgs) -> anyhow::Result<ExitCode> {
     if !args.json {
         note!("{}", describe(&plan, &recipe));
     }
-    check_memory(&source, &recipe, args.ignore_memory)?;
+    check_resources(&source, &recipe, &args.output, args.ignore_memory)?;
     let unfinished = match (args.resume, args.overwrite) {
         (true, _) => q::Unfinished::Resume,
         (false, true) => q::Unfinished::Discard,

@@ -65,6 +65,20 @@ fn group_memory(groups: &Path, root: &Path) -> impl Iterator<Item = u64> {
     left.into_iter()
 }
 
+/// Bytes that can still be written to the file system that `path`, which need not exist yet, is on.
+#[cfg(unix)]
+pub fn free_disk(path: &Path) -> Option<u64> {
+    let full = std::path::absolute(path).ok()?;
+    let stat = full.ancestors().find_map(|dir| rustix::fs::statvfs(dir).ok())?;
+    Some(stat.f_bavail * stat.f_frsize)
+}
+
+/// Bytes that can still be written; not known on this system.
+#[cfg(not(unix))]
+pub fn free_disk(_: &Path) -> Option<u64> {
+    None
+}
+
 /// More threads than any machine has cores only cost.
 const MAX_THREADS: usize = 1024;
 

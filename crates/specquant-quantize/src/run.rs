@@ -162,6 +162,7 @@ fn work(
     if output.progress.shards.is_empty() {
         output.write_shard(&ends(source, recipe, rotation.as_ref(), tied, half_dtype)?)?;
         output.commit()?;
+        source.release();
     }
 
     let calibrating = &texts[..texts.len().min(recipe.calibration.samples)];
@@ -226,6 +227,7 @@ fn written_text(
     let (model, bos) = (Model::load_for_decoding(source)?, source.tokenizer()?.first_id());
     let tell = &mut |done| progress(Event::Writing { done, of });
     let written = calibration::self_generated(model, bos, &text, recipe.seed, tell)?;
+    source.release();
     output.keep(KEPT, |to| Ok(serde_json::to_writer(to, &written)?))?;
     output.commit()?;
     Ok(written)
@@ -314,6 +316,7 @@ fn blocks(
                 Ok(x)
             };
             let states = texts.iter().map(embed).collect::<Result<Vec<_>>>()?;
+            source.release();
             let full = compares.then(|| states.clone());
             (states, full)
         }
@@ -323,6 +326,7 @@ fn blocks(
             one_block(source, index, recipe, rotation, &mut states, full.as_deref_mut(), half_dtype)?;
         output.write_shard(&tensors)?;
         drop(tensors);
+        source.release();
         if index + 1 < of {
             output.keep(KEPT, |to| {
                 let all = states.iter().chain(full.iter().flatten());
