@@ -9,11 +9,13 @@ mod made;
 mod models;
 mod plot;
 mod products;
+mod synth;
 
 pub use blocks::{BlockRow, Shape};
 pub use models::ModelRow;
 pub use plot::roofline;
 pub use products::{Product, ProductRow};
+pub use synth::{ARCHS, Arch, synthesize};
 
 use std::path::PathBuf;
 use std::time::{Duration, Instant};

@@ -40,6 +40,8 @@ pub enum Command {
     Doctor(DoctorArgs),
     /// Quantize a model and compare it with the original, in one table
     Demo(DemoArgs),
+    /// Write a model of random weights in the shapes of a known one, to see what quantizing that would take
+    Synth(SynthArgs),
     /// Measure one model for the demo
     #[command(hide = true)]
     Measure(MeasureArgs),
@@ -93,9 +95,15 @@ pub struct QuantizeArgs {
     /// A built-in recipe (spectral[-tuned], specquant, svdquant, quarot, spinquant[-paper], flatquant[-paper], omniquant[-paper], awq, gptq, smooth-gptq, smoothquant, rtn) or a TOML file
     #[arg(short, long, value_name = "NAME|FILE", default_value = DEFAULT_RECIPE)]
     pub recipe: String,
-    /// Replace a SpecQuant checkpoint, or an empty directory, at DST
+    /// Replace a SpecQuant checkpoint, or an empty directory, at DST; without --resume, an unfinished one too
     #[arg(long)]
     pub overwrite: bool,
+    /// Continue an interrupted run to the same DST, whose finished blocks are in DST.partial
+    #[arg(long)]
+    pub resume: bool,
+    /// Run although the predicted peak memory exceeds what is available
+    #[arg(long)]
+    pub ignore_memory: bool,
     /// Print the plan and stop
     #[arg(long)]
     pub dry_run: bool,
@@ -397,6 +405,9 @@ pub struct CompareArgs {
     /// Continue an interrupted comparison in the same --output, or add models or documents to a finished one
     #[arg(long)]
     pub resume: bool,
+    /// Quantize although the predicted peak memory exceeds what is available
+    #[arg(long, requires = "recipes")]
+    pub ignore_memory: bool,
     /// Print comparison.json on stdout
     #[arg(long)]
     pub json: bool,
@@ -524,8 +535,27 @@ pub struct DemoArgs {
     /// A built-in recipe or a TOML file
     #[arg(short, long, value_name = "NAME|FILE", default_value = DEFAULT_RECIPE)]
     pub recipe: String,
+    /// Quantize although the predicted peak memory exceeds what is available
+    #[arg(long)]
+    pub ignore_memory: bool,
     #[command(flatten)]
     pub overrides: Overrides,
+}
+
+#[derive(ClapArgs)]
+pub struct SynthArgs {
+    /// llama2-7b, llama2-13b, llama2-70b, llama3-8b, tiny
+    #[arg(long, value_name = "ARCH")]
+    pub arch: String,
+    /// Decoder blocks; as many as the real one has by default
+    #[arg(long, value_name = "N")]
+    pub layers: Option<usize>,
+    /// Directory to write, in bf16; it must not exist
+    #[arg(short, long, value_name = "DIR")]
+    pub output: PathBuf,
+    /// Seed of the weights
+    #[arg(long, value_name = "N", default_value_t = 0)]
+    pub seed: u64,
 }
 
 #[derive(ClapArgs)]

@@ -19,10 +19,9 @@ pub fn run(args: BenchArgs) -> anyhow::Result<ExitCode> {
         "--seconds is {}; take 0.1 to 3600",
         args.seconds
     );
-    if let Some(dir) = &args.output {
-        // Before the work: a README.md of somebody else's is not to be overwritten.
-        claim_directory(dir, ".specquant-bench", "benchmark", true)?;
-    }
+    // Before the work: a README.md of somebody else's is not to be overwritten.
+    let claim = args.output.iter().map(|dir| claim_directory(dir, ".specquant-bench", "benchmark", true));
+    let _claim = claim.collect::<specquant_eval::Result<Vec<_>>>()?;
     let only = args.only.iter().map(|part| match part {
         PartArg::Products => Part::Products,
         PartArg::Blocks => Part::Blocks,

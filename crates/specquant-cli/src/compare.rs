@@ -14,6 +14,7 @@ use specquant_eval::{
 };
 use specquant_kernels::Isa;
 use specquant_model::{FORMAT_VERSION, Model, Source, read_text};
+use specquant_quantize as q;
 
 use crate::args::{CompareArgs, Overrides};
 use crate::eval::Prose;
@@ -109,8 +110,11 @@ fn quantize_all(args: &CompareArgs, source: &Source, source_sha256: &str) -> any
                 note!("quantizing by {} {}", recipe.name, recipe.scheme);
             }
             fs::create_dir_all(&dir).with_context(|| format!("cannot create {}", dir.display()))?;
-            quantize::quantize(source, recipe, &path, false, args.json)?;
+            // Before the checkpoint, which then is never there without it.
             write_whole(&record, |file| writeln!(file, "{identity:#}"))?;
+            let destination =
+                q::Destination { unfinished: q::Unfinished::Resume, ..q::Destination::new(&path) };
+            quantize::quantize(source, recipe, &destination, args.json)?;
         }
         paths.push(path);
     }
@@ -271,12 +275,13 @@ pub fn run(args: CompareArgs) -> anyhow::Result<ExitCode> {
     let text = args.text.text.as_ref().map(|_| eval::read(&args.text)).transpose()?;
     let first = Source::open(&args.models[0])?;
     for recipe in &args.recipes {
-        quantize::recipe(recipe, &args.overrides)?;
+        let recipe = quantize::recipe(recipe, &args.overrides)?;
+        quantize::check_resources(&first, &recipe, &args.output, args.ignore_memory)?;
     }
     for model in &args.models[1..] {
         Source::open(model)?;
     }
-    claim_directory(&args.output, MARK, "comparison", args.resume)?;
+    let _claim = claim_directory(&args.output, MARK, "comparison", args.resume)?;
     let mut paths = args.models.clone();
     paths.extend(quantize_all(&args, &first, &first.fingerprint()?)?);
     let mut entries: Vec<Entry> = Vec::new();

@@ -14,7 +14,7 @@ use specquant_model::{Levels, Model, Sampler, Sampling, Source, generate};
 use specquant_quantize as q;
 
 use crate::args::{DemoArgs, MeasureArgs};
-use crate::quantize::{quantize, recipe};
+use crate::quantize::{check_resources, quantize, recipe};
 use crate::system::{self, human};
 use crate::ui::{Progress, note, table};
 
@@ -107,7 +107,7 @@ pub fn run(args: DemoArgs) -> anyhow::Result<ExitCode> {
     let recipe = recipe(&args.recipe, &args.overrides)?;
     system::set_threads(recipe.threads)?;
     let source = Source::open(&args.model)?;
-    let plan = q::plan(&source, &recipe)?;
+    let plan = check_resources(&source, &recipe, &args.output, args.ignore_memory)?;
     let c = source.config();
     note!(
         "quantizing {} ({} blocks, {:.0} M weights in linear layers) to {} by recipe {}",
@@ -118,7 +118,15 @@ pub fn run(args: DemoArgs) -> anyhow::Result<ExitCode> {
         recipe.name
     );
     let quantizing = Instant::now();
-    let report = quantize(&source, &recipe, &args.output, true, false)?;
+    // A demo that was interrupted goes on, unless it was another.
+    let replacing = q::Destination::replacing(&args.output);
+    let resuming = q::Destination { unfinished: q::Unfinished::Resume, ..replacing.clone() };
+    let report = match quantize(&source, &recipe, &resuming, false) {
+        Err(e) if matches!(e.downcast_ref(), Some(q::Error::Differs { .. })) => {
+            quantize(&source, &recipe, &replacing, false)
+        }
+        result => result,
+    }?;
     let quantizing = quantizing.elapsed().as_secs_f64();
     let embedded = c.vocab_size * c.hidden_size * if c.tie_word_embeddings { 1 } else { 2 };
     let f16_bytes = 2 * (plan.weights + embedded) as u64;

@@ -1,6 +1,7 @@
 //! The `specquant` command: flags, progress and tables around the library crates.
 //!
-//! Exit codes: 0 success, 1 an integrity check failed, 2 bad input or a failed run, with one message on stderr.
+//! Exit codes: 0 success, 1 an integrity check failed, 2 bad input or a failed run, with one message on stderr; 130 after Ctrl-C and 143 after
+//! SIGTERM.
 
 mod args;
 mod bench;
@@ -11,8 +12,10 @@ mod doctor;
 mod eval;
 mod generate;
 mod inspect;
+mod interrupt;
 mod quantize;
 mod reproduce;
+mod synth;
 mod system;
 mod tasks;
 mod ui;
@@ -59,6 +62,11 @@ fn check_isa() -> anyhow::Result<()> {
 
 fn run(args: Args) -> anyhow::Result<ExitCode> {
     check_isa()?;
+    match &args.command {
+        Command::Quantize(_) | Command::Compare(_) | Command::Reproduce(_) => interrupt::explain(true),
+        Command::Demo(_) => interrupt::explain(false),
+        _ => {}
+    }
     match args.command {
         Command::Quantize(a) => quantize::run(*a),
         Command::Eval(a) => eval::run(a),
@@ -70,6 +78,7 @@ fn run(args: Args) -> anyhow::Result<ExitCode> {
         Command::Inspect(a) => inspect::run(a),
         Command::Doctor(a) => doctor::run(a),
         Command::Demo(a) => demo::run(a),
+        Command::Synth(a) => synth::run(a),
         Command::Measure(a) => demo::measure(a),
     }
 }

@@ -1,13 +1,14 @@
 //! `specquant quantize`.
 
 use std::io::Write;
+use std::path::Path;
 use std::process::ExitCode;
 use std::time::Instant;
 
 use serde_json::json;
-use specquant_model::{BranchBasis, Model, Source, Tokenizer};
+use specquant_model::{BranchBasis, Source, Tokenizer};
 use specquant_quantize as q;
-use specquant_quantize::{Embeddings, Event, Overhead, Plan, Recipe, Report, Rounding, Smooth};
+use specquant_quantize::{Embeddings, Event, LayerReport, Overhead, Plan, Recipe, Report, Rounding, Smooth};
 
 use crate::args::{EmbeddingsArg, OverheadArg, Overrides, QuantizeArgs, ScoreArg, Strength};
 use crate::system::{self, human};
@@ -177,38 +178,25 @@ fn describe(plan: &Plan, recipe: &Recipe) -> String {
     )
 }
 
-/// The calibration sequences: of the file, or written by the model.
-fn texts(
-    source: &Source,
-    tokenizer: &Tokenizer,
-    recipe: &Recipe,
-    quiet: bool,
-) -> anyhow::Result<Vec<Vec<u32>>> {
+/// The calibration sequences of the recipe's file; `None` where the model writes its own.
+fn texts(tokenizer: &Tokenizer, recipe: &Recipe, quiet: bool) -> anyhow::Result<Option<Vec<Vec<u32>>>> {
     let c = &recipe.text();
-    if let Some(file) = &c.file {
-        let texts = q::calibration::from_file(file, tokenizer, c, recipe.seed)?;
-        let got: usize = texts.iter().map(Vec::len).sum();
-        if got < c.samples * c.sequence_length && !quiet {
-            let again =
-                if recipe.learn.is_some() { ", several times over where more are learned from" } else { "" };
-            note!("note: {} holds only {got} tokens; calibrating on those{again}", file.display());
-        }
-        return Ok(texts);
+    let Some(file) = &c.file else { return Ok(None) };
+    let texts = q::calibration::from_file(file, tokenizer, c, recipe.seed)?;
+    let got: usize = texts.iter().map(Vec::len).sum();
+    if got < c.samples * c.sequence_length && !quiet {
+        let again =
+            if recipe.learn.is_some() { ", several times over where more are learned from" } else { "" };
+        note!("note: {} holds only {got} tokens; calibrating on those{again}", file.display());
     }
-    let model = Model::load_for_decoding(source)?;
-    let mut progress = Progress::new("writing text", (c.samples * c.sequence_length) as u64, quiet);
-    let texts = q::calibration::self_generated(model, tokenizer.first_id(), c, recipe.seed, &mut |done| {
-        progress.set(done as u64, "tokens")
-    })?;
-    Ok(texts)
+    Ok(Some(texts))
 }
 
-/// Plans and runs; what `quantize` and `demo` share.
+/// Runs; what `quantize`, `compare` and `demo` share.
 pub fn quantize(
     source: &Source,
     recipe: &Recipe,
-    output: &std::path::Path,
-    overwrite: bool,
+    destination: &q::Destination,
     quiet: bool,
 ) -> anyhow::Result<Report> {
     let tokenizer = source.tokenizer()?;
@@ -218,33 +206,150 @@ pub fn quantize(
         "{}: the tokenizer has {have} tokens but the model embeds {known}; take both from the same revision of the model",
         source.path().display()
     );
-    q::check_output(output, overwrite)?;
+    q::check_output(destination)?;
     let texts = match recipe.scheme.weight_bits {
-        16 => Vec::new(),
-        _ => texts(source, &tokenizer, recipe, quiet)?,
+        16 => None,
+        _ => texts(&tokenizer, recipe, quiet)?,
     };
-    let mut progress = Progress::new("block", source.config().num_layers as u64, quiet);
-    let mut learning: Option<Progress> = None;
-    let report = q::run(source, recipe, &texts, output, overwrite, &mut |event| {
-        let (index, layers) = match event {
-            Event::Block { index, layers, .. } => (index, layers),
+    let blocks = source.config().num_layers as u64;
+    let (mut bars, mut skipped) = ([const { None::<Progress> }; 3], (0, 0));
+    let report = q::run(source, recipe, texts.as_deref(), destination, &mut |event| {
+        let [writing, block, learning] = &mut bars;
+        match event {
+            Event::Resumed { blocks, steps } => skipped = (blocks as u64, steps as u64),
+            Event::Writing { done, of } => {
+                let writing = writing.get_or_insert_with(|| Progress::new("writing text", of as u64, quiet));
+                writing.set(done as u64, "tokens");
+            }
             Event::Learning { step, of, loss } => {
                 let learning = learning.get_or_insert_with(|| Progress::new("learning", of as u64, quiet));
-                return learning.set(step as u64 + 1, &format!("loss {loss:.4}"));
+                skip(learning, &mut skipped.1);
+                learning.set(step as u64 + 1, &format!("loss {loss:.4}"));
             }
-        };
-        let worst = layers.iter().max_by(|a, b| a.relative_error.total_cmp(&b.relative_error));
-        let mean = layers.iter().map(|l| l.relative_error).sum::<f64>() / layers.len().max(1) as f64;
-        let news = worst.map_or(String::new(), |w| {
-            let short = w.name.rsplit('.').next().unwrap_or(&w.name);
-            format!(
-                "{:.3} bits, error mean {mean:.4}, largest {:.4} ({short})",
-                w.bits_per_weight, w.relative_error
-            )
-        });
-        progress.step(index as u64 + 1, &news);
+            Event::Block { index, layers, .. } => {
+                *writing = None;
+                let block = block.get_or_insert_with(|| Progress::new("block", blocks, quiet));
+                skip(block, &mut skipped.0);
+                block.step(index as u64 + 1, &news(layers));
+            }
+        }
     })?;
     Ok(report)
+}
+
+/// Tells a bar, once, what an earlier run has done.
+fn skip(bar: &mut Progress, done: &mut u64) {
+    if *done > 0 {
+        bar.skip(std::mem::take(done));
+    }
+}
+
+/// A finished block in a line.
+fn news(layers: &[LayerReport]) -> String {
+    let worst = layers.iter().max_by(|a, b| a.relative_error.total_cmp(&b.relative_error));
+    let mean = layers.iter().map(|l| l.relative_error).sum::<f64>() / layers.len().max(1) as f64;
+    worst.map_or(String::new(), |w| {
+        let short = w.name.rsplit('.').next().unwrap_or(&w.name);
+        format!(
+            "{:.3} bits, error mean {mean:.4}, largest {:.4} ({short})",
+            w.bits_per_weight, w.relative_error
+        )
+    })
+}
+
+/// What a run can have; `None` where the system does not say, or it does not matter.
+struct Free {
+    memory: Option<u64>,
+    disk: Option<u64>,
+}
+
+impl Free {
+    fn holds(&self, plan: &Plan) -> bool {
+        let within = |free: Option<u64>, bytes| free.is_none_or(|free| bytes <= free);
+        within(self.memory, plan.peak_bytes) && within(self.disk, plan.disk_bytes)
+    }
+}
+
+/// The plan, if the memory and the disk space that it needs are there. ignore: whether memory does not matter.
+pub fn check_resources(
+    source: &Source,
+    recipe: &Recipe,
+    output: &Path,
+    ignore: bool,
+) -> anyhow::Result<Plan> {
+    let plan = q::plan(source, recipe)?;
+    // What an earlier run has written needs no more room.
+    let begun = q::Destination::new(output).partial().is_ok_and(|partial| partial.exists());
+    let free = Free {
+        memory: system::available_memory().filter(|_| !ignore),
+        disk: system::free_disk(output).filter(|_| !begun),
+    };
+    if free.holds(&plan) {
+        return Ok(plan);
+    }
+    let mut lines = Vec::new();
+    if let Some(memory) = free.memory.filter(|memory| *memory < plan.peak_bytes) {
+        let (needs, memory) = (human(plan.peak_bytes), human(memory));
+        lines.push(format!(
+            "{} would need {needs} of memory at its peak, and {memory} are available (--ignore-memory runs it all the same)",
+            recipe.name
+        ));
+    }
+    if let Some(disk) = free.disk.filter(|disk| *disk < plan.disk_bytes) {
+        let (needs, disk) = (human(plan.disk_bytes), human(disk));
+        lines.push(format!("{} would take {needs} of disk space, and {disk} are free", output.display()));
+    }
+    lines.push(match remedies(source, recipe, &free) {
+        found if found.is_empty() => "no single setting makes it fit: combine lower --samples and --sequence-length with a recipe that needs less, such as rtn".to_owned(),
+        found => format!("these would fit: {}", found.join("; or ")),
+    });
+    anyhow::bail!(lines.join("\n"))
+}
+
+/// Flags under which the run would fit, each by itself; if none does, those of the calibration together.
+fn remedies(source: &Source, recipe: &Recipe, free: &Free) -> Vec<String> {
+    let fits = |r: &Recipe| q::plan(source, r).is_ok_and(|plan| free.holds(&plan));
+    let with = |samples: usize, length: usize| {
+        let mut r = recipe.clone();
+        (r.calibration.samples, r.calibration.sequence_length) = (samples, length);
+        r
+    };
+    let q::Calibration { samples, sequence_length, .. } = recipe.calibration;
+    // Halves: that is precise enough, and round.
+    let halves = |n: usize, least: usize| {
+        std::iter::successors(Some(n / 2), |n| Some(n / 2)).take_while(move |n| *n >= least)
+    };
+    let mut found = Vec::new();
+    found.extend(
+        halves(samples, 1).find(|n| fits(&with(*n, sequence_length))).map(|n| format!("--samples {n}")),
+    );
+    let shorter = halves(sequence_length, 64).find(|n| fits(&with(samples, *n)));
+    found.extend(shorter.map(|n| format!("--sequence-length {n}")));
+    if found.is_empty() {
+        let both = halves(samples, 1).zip(halves(sequence_length, 64));
+        let both = both.into_iter().find(|(samples, length)| fits(&with(*samples, *length)));
+        found.extend(both.map(|(samples, length)| format!("--samples {samples} --sequence-length {length}")));
+    }
+    if recipe.calibration.file.is_none() {
+        let mut r = recipe.clone();
+        r.calibration.file = Some("text".into());
+        found.extend(
+            fits(&r).then(|| "--calibration FILE, so that the model writes no text of its own".to_owned()),
+        );
+    }
+    for name in ["spectral", "rtn"] {
+        let other = Recipe::load(name).map(|r| Recipe {
+            calibration: recipe.calibration.clone(),
+            scheme: recipe.scheme,
+            embeddings: recipe.embeddings,
+            ..r
+        });
+        if recipe.name != name && other.is_ok_and(|r| fits(&r)) {
+            found.push(format!("--recipe {name}"));
+            break;
+        }
+    }
+    found
 }
 
 pub fn run(args: QuantizeArgs) -> anyhow::Result<ExitCode> {
@@ -255,13 +360,14 @@ pub fn run(args: QuantizeArgs) -> anyhow::Result<ExitCode> {
     if !args.json {
         note!("{}", describe(&plan, &recipe));
     }
-    if let Some(free) = system::available_memory().filter(|free| *free < plan.peak_bytes) {
-        note!(
-            "warning: only {} of memory are free; lower --samples or --sequence-length if the run is killed",
-            human(free)
-        );
-    }
-    q::check_output(&args.output, args.overwrite)?;
+    check_resources(&source, &recipe, &args.output, args.ignore_memory)?;
+    let unfinished = match (args.resume, args.overwrite) {
+        (true, _) => q::Unfinished::Resume,
+        (false, true) => q::Unfinished::Discard,
+        (false, false) => q::Unfinished::Keep,
+    };
+    let destination = q::Destination { path: args.output.clone(), overwrite: args.overwrite, unfinished };
+    q::check_output(&destination)?;
     if args.dry_run {
         if args.json {
             writeln!(std::io::stdout(), "{:#}", json!({ "plan": plan, "recipe": recipe }))?;
@@ -269,7 +375,7 @@ pub fn run(args: QuantizeArgs) -> anyhow::Result<ExitCode> {
         return Ok(ExitCode::SUCCESS);
     }
     let started = Instant::now();
-    let report = quantize(&source, &recipe, &args.output, args.overwrite, args.json)?;
+    let report = quantize(&source, &recipe, &destination, args.json)?;
     let seconds = started.elapsed().as_secs_f64();
     if let [_, ..] = report.fallbacks[..] {
         let mut list = specquant_model::Problems::default();

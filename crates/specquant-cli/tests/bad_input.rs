@@ -502,3 +502,26 @@ fn models_that_are_not_there() {
     fs::remove_file(model.join("model.safetensors")).unwrap();
     refuse_quantize(&lab, &model, &[], &["llama-tied-bf16", "neither model.safetensors nor", "download"]);
 }
+
+/// A calibration that no machine has the memory for: refused with settings that would fit, before anything is written.
+#[test]
+fn too_little_memory() {
+    let lab = Lab::new();
+    let model = lab.model("llama-sharded");
+    let text = lab.file("text.txt", TEXT);
+    let (model, text) = (model.to_str().unwrap(), text.to_str().unwrap());
+    let out = lab.out("quantized");
+    let many = ["--samples", "4000000", "--sequence-length", "512", "--calibration", text];
+    let words = ["of memory at its peak", "are available", "these would fit: --samples ", "--ignore-memory"];
+    let quantize = ["quantize", "--json", "-r", "rtn", "-m", model, "-o", out.to_str().unwrap()];
+    let message = refuse(&lab, quantize.iter().chain(&many), &words);
+    // What it names fits: the same run with that many samples is planned without complaint.
+    let samples =
+        message.split("fit: --samples ").nth(1).unwrap().split([';', '\n']).next().unwrap().to_owned();
+    let fitting = ["--dry-run", "--samples", &samples, "--sequence-length", "512", "--calibration", text];
+    specquant().args(quantize.iter().chain(&fitting)).assert().success();
+    let demo = ["demo", "-r", "rtn", "-m", model, "-o", out.to_str().unwrap()];
+    refuse(&lab, demo.iter().chain(&many), &words);
+    let compare = ["compare", model, "--text", text, "--recipes", "rtn", "-o", out.to_str().unwrap()];
+    refuse(&lab, compare.iter().chain(&many), &words);
+}

@@ -1,7 +1,7 @@
 //! Results in lm-evaluation-harness' files: `results_*.json` and `samples_*.jsonl` (lm_eval/loggers/evaluation_tracker.py, 0.4.13), so that
 //! whatever reads those reads ours. What lm-eval has no place for is under the key `specquant`.
 
-use std::fs;
+use std::fs::{self, TryLockError};
 use std::io::{BufWriter, Write};
 use std::path::{Path, PathBuf};
 use std::time::{Duration, SystemTime, UNIX_EPOCH};
@@ -228,11 +228,12 @@ pub fn write_results(
     Ok(path)
 }
 
-/// Makes `dir` the directory of a report, or finds that it is one: the file `mark` tells. kind: of report, for messages.
+/// Makes `dir` the directory of a report, or finds that it is one: the file `mark` tells. kind: of report, for messages. No other run can claim it
+/// until the file that is returned is closed.
 ///
 /// # Errors
-/// [`Error::Setting`] when it is such a directory already and `resume` is false, or anything else that is not empty; [`Error::Io`].
-pub fn claim_directory(dir: &Path, mark: &str, kind: &str, resume: bool) -> Result<()> {
+/// [`Error::Setting`] when it is such a directory already and `resume` is false, or anything else that is not empty, or another run's; [`Error::Io`].
+pub fn claim_directory(dir: &Path, mark: &str, kind: &str, resume: bool) -> Result<fs::File> {
     let refuse = |why: String| Err(Error::Setting(format!("{} {why}", dir.display())));
     fs::create_dir_all(dir).map_err(Error::io(dir))?;
     let mark = dir.join(mark);
@@ -247,7 +248,12 @@ pub fn claim_directory(dir: &Path, mark: &str, kind: &str, resume: bool) -> Resu
             "is not empty and no {kind}'s; choose another -o, so that nothing of yours is overwritten"
         ));
     }
-    fs::write(&mark, "").map_err(Error::io(&mark))
+    let file = fs::File::create(&mark).map_err(Error::io(&mark))?;
+    // A file system without locks is no reason to refuse.
+    if let Err(TryLockError::WouldBlock) = file.try_lock() {
+        return refuse("is being written by another run; wait for it, or choose another -o".to_owned());
+    }
+    Ok(file)
 }
 
 /// Writes a file under a temporary name beside it, flushes it to the disk, and gives it its name. A symbolic link keeps pointing to it; what is

@@ -13,7 +13,7 @@ use rand_chacha::{ChaCha8Rng, rand_core::SeedableRng};
 use safetensors::{Dtype, SafeTensors, tensor::TensorView};
 use serde_json::{Value, json};
 use specquant_model::{ModelConfig, Source};
-use specquant_quantize::{Recipe, run};
+use specquant_quantize::{Destination, Recipe, run};
 
 use crate::files::{join, read, write};
 use crate::gguf_writer;
@@ -254,7 +254,7 @@ pub fn checkpoints() -> &'static [Vec<u8>] {
             let (file, out) = (dir.path().join("recipe.toml"), dir.path().join("out"));
             std::fs::write(&file, text).unwrap();
             let recipe = Recipe::load(&file.to_string_lossy()).unwrap_or_else(|e| panic!("{e}"));
-            run(&source, &recipe, &texts(), &out, true, &mut |_| ())
+            run(&source, &recipe, Some(&texts()), &Destination::replacing(&out), &mut |_| ())
                 .unwrap_or_else(|e| panic!("{text}: {e}"));
             all.push(read(&out).unwrap());
         }

@@ -147,7 +147,7 @@ fn recipe(dir: &Path, bytes: &[u8]) -> Outcome {
     if recipe.learn.is_some() {
         return Ok(());
     }
-    q::run(&source, &recipe, &seeds::texts(), &out, true, &mut |_| ())?;
+    q::run(&source, &recipe, Some(&seeds::texts()), &q::Destination::replacing(&out), &mut |_| ())?;
     let run = run_model(&out);
     std::fs::remove_dir_all(&out)?;
     run

@@ -9,7 +9,7 @@ use safetensors::{Dtype, SafeTensors, tensor::TensorView};
 use serde_json::{Value, json};
 use specquant_fuzz::{config, dense, texts, write};
 use specquant_model::{Model, Source};
-use specquant_quantize::{Recipe, Report, run};
+use specquant_quantize::{Destination, Recipe, Report, run};
 
 /// Of every kind of transform, branch and rounding.
 const RECIPES: [&str; 7] = ["rtn", "gptq", "smoothquant", "specquant", "svdquant", "quarot", "spectral"];
@@ -51,7 +51,7 @@ fn model(dir: &Path, config: &Value, mut edit: impl FnMut(&str, &[usize], &mut [
 
 fn quantize(source: &Path, recipe: &Recipe, texts: &[Vec<u32>], out: &Path) -> Result<Report, String> {
     let source = Source::open(source).map_err(|e| e.to_string())?;
-    run(&source, recipe, texts, out, true, &mut |_| ()).map_err(|e| e.to_string())
+    run(&source, recipe, Some(texts), &Destination::replacing(out), &mut |_| ()).map_err(|e| e.to_string())
 }
 
 /// Logits after each of the texts.

@@ -18,6 +18,17 @@ impl Adam {
         Adam { lr, steps: 0, mean: vec![0.0; len], square: vec![0.0; len] }
     }
 
+    /// First and second moments.
+    pub fn moments(&self) -> impl Iterator<Item = f64> {
+        self.mean.iter().chain(&self.square).copied()
+    }
+
+    /// As it was behind `steps` steps. moments: of [`Adam::moments`].
+    pub fn restore(&mut self, steps: usize, moments: &[f64]) {
+        self.steps = steps as i32;
+        self.mean.iter_mut().chain(&mut self.square).zip(moments).for_each(|(to, v)| *to = *v);
+    }
+
     /// One step at `rate` of the learning rate. params, gradient: of the length given to [`Adam::new`].
     pub fn step(&mut self, rate: f64, params: &mut [f32], gradient: &[f32]) {
         let (b1, b2) = Self::BETAS;

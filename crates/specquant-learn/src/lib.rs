@@ -17,4 +17,4 @@ pub use error::{Error, Result};
 pub use flatquant::{FlatBlock, FlatQuantConfig, flatquant};
 pub use omniquant::{BlockWeights, Learned, OmniQuantConfig, omniquant};
 pub use spinquant::{Rotations, SpinQuantConfig, Start, spinquant};
-pub use tune::{TuneConfig, Tuned, TunedBlock, tune};
+pub use tune::{TuneConfig, Tuned, TunedBlock, Tuning, tune};

@@ -21,7 +21,7 @@ use specquant_kernels::{KvFormat, PackedDense, exp_in_place, matmul_packed};
 use specquant_model::{Block, Embedding, Head, Linear, Model, ModelConfig, QuantizationConfig, Source};
 
 use crate::adam::Adam;
-use crate::error::{Error, Result, check_positive};
+use crate::error::{Error, Result, check_len, check_positive};
 use crate::ops::{RmsNorm, backward, forward};
 use block::{Layer, column_products, scaled};
 
@@ -145,9 +145,7 @@ impl Param {
 /// Tunes the checkpoint `student` on what `teacher` predicts; step i on `texts[i]`, from the first again after the last. `progress` is told step and loss.
 ///
 /// # Errors
-/// [`Error::Config`] for settings out of range; [`Error::NoText`] where every text is empty; [`Error::NotQuantized`] and [`Error::Untunable`] for a student that
-/// is no quantized model, or not one of codes, kept columns and norms alone; [`Error::Model`] when a model cannot be read; [`Error::NotFinite`] when the loss or what was learned
-/// overflows.
+/// As [`Tuning`]'s.
 pub fn tune(
     teacher: &Source,
     student: &Source,
@@ -155,30 +153,107 @@ pub fn tune(
     config: &TuneConfig,
     progress: &mut dyn FnMut(usize, f64),
 ) -> Result<Tuned> {
-    config.validate()?;
-    let texts: Vec<&[u32]> = texts.iter().map(Vec::as_slice).filter(|t| !t.is_empty()).collect();
-    let longest = texts.iter().map(|t| t.len()).max().ok_or(Error::NoText(1))?;
-    let mut net = Net::load(student, longest, config)?;
-    let mut teacher = Teacher::load(teacher)?;
-    let order: Vec<&[u32]> = texts.iter().cycle().take(config.steps).copied().collect();
-    let mut step = 0;
-    for texts in order.chunks((TEACHER_ROWS / longest).max(1)) {
-        for (tokens, want) in texts.iter().zip(teacher.read(texts)?) {
-            let loss = net.step(&teacher, tokens, &want, rate(step, config.steps))?;
+    let mut tuning = Tuning::new(teacher, student, texts, config)?;
+    while tuning.advance(progress)? {}
+    tuning.finish()
+}
+
+/// [`tune`] under way: it can be stopped, and continued from its state.
+pub struct Tuning<'a> {
+    teacher: Teacher,
+    net: Net,
+    /// The text of every step.
+    order: Vec<&'a [u32]>,
+    /// Steps whose texts the teacher reads at once.
+    batch: usize,
+    step: usize,
+}
+
+impl<'a> Tuning<'a> {
+    /// As [`tune`], before the first step.
+    ///
+    /// # Errors
+    /// [`Error::Config`] for settings out of range; [`Error::NoText`] where every text is empty; [`Error::NotQuantized`] and [`Error::Untunable`] for a student
+    /// that is no quantized model, or not one of codes, kept columns and norms alone; [`Error::Model`] when a model cannot be read.
+    pub fn new(
+        teacher: &Source,
+        student: &Source,
+        texts: &'a [Vec<u32>],
+        config: &TuneConfig,
+    ) -> Result<Self> {
+        config.validate()?;
+        let texts: Vec<&[u32]> = texts.iter().map(Vec::as_slice).filter(|t| !t.is_empty()).collect();
+        let longest = texts.iter().map(|t| t.len()).max().ok_or(Error::NoText(1))?;
+        let net = Net::load(student, longest, config)?;
+        let teacher = Teacher::load(teacher)?;
+        let order = texts.iter().cycle().take(config.steps).copied().collect();
+        Ok(Tuning { teacher, net, order, batch: (TEACHER_ROWS / longest).max(1), step: 0 })
+    }
+
+    /// Takes the next steps, and tells `progress` the number and the loss of each; `false` if none is left.
+    ///
+    /// # Errors
+    /// [`Error::Model`] when a model cannot be run; [`Error::NotFinite`] when the loss overflows.
+    pub fn advance(&mut self, progress: &mut dyn FnMut(usize, f64)) -> Result<bool> {
+        let steps = self.order.len();
+        let texts = &self.order[self.step..steps.min(self.step + self.batch)];
+        for (tokens, want) in texts.iter().zip(self.teacher.read(texts)?) {
+            let loss = self.net.step(&self.teacher, tokens, &want, rate(self.step, steps))?;
             if !loss.is_finite() {
-                return Err(Error::NotFinite { what: "the loss", value: loss, step });
+                return Err(Error::NotFinite { what: "the loss", value: loss, step: self.step });
             }
-            progress(step, loss);
-            step += 1;
+            progress(self.step, loss);
+            self.step += 1;
         }
+        Ok(self.step < steps)
     }
-    let params = net.layers.iter().flat_map(|layer| &layer.params).chain([&net.norm]);
-    if let Some(value) = params.flat_map(|param| &param.values).find(|v| !v.is_finite()) {
-        let value = f64::from(*value);
-        return Err(Error::NotFinite { what: "what was learned", value, step });
+
+    fn params(&self) -> impl Iterator<Item = &Param> {
+        self.net.layers.iter().flat_map(|layer| &layer.params).chain([&self.net.norm])
     }
-    let blocks = net.layers.into_iter().map(Layer::learned).collect();
-    Ok(Tuned { blocks, norm: net.norm.values })
+
+    /// All that the next steps depend on: of every parameter its values, and the two moments of Adam.
+    pub fn state(&self) -> Vec<f64> {
+        let mut state = Vec::new();
+        for param in self.params() {
+            state.extend(param.values.iter().map(|v| f64::from(*v)));
+            state.extend(param.optimizer.moments());
+        }
+        state
+    }
+
+    /// Goes on behind `step` steps, from the [`Tuning::state`] between two calls of [`Tuning::advance`].
+    ///
+    /// # Errors
+    /// [`Error::Shape`] for the state of another model.
+    pub fn restore(&mut self, step: usize, state: &[f64]) -> Result<()> {
+        let values: usize = self.params().map(|param| 3 * param.values.len()).sum();
+        check_len("the state of the tuning", state.len(), &[values])?;
+        self.step = step.min(self.order.len());
+        let mut rest = state;
+        let params = self.net.layers.iter_mut().flat_map(|layer| &mut layer.params);
+        for param in params.chain([&mut self.net.norm]) {
+            let (values, after) = rest.split_at(param.values.len());
+            let (moments, after) = after.split_at(2 * values.len());
+            param.values.iter_mut().zip(values).for_each(|(to, v)| *to = *v as f32);
+            param.optimizer.restore(step, moments);
+            rest = after;
+        }
+        Ok(())
+    }
+
+    /// What was learned.
+    ///
+    /// # Errors
+    /// [`Error::NotFinite`] when it overflows.
+    pub fn finish(self) -> Result<Tuned> {
+        if let Some(value) = self.params().flat_map(|param| &param.values).find(|v| !v.is_finite()) {
+            let value = f64::from(*value);
+            return Err(Error::NotFinite { what: "what was learned", value, step: self.step });
+        }
+        let blocks = self.net.layers.into_iter().map(Layer::learned).collect();
+        Ok(Tuned { blocks, norm: self.net.norm.values })
+    }
 }
 
 /// The model that is learned from.

@@ -2,7 +2,7 @@
 
 use std::sync::Arc;
 
-use serde::Serialize;
+use serde::{Deserialize, Serialize};
 use specquant_kernels::Basis;
 use specquant_kernels::matmul_nt;
 use specquant_model::{
@@ -19,7 +19,7 @@ use crate::transforms::{awq, smooth};
 use crate::{Result, SiteStats};
 
 /// What is reported of a layer.
-#[derive(Debug, Clone, PartialEq, Serialize)]
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 pub struct LayerReport {
     /// Full Hugging Face name.
     pub name: String,

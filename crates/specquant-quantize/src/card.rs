@@ -5,8 +5,8 @@ use std::fmt::Write;
 use specquant_model::Source;
 
 use crate::fallback::Fallback;
-use crate::pipeline::Report;
 use crate::recipe::Recipe;
+use crate::run::Report;
 
 /// README.md of the checkpoint.
 pub fn render(source: &Source, recipe: &Recipe, report: &Report) -> String {

@@ -30,6 +30,30 @@ pub enum Error {
         /// What is wrong, and the remedy.
         why: String,
     },
+    /// A run that cannot be continued, because it would become another.
+    #[error(
+        "{path} is of a run that differs in {fields}; give what it was begun with, or start anew with --overwrite"
+    )]
+    Differs {
+        /// The unfinished checkpoint.
+        path: PathBuf,
+        /// What differs.
+        fields: String,
+    },
+    /// A run that stopped and can be continued.
+    #[error(
+        "{cause}\n{partial} keeps what is finished, {blocks} of {of} blocks; when that is remedied, add --resume to continue"
+    )]
+    Unfinished {
+        /// Why it stopped.
+        cause: Box<Error>,
+        /// The unfinished checkpoint.
+        partial: PathBuf,
+        /// Finished blocks.
+        blocks: usize,
+        /// Blocks of the model.
+        of: usize,
+    },
     /// A value that is not finite appeared.
     #[error("{module}: {what} is not finite{}; the model's weights or the calibration text are broken there", .channel.map(|c| format!(" (channel {c})")).unwrap_or_default())]
     NotFinite {
@@ -67,6 +91,16 @@ impl Error {
             }
             Error::Branch { module, cause } => Error::Branch { module: full(module), cause },
             other => other,
+        }
+    }
+
+    /// Whether the same run may get further the next time: it was not the model, the recipe or the text that stopped it.
+    pub(crate) fn may_pass(&self) -> bool {
+        match self {
+            Error::Output { .. } | Error::Model(specquant_model::Error::Io { .. }) => true,
+            #[cfg(feature = "learn")]
+            Error::Learn(_) => true,
+            _ => false,
         }
     }
 }

@@ -1,12 +1,12 @@
 //! What a run did other than its recipe says, because the numbers left no choice.
 
-use serde::Serialize;
+use serde::{Deserialize, Serialize};
 
 use crate::block::LayerReport;
 use crate::recipe::{Recipe, Rounding};
 
 /// A fallback: listed in report.json, in the model card, and on the terminal at the end of a run.
-#[derive(Debug, Clone, PartialEq, Eq, Serialize)]
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Fallback {
     /// The layer's full Hugging Face name.
     pub layer: String,

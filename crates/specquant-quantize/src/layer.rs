@@ -3,7 +3,7 @@
 use std::borrow::Cow;
 use std::sync::Arc;
 
-use serde::Serialize;
+use serde::{Deserialize, Serialize};
 use specquant_kernels::Basis;
 use specquant_model::{Linear, Scheme, StoredLinear, Truncation, storable_scales};
 
@@ -51,7 +51,7 @@ pub enum Round<'a> {
 }
 
 /// What the rounding reports about a layer.
-#[derive(Debug, Clone, Default, PartialEq, Serialize)]
+#[derive(Debug, Clone, Default, PartialEq, Serialize, Deserialize)]
 pub struct RoundingReport {
     /// GPTQ's dampening, as a fraction of the Hessian's mean diagonal; absent for nearest rounding.
     #[serde(skip_serializing_if = "Option::is_none")]

@@ -50,23 +50,24 @@ pub struct Learned {
     pub act_clips: [Option<f32>; 4],
 }
 
+/// Some steps of tuning.
+pub(crate) struct Step<'a> {
+    /// The loss before each.
+    pub losses: &'a [f64],
+    /// All that the next steps depend on.
+    pub state: &'a dyn Fn() -> Vec<f64>,
+}
+
 const NOT_BUILT: &str =
     "this build cannot learn; build it with the feature learn (cargo build --release --features learn)";
 
 impl Learn {
     /// Calibration sequences that it can use.
-    #[cfg(feature = "learn")]
     pub(crate) fn sequences(&self) -> usize {
         match self {
-            Learn::Tune(config) => config.steps,
+            Learn::Tune(config) => steps(config),
             Learn::OmniQuant(_) | Learn::FlatQuant(_) | Learn::SpinQuant(_) => 0,
         }
-    }
-
-    /// Such recipes are refused.
-    #[cfg(not(feature = "learn"))]
-    pub(crate) fn sequences(&self) -> usize {
-        0
     }
 
     /// Whether the rest of the recipe leaves a place for what is learned.
@@ -143,13 +144,13 @@ mod run {
     use std::collections::HashMap;
 
     use specquant_kernels::Hadamard;
-    use specquant_learn::{BlockWeights, Start, flatquant, omniquant, spinquant};
+    use specquant_learn::{BlockWeights, Start, Tuning, flatquant, omniquant, spinquant};
     use specquant_model::{
         Block, ModelConfig, OnlineRotations, QuantizationConfig, RotationKind, Site, Source, StoredLinear,
         StoredTensor, storable_scales,
     };
 
-    use super::{FlatQuantConfig, Learned, OmniQuantConfig, SpinQuantConfig, TuneConfig};
+    use super::{FlatQuantConfig, Learned, OmniQuantConfig, SpinQuantConfig, Step, TuneConfig};
     use crate::Result;
     use crate::block::{apply_scales, round_kept};
     use crate::pipeline::observe;
@@ -157,8 +158,8 @@ mod run {
     use crate::transforms::flat;
     use crate::transforms::rotate::Orthogonal;
 
-    /// The learned rotations: of the residual stream, and of the heads of v of every layer. `progress` is told step, number of steps and
-    /// loss.
+    /// The learned rotations: of the residual stream, `[hidden, hidden]`, and of the heads of v of every layer, `[head_dim, head_dim]`.
+    /// `progress` is told step, number of steps and loss.
     pub fn rotations(
         source: &Source,
         recipe: &Recipe,
@@ -166,7 +167,7 @@ mod run {
         online: &OnlineRotations,
         texts: &[Vec<u32>],
         progress: &mut dyn FnMut(usize, usize, f64),
-    ) -> Result<(Orthogonal, Vec<Orthogonal>)> {
+    ) -> Result<(Vec<f32>, Vec<Vec<f32>>)> {
         let model = source.config();
         let (hidden, head_dim) = (model.hidden_size, model.head_dim);
         let scheme = &recipe.scheme;
@@ -191,8 +192,7 @@ mod run {
         };
         let mut tell = |step, loss| progress(step, config.steps, loss);
         let learned = spinquant(source, texts, &config, start, &mut tell)?;
-        let dense = |n, matrix| Orthogonal::Dense { n, matrix };
-        Ok((dense(hidden, learned.r1), learned.r2.into_iter().map(|r2| dense(head_dim, r2)).collect()))
+        Ok((learned.r1, learned.r2))
     }
 
     /// A block with owned dense weights, as learning takes it.
@@ -279,17 +279,31 @@ mod run {
         Ok(Learned { clips, inputs: inputs.map(Some), act_clips })
     }
 
-    /// Tunes the quantized `checkpoint` on what `source` predicts, and returns the tensors that have changed. `progress` is told step, number
-    /// of steps and loss.
+    /// Tunes the quantized `checkpoint` on what `source` predicts, and returns the tensors that have changed.
+    ///
+    /// begun: steps that have been taken, and what `save` was given behind them.
+    /// progress: told what happens; it may save the state, by which the tuning can be continued.
     pub fn tuned_tensors(
         source: &Source,
         checkpoint: &Source,
         config: &TuneConfig,
         texts: &[Vec<u32>],
-        progress: &mut dyn FnMut(usize, usize, f64),
+        begun: Option<(usize, Vec<f64>)>,
+        progress: &mut dyn FnMut(Step) -> Result<()>,
     ) -> Result<Vec<StoredTensor>> {
-        let mut tell = |step, loss| progress(step, config.steps, loss);
-        let tuned = specquant_learn::tune(source, checkpoint, texts, config, &mut tell)?;
+        let mut tuning = Tuning::new(source, checkpoint, texts, config)?;
+        if let Some((step, state)) = begun {
+            tuning.restore(step, &state)?;
+        }
+        loop {
+            let mut losses = Vec::new();
+            let more = tuning.advance(&mut |_, loss| losses.push(loss))?;
+            progress(Step { losses: &losses, state: &|| tuning.state() })?;
+            if !more {
+                break;
+            }
+        }
+        let tuned = tuning.finish()?;
         let model = checkpoint.config();
         let quantization = QuantizationConfig::from_config(checkpoint.config_json(), checkpoint.path())?;
         let scheme = quantization.map(|q| q.scheme).ok_or(specquant_learn::Error::NotQuantized)?;
@@ -320,9 +334,8 @@ mod run {
 mod run {
     use specquant_model::{Block, ModelConfig, OnlineRotations, Source, StoredTensor};
 
-    use super::{FlatQuantConfig, Learned, NOT_BUILT, OmniQuantConfig, SpinQuantConfig, TuneConfig};
+    use super::{FlatQuantConfig, Learned, NOT_BUILT, OmniQuantConfig, SpinQuantConfig, Step, TuneConfig};
     use crate::recipe::Recipe;
-    use crate::transforms::rotate::Orthogonal;
     use crate::{Error, Result};
 
     pub fn rotations(
@@ -332,7 +345,7 @@ mod run {
         _: &OnlineRotations,
         _: &[Vec<u32>],
         _: &mut dyn FnMut(usize, usize, f64),
-    ) -> Result<(Orthogonal, Vec<Orthogonal>)> {
+    ) -> Result<(Vec<f32>, Vec<Vec<f32>>)> {
         Err(Error::Recipe(NOT_BUILT.to_owned()))
     }
 
@@ -364,10 +377,23 @@ mod run {
         _: &Source,
         _: &TuneConfig,
         _: &[Vec<u32>],
-        _: &mut dyn FnMut(usize, usize, f64),
+        _: Option<(usize, Vec<f64>)>,
+        _: &mut dyn FnMut(Step) -> Result<()>,
     ) -> Result<Vec<StoredTensor>> {
         Err(Error::Recipe(NOT_BUILT.to_owned()))
     }
+}
+
+/// Steps of tuning.
+#[cfg(feature = "learn")]
+pub(crate) fn steps(config: &TuneConfig) -> usize {
+    config.steps
+}
+
+/// Such recipes are refused.
+#[cfg(not(feature = "learn"))]
+pub(crate) fn steps(_: &TuneConfig) -> usize {
+    0
 }
 
 pub(crate) use run::{rotations, scales_and_clips, transforms, tuned_tensors};

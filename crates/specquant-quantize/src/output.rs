@@ -1,96 +1,237 @@
 //! The directory being written: invisible under its final name until it is complete.
 
 use std::collections::{BTreeMap, BTreeSet};
-use std::fs::{self, File};
+use std::fs::{self, File, TryLockError};
 use std::io::Write;
 use std::path::{Path, PathBuf};
 
 use safetensors::SafeTensors;
 use safetensors::tensor::TensorView;
-use serde_json::json;
+use serde_json::{Map, Value, json};
 use specquant_model::StoredTensor;
 
+use crate::progress::{Named, Progress, STATE, differing, remove_others, sha256, unwritten};
 use crate::{Error, Result};
 
-/// Tells an unfinished checkpoint of ours from somebody's directory of that name.
-const MARK: &str = ".specquant-unfinished";
+/// Where a checkpoint goes, and what becomes of what lies there.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Destination {
+    /// A directory; while it is written, what is finished of it lies in `NAME.partial` beside it.
+    pub path: PathBuf,
+    /// Whether a checkpoint of ours there is replaced, at the very end.
+    pub overwrite: bool,
+    /// What becomes of an unfinished run to the same place.
+    pub unfinished: Unfinished,
+}
 
-/// A checkpoint in the making. Everything goes to `NAME.partial` beside the destination; [`Output::finish`] renames it. Dropped
-/// before that, it removes what it wrote.
-pub struct Output {
-    destination: PathBuf,
+/// What becomes of an unfinished run.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Unfinished {
+    /// It stays, and hinders this one.
+    Keep,
+    /// This one continues it.
+    Resume,
+    /// It is removed.
+    Discard,
+}
+
+impl Destination {
+    /// A directory that does not exist yet.
+    pub fn new(path: impl Into<PathBuf>) -> Self {
+        Destination { path: path.into(), overwrite: false, unfinished: Unfinished::Keep }
+    }
+
+    /// A directory in which everything of ours is replaced.
+    pub fn replacing(path: impl Into<PathBuf>) -> Self {
+        Destination { path: path.into(), overwrite: true, unfinished: Unfinished::Discard }
+    }
+
+    /// Where the checkpoint lies until it is finished.
+    ///
+    /// # Errors
+    /// [`Error::Output`] when the path does not end in a name.
+    pub fn partial(&self) -> Result<PathBuf> {
+        let name = self.path.file_name();
+        let mut name = name
+            .ok_or_else(|| self.refusal("is not the name of a directory; give -o DIRECTORY".to_owned()))?
+            .to_owned();
+        name.push(".partial");
+        Ok(self.path.with_file_name(name))
+    }
+
+    fn refusal(&self, why: String) -> Error {
+        Error::Output { path: self.path.clone(), why }
+    }
+}
+
+/// `NAME.partial`, locked against other runs. Dropped without a commit in it, it goes.
+struct Claim {
     partial: PathBuf,
-    overwrite: bool,
-    shards: usize,
-    written: usize,
-    index: BTreeMap<String, String>,
-    bytes: u64,
+    /// Of the directory itself, until it is closed, by the end of the process at the latest.
+    _lock: Option<File>,
     finished: bool,
 }
 
-impl Output {
-    /// Prepares `destination` for `shards` safetensors files.
-    ///
-    /// # Errors
-    /// [`Error::Output`] when the destination exists and `overwrite` is false, or nothing can be written there.
-    pub fn create(destination: &Path, overwrite: bool, shards: usize) -> Result<Self> {
-        let fail = |why: String| Error::Output { path: destination.to_owned(), why };
-        let name = destination
-            .file_name()
-            .ok_or_else(|| fail("is not the name of a directory; give -o DIRECTORY".to_owned()))?;
-        if destination.symlink_metadata().is_ok() {
-            if !overwrite {
-                return Err(fail(
-                    "exists already; choose another -o, or add --overwrite to replace it".to_owned(),
-                ));
+impl Claim {
+    /// Makes `NAME.partial` this run's, and checks that the checkpoint can go where it shall.
+    fn new(destination: &Destination) -> Result<Self> {
+        let fail = |why: String| destination.refusal(why);
+        let partial = destination.partial()?;
+        let empty = || fs::read_dir(&partial).is_ok_and(|mut entries| entries.next().is_none());
+        if partial.symlink_metadata().is_ok() && !partial.join(STATE).exists() && !empty() {
+            let it = partial.display();
+            return Err(fail(format!("needs {it} while it is written, and that exists; move it away")));
+        }
+        fs::create_dir_all(&partial)
+            .map_err(|e| fail(format!("cannot be created: {e}; choose a directory you can write to")))?;
+        // Systems that cannot lock a directory do without.
+        let lock = File::open(&partial).ok();
+        if let Some(Err(TryLockError::WouldBlock)) = lock.as_ref().map(File::try_lock) {
+            return Err(fail("another run is writing it; wait for that, or choose another -o".to_owned()));
+        }
+        let claim = Claim { partial, _lock: lock, finished: false };
+        // With the lock: a run that has just finished has its name by now.
+        if destination.path.symlink_metadata().is_ok() {
+            if !destination.overwrite {
+                let why = match destination.unfinished {
+                    Unfinished::Resume => "is complete; nothing is left to resume",
+                    _ => "exists already; choose another -o, or add --overwrite to replace it",
+                };
+                return Err(fail(why.to_owned()));
             }
-            if !is_ours(destination) {
+            if !is_ours(&destination.path) {
                 return Err(fail(
                     "is not a SpecQuant checkpoint, so --overwrite does not touch it; choose another -o"
                         .to_owned(),
                 ));
             }
         }
-        let mut partial_name = name.to_owned();
-        partial_name.push(".partial");
-        let partial = destination.with_file_name(partial_name);
-        let old = replaced_name(&partial);
-        if overwrite && old.symlink_metadata().is_ok() {
+        let old = replaced_name(&claim.partial);
+        // A run that was killed at the very end has moved it there itself.
+        let moved =
+            destination.unfinished == Unfinished::Resume && !destination.path.exists() && is_ours(&old);
+        if destination.overwrite && old.symlink_metadata().is_ok() && !moved {
             return Err(fail(format!(
                 "needs the name {} for a moment, and that exists; move it away",
                 old.display()
             )));
         }
-        if partial.symlink_metadata().is_ok() {
-            let stale = partial.join(MARK).exists()
-                || fs::read_dir(&partial).is_ok_and(|mut entries| entries.next().is_none());
-            if !stale {
-                let it = partial.display();
-                return Err(fail(format!("needs {it} while it is written, and that exists; move it away")));
-            }
-            // Left by a run that was killed; nothing in it is complete.
-            fs::remove_dir_all(&partial)
-                .map_err(|e| fail(format!("cannot remove the unfinished {}: {e}", partial.display())))?;
+        if destination.unfinished == Unfinished::Keep && Progress::exists(&claim.partial) {
+            return Err(fail(format!(
+                "was begun by a run that did not finish: continue that with --resume, or start anew with --overwrite ({} holds what it did)",
+                claim.partial.display()
+            )));
         }
-        fs::create_dir_all(&partial)
-            .and_then(|()| fs::write(partial.join(MARK), ""))
-            .map_err(|e| fail(format!("cannot be created: {e}; choose a directory you can write to")))?;
-        let destination = destination.to_owned();
-        Ok(Output {
-            destination,
-            partial,
-            overwrite,
-            shards,
-            written: 0,
-            index: BTreeMap::new(),
-            bytes: 0,
-            finished: false,
-        })
+        Ok(claim)
+    }
+}
+
+/// Empties an unfinished checkpoint; what tells that it is ours goes last.
+fn clear(partial: &Path) -> Result<()> {
+    remove_others(partial, &[STATE])?;
+    remove_others(partial, &[])
+}
+
+impl Drop for Claim {
+    fn drop(&mut self) {
+        if !self.finished && !Progress::exists(&self.partial) {
+            let _ = clear(&self.partial).map(|()| fs::remove_dir(&self.partial));
+        }
+    }
+}
+
+/// A checkpoint in the making. Everything goes to `NAME.partial` beside the destination; [`Output::finish`] renames it. What is on
+/// disk at a [`Output::commit`] stays until then, whatever happens, for a run that resumes.
+pub(crate) struct Output {
+    destination: Destination,
+    claim: Claim,
+    shards: usize,
+    /// As it will be committed.
+    pub progress: Progress,
+    index: BTreeMap<String, String>,
+    bytes: u64,
+}
+
+impl Output {
+    /// Prepares `destination` for `shards` safetensors files of a run that `identity` describes, or finds them in part.
+    ///
+    /// # Errors
+    /// [`Error::Output`] when the destination is taken or nothing can be written there; [`Error::Differs`] when an unfinished run
+    /// that is to be continued is another.
+    pub fn open(destination: &Destination, identity: Map<String, Value>, shards: usize) -> Result<Self> {
+        let claim = Claim::new(destination)?;
+        let partial = &claim.partial;
+        let found = match destination.unfinished {
+            Unfinished::Resume => Progress::read(partial)?,
+            Unfinished::Keep | Unfinished::Discard => None,
+        };
+        let progress = match found {
+            None => {
+                clear(partial)?;
+                fs::create_dir(partial.join(STATE)).map_err(|e| unwritten(partial.join(STATE), e))?;
+                Progress { identity, ..Progress::default() }
+            }
+            Some(found) => {
+                let fields = differing(&found.identity, &identity);
+                if !fields.is_empty() {
+                    let fields = fields.join(", ");
+                    return Err(Error::Differs { path: partial.clone(), fields });
+                }
+                // The shard that was being written, and what the end writes in any case.
+                let named = found.shards.iter().map(|s| s.file.as_str()).chain([STATE]);
+                remove_others(partial, &named.collect::<Vec<_>>())?;
+                found
+            }
+        };
+        let (destination, index) = (destination.clone(), BTreeMap::new());
+        let mut output = Output { destination, claim, shards, progress, index, bytes: 0 };
+        for shard in output.progress.shards.clone() {
+            let bytes = shard.read(&output.claim.partial)?;
+            let tensors = SafeTensors::deserialize(&bytes).map_err(|e| output.fail(&shard.file, e))?;
+            for (name, view) in tensors.iter() {
+                output.index.insert(name.to_owned(), shard.file.clone());
+                output.bytes += view.data().len() as u64;
+            }
+        }
+        Ok(output)
     }
 
     /// Where the checkpoint lies until it is finished.
     pub fn path(&self) -> &Path {
-        &self.partial
+        &self.claim.partial
+    }
+
+    /// From now on a later run continues from here.
+    ///
+    /// # Errors
+    /// [`Error::Output`] when the disk refuses.
+    pub fn commit(&self) -> Result<()> {
+        self.progress.commit(&self.claim.partial)
+    }
+
+    /// Writes a file that a later run needs; see [`Progress::keep`].
+    ///
+    /// # Errors
+    /// [`Error::Output`] when the disk refuses.
+    pub fn keep(
+        &mut self,
+        what: &str,
+        write: impl FnOnce(&mut dyn Write) -> std::io::Result<()>,
+    ) -> Result<()> {
+        self.progress.keep(&self.claim.partial, what, write)
+    }
+
+    /// Reads such a file, if an earlier run has written it.
+    ///
+    /// # Errors
+    /// [`Error::Output`] when it is damaged.
+    pub fn kept(&self, what: &str) -> Result<Option<Vec<u8>>> {
+        self.progress.kept(&self.claim.partial, what)
+    }
+
+    /// Removes everything: no later run could get any further.
+    pub fn discard(self) {
+        let _ = clear(&self.claim.partial);
     }
 
     /// Writes the next shard.
@@ -98,12 +239,23 @@ impl Output {
     /// # Errors
     /// [`Error::Output`] when the disk refuses.
     pub fn write_shard(&mut self, tensors: &[StoredTensor]) -> Result<()> {
-        self.written += 1;
-        let file = format!("model-{:05}-of-{:05}.safetensors", self.written, self.shards);
-        self.write_tensors(&file, tensors)
+        let number = self.progress.shards.len() + 1;
+        let file = format!("model-{number:05}-of-{:05}.safetensors", self.shards);
+        let bytes = self.serialized(&file, tensors)?;
+        self.progress.shards.push(Named { file: file.clone(), sha256: vec![sha256(&bytes)] });
+        self.write(&file, &bytes)?;
+        self.add(&file, tensors);
+        Ok(())
     }
 
-    /// Replaces tensors that have been written, a shard at a time.
+    fn add(&mut self, file: &str, tensors: &[StoredTensor]) {
+        for tensor in tensors {
+            self.index.insert(tensor.name.clone(), file.to_owned());
+            self.bytes += tensor.bytes.len() as u64;
+        }
+    }
+
+    /// Replaces tensors that have been written, a shard at a time. It may be done again after it was interrupted.
     ///
     /// # Errors
     /// [`Error::Output`] when the disk refuses.
@@ -112,58 +264,52 @@ impl Output {
             tensors.into_iter().map(|t| (t.name.clone(), t)).collect();
         let files =
             new.keys().map(|name| self.index.get(name).cloned().ok_or_else(|| self.fail(name, "it is new")));
-        for file in files.collect::<Result<BTreeSet<String>>>()? {
-            let unread = |e: &dyn std::fmt::Display| Error::Output {
-                path: self.partial.join(&file),
-                why: format!("cannot be read again: {e}"),
-            };
-            let bytes = fs::read(self.partial.join(&file)).map_err(|e| unread(&e))?;
-            let old = SafeTensors::deserialize(&bytes).map_err(|e| unread(&e))?;
-            let tensors = old.iter().map(|(name, view)| {
-                new.remove(name).unwrap_or_else(|| StoredTensor {
-                    name: name.to_owned(),
-                    dtype: view.dtype(),
-                    shape: view.shape().to_vec(),
-                    bytes: view.data().to_vec(),
-                })
-            });
-            let mut tensors: Vec<StoredTensor> = tensors.collect();
-            tensors.sort_by(|a, b| a.name.cmp(&b.name));
-            self.bytes -= old.iter().map(|(_, view)| view.data().len() as u64).sum::<u64>();
-            self.write_tensors(&file, &tensors)?;
+        let files = files.collect::<Result<BTreeSet<String>>>()?;
+        for i in 0..self.progress.shards.len() {
+            let Named { file, .. } = self.progress.shards[i].clone();
+            if !files.contains(&file) {
+                continue;
+            }
+            let bytes = self.progress.shards[i].read(&self.claim.partial)?;
+            let mut tensors = self::tensors(&bytes).map_err(|e| self.fail(&file, e))?;
+            for tensor in &mut tensors {
+                self.bytes -= tensor.bytes.len() as u64;
+                if let Some(new) = new.remove(&tensor.name) {
+                    *tensor = new;
+                }
+            }
+            let (before, bytes) = (sha256(&bytes), self.serialized(&file, &tensors)?);
+            // One of the two will be found by a run that continues.
+            self.progress.shards[i].sha256 = vec![before, sha256(&bytes)];
+            self.commit()?;
+            self.write(&file, &bytes)?;
+            self.add(&file, &tensors);
         }
         Ok(())
     }
 
-    fn write_tensors(&mut self, file: &str, tensors: &[StoredTensor]) -> Result<()> {
+    /// The bytes of a safetensors file.
+    pub fn serialized(&self, file: &str, tensors: &[StoredTensor]) -> Result<Vec<u8>> {
         let views = tensors.iter().map(|t| {
             let view = TensorView::new(t.dtype, t.shape.clone(), &t.bytes);
             view.map(|v| (t.name.as_str(), v)).map_err(|e| self.fail(file, e))
         });
         let views = views.collect::<Result<Vec<_>>>()?;
-        let path = self.partial.join(file);
         let metadata = Some([("format".to_owned(), "pt".to_owned())].into());
-        safetensors::serialize_to_file(views, metadata, &path).map_err(|e| self.fail(file, e))?;
-        // safetensors writes through a private temporary file; the shard gets the permissions of any other file here.
-        let permissions = fs::metadata(self.partial.join(MARK)).map(|m| m.permissions());
-        permissions.and_then(|p| fs::set_permissions(&path, p)).map_err(|e| self.fail(file, e))?;
-        File::open(&path).and_then(|f| f.sync_all()).map_err(|e| self.fail(file, e))?;
-        for tensor in tensors {
-            self.index.insert(tensor.name.clone(), file.to_owned());
-            self.bytes += tensor.bytes.len() as u64;
-        }
-        Ok(())
+        safetensors::serialize(views, metadata).map_err(|e| self.fail(file, e))
     }
 
-    /// Writes a whole file and flushes it to the disk.
+    /// Writes a whole file and flushes it to the disk; until it is there, an older one stays.
     ///
     /// # Errors
     /// [`Error::Output`] when the disk refuses.
     pub fn write(&self, name: &str, bytes: &[u8]) -> Result<()> {
+        let (path, new) = (self.claim.partial.join(name), self.claim.partial.join(STATE).join("file.new"));
         let write = || -> std::io::Result<()> {
-            let mut file = File::create(self.partial.join(name))?;
+            let mut file = File::create(&new)?;
             file.write_all(bytes)?;
-            file.sync_all()
+            file.sync_all()?;
+            fs::rename(&new, &path)
         };
         write().map_err(|e| self.fail(name, e))
     }
@@ -174,7 +320,7 @@ impl Output {
     }
 
     fn fail(&self, name: &str, why: impl std::fmt::Display) -> Error {
-        Error::Output { path: self.partial.join(name), why: format!("cannot be written: {why}") }
+        unwritten(self.claim.partial.join(name), why)
     }
 
     /// Writes the index of what has been written, with which [`Output::path`] can be read as a checkpoint.
@@ -191,41 +337,36 @@ impl Output {
     /// # Errors
     /// [`Error::Output`] when the disk refuses; then the old destination, if any, is still there.
     pub fn finish(mut self) -> Result<()> {
-        debug_assert_eq!(self.written, self.shards);
+        debug_assert_eq!(self.progress.shards.len(), self.shards);
         self.write_index()?;
-        let sums = specquant_model::checksums(&self.partial)?;
+        let sums = specquant_model::checksums(&self.claim.partial)?;
         self.write(specquant_model::CHECKSUMS, sums.as_bytes())?;
-        let moved = |e: std::io::Error| Error::Output {
-            path: self.destination.clone(),
-            why: format!("cannot be moved into place: {e}"),
+        let (partial, destination) = (self.claim.partial.clone(), self.destination.path.clone());
+        let moved = |e: std::io::Error| {
+            let why =
+                format!("cannot be moved into place: {e}; the finished checkpoint is {}", partial.display());
+            Error::Output { path: destination.clone(), why }
         };
-        // What is in the directory lasts before the mark goes; not every system can do that with directories.
-        let _ = File::open(&self.partial).and_then(|d| d.sync_all());
-        fs::remove_file(self.partial.join(MARK)).map_err(moved)?;
-        let _ = File::open(&self.partial).and_then(|d| d.sync_all());
-        let old = replaced_name(&self.partial);
-        let replaces = self.overwrite && self.destination.exists();
+        // What is in the directory lasts before it gets its name; not every system can do that with directories.
+        let _ = File::open(&partial).and_then(|d| d.sync_all());
+        let old = replaced_name(&partial);
+        let replaces = self.destination.overwrite && destination.exists();
         if replaces {
-            fs::rename(&self.destination, &old).map_err(moved)?;
+            fs::rename(&destination, &old).map_err(moved)?;
         }
-        if let Err(e) = fs::rename(&self.partial, &self.destination) {
+        if let Err(e) = fs::rename(&partial, &destination) {
             if replaces {
-                let _ = fs::rename(&old, &self.destination);
+                let _ = fs::rename(&old, &destination);
             }
-            // Everything is written; only the name is missing.
-            self.finished = true;
-            let why = format!(
-                "cannot be moved into place: {e}; the finished checkpoint is {}",
-                self.partial.display()
-            );
-            return Err(Error::Output { path: self.destination.clone(), why });
+            return Err(moved(e));
         }
-        self.finished = true;
-        if replaces {
+        self.claim.finished = true;
+        let _ = fs::remove_dir_all(destination.join(STATE));
+        if self.destination.overwrite {
             let _ = if old.is_dir() { fs::remove_dir_all(&old) } else { fs::remove_file(&old) };
         }
         // The rename itself lasts once the directory that holds it is on disk; not every file system can do that.
-        if let Some(parent) = self.destination.parent() {
+        if let Some(parent) = destination.parent() {
             let parent = if parent.as_os_str().is_empty() { Path::new(".") } else { parent };
             let _ = File::open(parent).and_then(|d| d.sync_all());
         }
@@ -233,12 +374,40 @@ impl Output {
     }
 }
 
+/// The tensors of a safetensors file, by name.
+pub(crate) fn tensors(bytes: &[u8]) -> std::result::Result<Vec<StoredTensor>, String> {
+    let file = SafeTensors::deserialize(bytes).map_err(|e| e.to_string())?;
+    let tensors = file.iter().map(|(name, view)| StoredTensor {
+        name: name.to_owned(),
+        dtype: view.dtype(),
+        shape: view.shape().to_vec(),
+        bytes: view.data().to_vec(),
+    });
+    let mut tensors: Vec<StoredTensor> = tensors.collect();
+    tensors.sort_by(|a, b| a.name.cmp(&b.name));
+    Ok(tensors)
+}
+
+/// Whether this very run was killed after its checkpoint had got its name; then what is left to be done is done.
+pub(crate) fn finished(destination: &Destination, identity: &Map<String, Value>) -> Result<bool> {
+    let path = &destination.path;
+    let found = match destination.unfinished {
+        Unfinished::Resume if path.join(STATE).is_dir() => Progress::read(path)?,
+        _ => None,
+    };
+    let finished = found.is_some_and(|found| found.identity == *identity);
+    if finished {
+        let _ = fs::remove_dir_all(path.join(STATE));
+    }
+    Ok(finished)
+}
+
 /// Finds out before the long part whether `destination` can be written.
 ///
 /// # Errors
-/// As [`run`](crate::run) would report it at the end.
-pub fn check_output(destination: &Path, overwrite: bool) -> Result<()> {
-    Output::create(destination, overwrite, 0).map(drop)
+/// As [`run`](crate::run) would report it.
+pub fn check_output(destination: &Destination) -> Result<()> {
+    Claim::new(destination).map(drop)
 }
 
 /// Where a replaced checkpoint waits until the new one has its name.
@@ -255,24 +424,23 @@ fn is_ours(path: &Path) -> bool {
     empty || config().is_some_and(|c| c["quantization_config"]["quant_method"] == "specquant")
 }
 
-impl Drop for Output {
-    fn drop(&mut self) {
-        if !self.finished {
-            let _ = fs::remove_dir_all(&self.partial);
-        }
-    }
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;
 
+    fn open(destination: &Destination, shards: usize) -> Result<Output> {
+        Output::open(destination, Map::new(), shards)
+    }
+
+    fn one(name: &str, values: &[f32]) -> [StoredTensor; 1] {
+        [StoredTensor::f32(name.into(), vec![values.len()], values)]
+    }
+
     #[test]
-    fn nothing_is_left_of_an_unfinished_output() {
+    fn nothing_is_left_of_an_output_without_a_commit() {
         let dir = tempfile::tempdir().unwrap();
-        let dst = dir.path().join("out");
-        let mut output = Output::create(&dst, false, 1).unwrap();
-        output.write_shard(&[StoredTensor::f32("a".into(), vec![1], &[1.0])]).unwrap();
+        let mut output = open(&Destination::new(dir.path().join("out")), 1).unwrap();
+        output.write_shard(&one("a", &[1.0])).unwrap();
         drop(output);
         assert_eq!(fs::read_dir(dir.path()).unwrap().count(), 0);
     }
@@ -283,13 +451,14 @@ mod tests {
         let dst = dir.path().join("out");
         fs::create_dir(&dst).unwrap();
         fs::write(dst.join("precious"), "x").unwrap();
-        let error = Output::create(&dst, false, 0).err().unwrap().to_string();
+        let error = open(&Destination::new(&dst), 0).err().unwrap().to_string();
         assert!(error.contains("--overwrite"), "{error}");
-        let error = Output::create(&dst, true, 0).err().unwrap().to_string();
+        let replacing = Destination::replacing(&dst);
+        let error = open(&replacing, 0).err().unwrap().to_string();
         assert!(error.contains("not a SpecQuant checkpoint") && dst.join("precious").exists(), "{error}");
         fs::write(dst.join("config.json"), r#"{"quantization_config": {"quant_method": "specquant"}}"#)
             .unwrap();
-        Output::create(&dst, true, 0).unwrap().finish().unwrap();
+        open(&replacing, 0).unwrap().finish().unwrap();
         assert!(!dst.join("precious").exists() && dst.join("model.safetensors.index.json").exists());
         assert_eq!(fs::read_dir(dir.path()).unwrap().count(), 1);
     }
@@ -298,16 +467,57 @@ mod tests {
     fn shards_read_back_through_the_index() {
         let dir = tempfile::tempdir().unwrap();
         let dst = dir.path().join("out");
-        let mut output = Output::create(&dst, false, 2).unwrap();
-        output.write_shard(&[StoredTensor::f32("a".into(), vec![2], &[1.0, 2.0])]).unwrap();
-        output.write_shard(&[StoredTensor::f32("b".into(), vec![1], &[3.0])]).unwrap();
+        let mut output = open(&Destination::new(&dst), 2).unwrap();
+        output.write_shard(&one("a", &[1.0, 2.0])).unwrap();
+        output.write_shard(&one("b", &[3.0])).unwrap();
         assert_eq!(output.bytes(), 12);
         output.finish().unwrap();
         let index: serde_json::Value =
             serde_json::from_slice(&fs::read(dst.join("model.safetensors.index.json")).unwrap()).unwrap();
         assert_eq!(index["weight_map"]["b"], "model-00002-of-00002.safetensors");
         let bytes = fs::read(dst.join("model-00001-of-00002.safetensors")).unwrap();
-        let tensors = safetensors::SafeTensors::deserialize(&bytes).unwrap();
+        let tensors = SafeTensors::deserialize(&bytes).unwrap();
         assert_eq!(tensors.tensor("a").unwrap().data(), [0, 0, 128, 63, 0, 0, 0, 64]);
+    }
+
+    #[test]
+    fn a_later_run_finds_what_was_committed() {
+        let dir = tempfile::tempdir().unwrap();
+        let fresh = Destination::new(dir.path().join("out"));
+        let resumed = Destination { unfinished: Unfinished::Resume, ..fresh.clone() };
+        let error = |destination: &Destination| open(destination, 2).err().unwrap().to_string();
+        // There is nothing to resume: it begins.
+        let mut output = open(&resumed, 2).unwrap();
+        output.write_shard(&one("a", &[1.0, 2.0])).unwrap();
+        output.commit().unwrap();
+        output.write_shard(&one("b", &[3.0])).unwrap();
+        for destination in [&fresh, &resumed, &Destination::replacing(&fresh.path)] {
+            assert!(error(destination).contains("another run"), "{}", error(destination));
+        }
+        drop(output);
+        assert!(error(&fresh).contains("--resume"), "{}", error(&fresh));
+
+        let other = Map::from_iter([("model_sha256".to_owned(), json!("x"))]);
+        let differs = Output::open(&resumed, other, 2).err().unwrap().to_string();
+        assert!(differs.contains("model_sha256"), "{differs}");
+
+        // The second shard was written and never committed; of the first, a tensor is being replaced.
+        let mut output = open(&resumed, 2).unwrap();
+        assert_eq!((output.progress.shards.len(), output.bytes()), (1, 8));
+        output.write_shard(&one("b", &[4.0])).unwrap();
+        output.commit().unwrap();
+        output.replace(one("a", &[5.0, 6.0]).into()).unwrap();
+        drop(output);
+        let shard = dir.path().join("out.partial/model-00001-of-00002.safetensors");
+        let intact = fs::read(&shard).unwrap();
+        fs::write(&shard, [&intact[..intact.len() - 1], &[9]].concat()).unwrap();
+        assert!(error(&resumed).contains("has changed"), "{}", error(&resumed));
+        fs::write(&shard, intact).unwrap();
+        let output = open(&resumed, 2).unwrap();
+        assert_eq!((output.progress.shards.len(), output.bytes()), (2, 12));
+        output.finish().unwrap();
+        assert_eq!(fs::read_dir(dir.path()).unwrap().count(), 1);
+        assert_eq!(fs::read_dir(&fresh.path).unwrap().count(), 3);
+        assert!(error(&resumed).contains("nothing is left to resume"), "{}", error(&resumed));
     }
 }

@@ -1,223 +1,39 @@
-//! The run: plan, calibrate, and one block after another from the source to the disk.
-//!
-//! Block n is calibrated on the outputs of the quantized blocks before it. Only one block's weights are in memory at a time,
-//! widened to f32; a finished block is a finished shard.
+//! One block from the source to tensors to be stored: rotated, calibrated on the outputs of the quantized blocks before it, quantized.
 
-use std::path::Path;
-
-use serde::Serialize;
-use serde_json::json;
 use specquant_kernels::{KvCache, KvFormat, KvSide};
 use specquant_model::{
-    Block, FORMAT_VERSION, InputRotation, KvCenter, Linear, ModelConfig, OnlineRotations, QuantizationConfig,
-    RopeTable, Site, Source, Span, StoredTensor, act_clip_tensor, basis_tensors, key_transform_tensor,
-    transform_tensors,
+    Block, KvCenter, Linear, ModelConfig, OnlineRotations, RopeTable, Site, Source, Span, StoredTensor,
+    act_clip_tensor, basis_tensors, key_transform_tensor, transform_tensors,
 };
 
 use crate::block::{LayerReport, quantize_block};
-use crate::fallback::{Fallback, fallbacks};
 use crate::learn::{self, Learn, Learned};
 use crate::output::Output;
+use crate::progress::{read_numbers, write_numbers};
 use crate::recipe::Recipe;
+use crate::run::Event;
 use crate::transforms::rotate::{self, Orthogonal};
-use crate::vocabulary::{HalfType, round_row, vocabulary_tensors};
-use crate::{Error, Result, SiteStats, card, plan};
+use crate::vocabulary::HalfType;
+use crate::{Result, SiteStats};
 
 /// Rows that run through a block together.
 pub(crate) const BATCH_ROWS: usize = 2048;
 
-/// Progress of a run.
-pub enum Event<'a> {
-    /// A step of learning over the whole model is done.
-    Learning {
-        /// Its number, from 0.
-        step: usize,
-        /// Number of steps.
-        of: usize,
-        /// What is minimized.
-        loss: f64,
-    },
-    /// A block is done.
-    Block {
-        /// Its number, from 0.
-        index: usize,
-        /// Number of blocks.
-        of: usize,
-        /// Its layers.
-        layers: &'a [LayerReport],
-    },
-}
-
-/// What a run did; written as report.json. It holds nothing that differs between equal runs, such as times or paths.
-#[derive(Debug, Clone, PartialEq, Serialize)]
-pub struct Report {
-    /// Version of the program.
-    pub specquant_version: String,
-    /// Bits and granularity.
-    pub scheme: String,
-    /// Calibration tokens used.
-    pub calibration_tokens: usize,
-    /// Stored bits per weight over all linear layers of the blocks: codes, scales, kept directions, branches.
-    pub bits_per_weight: f64,
-    /// Bytes of all tensors.
-    pub tensor_bytes: u64,
-    /// KL divergence from the full model before every step of the tuning, in nats a token, on one sequence each; absent without tuning.
-    #[serde(skip_serializing_if = "Vec::is_empty")]
-    pub tuning_losses: Vec<f64>,
-    /// What was done other than the recipe says.
-    pub fallbacks: Vec<Fallback>,
-    /// Every layer, in the order of the model.
-    pub layers: Vec<LayerReport>,
-}
-
-/// Quantizes the model of `source` into the directory `destination`.
-///
-/// texts: calibration sequences of token ids, see [`crate::calibration`].
-///
-/// # Errors
-/// Everything that [`Error`] lists; then nothing is left at the destination.
-pub fn run(
-    source: &Source,
-    recipe: &Recipe,
-    texts: &[Vec<u32>],
-    destination: &Path,
-    overwrite: bool,
-    progress: &mut dyn FnMut(Event),
-) -> Result<Report> {
-    plan(source, recipe)?;
-    if recipe.scheme.weight_bits < 16 && texts.iter().all(Vec::is_empty) {
-        return Err(Error::Recipe(
-            "calibration: no tokens were given; give at least one sequence".to_owned(),
-        ));
-    }
-    let config = source.config();
-    let mut output = Output::create(destination, overwrite, config.num_layers + 1)?;
-    let half_dtype = HalfType::of(source.tensor("model.embed_tokens.weight")?.dtype);
-
-    let rotation = Rotation::new(source, recipe, texts, progress)?;
-    let residual = rotation.as_ref().and_then(|r| r.residual.as_ref());
-    let mut norm = source.tensor("model.norm.weight")?.to_f32()?;
-    let vocabulary = |from: &str, name: &str, change: &dyn Fn(&mut [f32])| {
-        vocabulary_tensors(source, from, name, recipe.embeddings, half_dtype, change)
-    };
-    let mut ends = vocabulary("model.embed_tokens", "model.embed_tokens", &|x| {
-        residual.iter().for_each(|r| r.rotate_rows(x));
-    })?;
-    // A rotated head has the final norm folded in, so it is no longer the embedding.
-    let tied = config.tie_word_embeddings && residual.is_none();
-    if !tied {
-        let from = if config.tie_word_embeddings { "model.embed_tokens" } else { "lm_head" };
-        ends.extend(vocabulary(from, "lm_head", &|x| {
-            if let Some(residual) = residual {
-                rotate::fold_norm(x, &norm);
-                residual.rotate_rows(x);
-            }
-        })?);
-    }
-    if residual.is_some() {
-        norm.fill(1.0);
-    }
-    ends.push(config.norm_tensor("model.norm.weight".to_owned(), &norm));
-    output.write_shard(&ends)?;
-    drop(ends);
-
-    let embedding = specquant_model::Embedding::read(source)?;
-    let calibrating = &texts[..texts.len().min(recipe.calibration.samples)];
-    let mut states = calibrating
-        .iter()
-        .map(|ids| {
-            let mut x = embedding.rows(ids, config.hidden_size)?;
-            residual.iter().for_each(|r| r.rotate_rows(&mut x));
-            x.chunks_exact_mut(config.hidden_size)
-                .for_each(|row| round_row(row, recipe.embeddings, half_dtype));
-            config.scale_embeddings(&mut x);
-            Ok(x)
-        })
-        .collect::<Result<Vec<_>>>()?;
-    // What full precision makes of the same texts, for methods that compare with it.
-    let compares = matches!(recipe.learn, Some(Learn::OmniQuant(_) | Learn::FlatQuant(_)));
-    let mut full = compares.then(|| states.clone());
-    let mut layers = Vec::new();
-    for index in 0..config.num_layers {
-        let (tensors, reports) = one_block(
-            source,
-            index,
-            recipe,
-            rotation.as_ref(),
-            &mut states,
-            full.as_deref_mut(),
-            half_dtype,
-        )?;
-        output.write_shard(&tensors)?;
-        progress(Event::Block { index, of: config.num_layers, layers: &reports });
-        layers.extend(reports);
-    }
-
-    let weights: f64 = layers.iter().map(|l| (l.shape[0] * l.shape[1]) as f64).sum();
-    let bits: f64 = layers.iter().map(|l| l.bits_per_weight * (l.shape[0] * l.shape[1]) as f64).sum();
-    let mut report = Report {
-        specquant_version: env!("CARGO_PKG_VERSION").to_owned(),
-        scheme: recipe.scheme.to_string(),
-        calibration_tokens: calibrating.iter().map(Vec::len).sum(),
-        bits_per_weight: if weights > 0.0 { bits / weights } else { 16.0 },
-        tensor_bytes: 0,
-        tuning_losses: Vec::new(),
-        fallbacks: fallbacks(recipe, &layers),
-        layers,
-    };
-    let quantization = QuantizationConfig {
-        quant_method: "specquant".to_owned(),
-        format_version: FORMAT_VERSION,
-        specquant_version: report.specquant_version.clone(),
-        scheme: recipe.scheme,
-        branch_basis: recipe.branch.as_ref().map(|b| b.basis),
-        input_rotation: match recipe.learn {
-            Some(Learn::FlatQuant(_)) => Some(InputRotation::Kronecker),
-            _ => recipe.input.map(|input| input.rotation.into()),
-        },
-        online_rotations: rotation.as_ref().map_or_else(OnlineRotations::default, |r| r.online),
-        recipe: json!(recipe),
-    };
-    let mut config_json = source.config_json().clone();
-    config_json["quantization_config"] = json!(quantization);
-    config_json["tie_word_embeddings"] = json!(tied);
-    for (name, bytes) in source.side_files()? {
-        output.write(&name, &bytes)?;
-    }
-    output.write("config.json", format!("{config_json:#}\n").as_bytes())?;
-    if let Some(Learn::Tune(settings)) = &recipe.learn {
-        output.write_index()?;
-        let mut tell = |step, of, loss| {
-            report.tuning_losses.push(loss);
-            progress(Event::Learning { step, of, loss });
-        };
-        drop(states);
-        let checkpoint = Source::open(output.path())?;
-        let tensors = learn::tuned_tensors(source, &checkpoint, settings, texts, &mut tell)?;
-        // Not every system lets a file be replaced that is mapped.
-        drop(checkpoint);
-        output.replace(tensors)?;
-    }
-    report.tensor_bytes = output.bytes();
-    output.write("report.json", format!("{:#}\n", json!(report)).as_bytes())?;
-    output.write("README.md", card::render(source, recipe, &report).as_bytes())?;
-    output.finish()?;
-    Ok(report)
-}
-
 /// What a recipe's rotation comes to in a model.
-struct Rotation {
-    residual: Option<Orthogonal>,
+pub(crate) struct Rotation {
+    pub residual: Option<Orthogonal>,
     /// Of the heads of v: one for all layers, or one for each.
     heads: Vec<Orthogonal>,
-    online: OnlineRotations,
+    pub online: OnlineRotations,
 }
 
 impl Rotation {
-    fn new(
+    /// Learned ones are kept, for they take as long as all blocks.
+    pub fn new(
         source: &Source,
         recipe: &Recipe,
         texts: &[Vec<u32>],
+        output: &mut Output,
         progress: &mut dyn FnMut(Event),
     ) -> Result<Option<Self>> {
         let Some(rotate) = &recipe.rotate else { return Ok(None) };
@@ -226,9 +42,26 @@ impl Rotation {
         if let Some(Learn::SpinQuant(settings)) = &recipe.learn {
             // R2 alone rotates the heads: nothing across them (SpinQuant, section 3).
             let online = OnlineRotations { heads: None, ..online };
-            let mut tell = |step, of, loss| progress(Event::Learning { step, of, loss });
-            let (residual, heads) = learn::rotations(source, recipe, settings, &online, texts, &mut tell)?;
-            return Ok(Some(Rotation { residual: Some(residual), heads, online }));
+            let (hidden, head) = (config.hidden_size, config.head_dim);
+            let mut matrices = match output.kept("rotations")? {
+                Some(bytes) => read_numbers(&bytes, f32::from_le_bytes),
+                None => {
+                    let mut tell = |step, of, loss| progress(Event::Learning { step, of, loss });
+                    let (residual, heads) =
+                        learn::rotations(source, recipe, settings, &online, texts, &mut tell)?;
+                    let matrices = [vec![residual], heads].concat().concat();
+                    output.keep("rotations", |to| write_numbers(to, &matrices, f32::to_le_bytes))?;
+                    output.commit()?;
+                    matrices
+                }
+            };
+            let heads = matrices.split_off(hidden * hidden);
+            let dense = |n, matrix| Orthogonal::Dense { n, matrix };
+            return Ok(Some(Rotation {
+                residual: Some(dense(hidden, matrices)),
+                heads: heads.chunks_exact(head * head).map(|m| dense(head, m.to_vec())).collect(),
+                online,
+            }));
         }
         Ok(Some(Rotation {
             residual: rotate
@@ -245,7 +78,7 @@ impl Rotation {
 }
 
 /// Calibrates and quantizes one block, and moves the hidden states through the result.
-fn one_block(
+pub(crate) fn one_block(
     source: &Source,
     index: usize,
     recipe: &Recipe,

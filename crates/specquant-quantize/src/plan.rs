@@ -28,6 +28,8 @@ pub struct Plan {
     pub peak_bytes: u64,
     /// Bytes of the checkpoint's tensors, estimated.
     pub output_bytes: u64,
+    /// Peak bytes on disk: the checkpoint, and what a run that continues it would need.
+    pub disk_bytes: u64,
     /// Estimated bits per weight of the linear layers.
     pub bits_per_weight: f64,
 }
@@ -184,7 +186,8 @@ pub fn plan(source: &Source, recipe: &Recipe) -> Result<Plan> {
             let kv = 2 * config.num_layers * config.num_kv_heads * config.head_dim * cached;
             // The model that writes is the source, tied as it is.
             let copies = if config.tie_word_embeddings { 1 } else { 2 };
-            let vocabulary = copies * config.vocab_size * config.hidden_size;
+            // And the head as it was read, while it is packed.
+            let vocabulary = (copies + 1) * config.vocab_size * config.hidden_size;
             4 * (config.num_layers * block_weights + vocabulary) + 2 * kv
         }
     };
@@ -244,6 +247,18 @@ pub fn plan(source: &Source, recipe: &Recipe) -> Result<Plan> {
         }
         _ => 0,
     };
+    let output = (config.num_layers as f64 * block_bits / 8.0) as u64 + vocab_bytes as u64;
+    // Hidden states behind two blocks, with those in full precision where a method compares with them; or the state of tuning, twice, and
+    // a shard that is replaced.
+    let streams = if matches!(recipe.learn, Some(Learn::OmniQuant(_) | Learn::FlatQuant(_))) { 2 } else { 1 };
+    let states = 2 * streams * 4 * tokens * config.hidden_size;
+    let tuned = match recipe.learn {
+        Some(Learn::Tune(_)) => {
+            let learned: usize = shapes.iter().map(|(_, [out, _])| out * (1 + keep)).sum();
+            2 * 24 * config.num_layers * learned + vocab_bytes
+        }
+        _ => 0,
+    };
     let peak = BASE_BYTES + generation.max(vocabulary).max(hessians + work + branches + learning).max(tuning);
     Ok(Plan {
         blocks: config.num_layers,
@@ -251,7 +266,8 @@ pub fn plan(source: &Source, recipe: &Recipe) -> Result<Plan> {
         weights: config.num_layers * block_weights,
         calibration_tokens: text.samples * text.sequence_length,
         peak_bytes: peak as u64,
-        output_bytes: (config.num_layers as f64 * block_bits / 8.0) as u64 + vocab_bytes as u64,
+        output_bytes: output,
+        disk_bytes: output + states.max(tuned) as u64,
         bits_per_weight: block_bits / block_weights as f64,
     })
 }

@@ -10,7 +10,7 @@ use rand::Rng;
 use rand_chacha::{ChaCha8Rng, rand_core::SeedableRng};
 use safetensors::{Dtype, SafeTensors, tensor::TensorView};
 use specquant_model::{Levels, Model, RotationKind, Source};
-use specquant_quantize::{InputChange, Recipe, Report, Rotate, Rounding, Smooth, plan, run};
+use specquant_quantize::{Destination, InputChange, Recipe, Report, Rotate, Rounding, Smooth, plan, run};
 
 fn tiny(name: &str) -> PathBuf {
     Path::new(env!("CARGO_MANIFEST_DIR")).join("../../../shared/golden/tiny").join(name)
@@ -28,7 +28,14 @@ fn recipe(name: &str, scheme: &str) -> Recipe {
 }
 
 fn quantize(model: &str, recipe: &Recipe, destination: &Path) -> Report {
-    run(&Source::open(&tiny(model)).unwrap(), recipe, &texts(1), destination, false, &mut |_| ()).unwrap()
+    run(
+        &Source::open(&tiny(model)).unwrap(),
+        recipe,
+        Some(&texts(1)),
+        &Destination::new(destination),
+        &mut |_| (),
+    )
+    .unwrap()
 }
 
 fn logits(model: &Model, texts: &[Vec<u32>]) -> Vec<f32> {

@@ -15,7 +15,9 @@ use specquant_model::{
 use specquant_quantize::branch::{self, LayerBranch};
 use specquant_quantize::layer::{self, Input, Round, Weight};
 use specquant_quantize::rounding::{ClipSearch, GptqConfig, Hessian, factorize};
-use specquant_quantize::{BUILT_IN, Overhead, Recipe, Report, Searched, SiteStats, quantize_block, run};
+use specquant_quantize::{
+    BUILT_IN, Destination, Overhead, Recipe, Report, Searched, SiteStats, quantize_block, run,
+};
 
 const TINY: [&str; 7] =
     ["llama-tied-bf16", "llama3-rope-scaled", "llama-sharded", "mistral", "qwen2", "qwen3", "gemma3"];
@@ -39,7 +41,8 @@ fn recipe(name: &str, scheme: &str) -> Recipe {
 }
 
 fn quantize(source: &Path, recipe: &Recipe, texts: &[Vec<u32>], destination: &Path) -> Report {
-    run(&Source::open(source).unwrap(), recipe, texts, destination, false, &mut |_| ()).unwrap()
+    run(&Source::open(source).unwrap(), recipe, Some(texts), &Destination::new(destination), &mut |_| ())
+        .unwrap()
 }
 
 /// Logits of all texts, `[tokens, vocab]`.
@@ -239,8 +242,9 @@ fn every_built_in_recipe_runs_and_its_result_is_read_back() {
             if model == "gemma3" && recipe(name, "W4A4KV4").rotate.is_some_and(|r| r.residual) {
                 let source = Source::open(&tiny(model)).unwrap();
                 let (recipe, texts) = (recipe(name, "W4A4KV4"), texts(1));
-                let error =
-                    run(&source, &recipe, &texts, &destination, false, &mut |_| ()).unwrap_err().to_string();
+                let error = run(&source, &recipe, Some(&texts), &Destination::new(&destination), &mut |_| ())
+                    .unwrap_err()
+                    .to_string();
                 assert!(error.contains("o_proj and down_proj") && error.contains("spectral"), "{error}");
                 assert!(!destination.exists());
                 continue;
@@ -425,7 +429,8 @@ fn a_run_that_fails_leaves_nothing_and_an_existing_directory_is_kept() {
     let attempt = |source: &Path, texts: &[Vec<u32>]| {
         let source = Source::open(source).unwrap();
         let (recipe, mut blocks) = (recipe("specquant", "W4A4KV4"), 0);
-        let result = run(&source, &recipe, texts, &parent.join("model"), false, &mut |_| blocks += 1);
+        let result =
+            run(&source, &recipe, Some(texts), &Destination::new(parent.join("model")), &mut |_| blocks += 1);
         (result.map(|_| ()).map_err(|e| e.to_string()), blocks)
     };
 

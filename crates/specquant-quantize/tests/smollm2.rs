@@ -5,7 +5,7 @@ use std::path::{Path, PathBuf};
 
 use specquant_eval::{Protocol, perplexity};
 use specquant_model::{Model, Source};
-use specquant_quantize::{Calibration, Recipe, calibration, run};
+use specquant_quantize::{Calibration, Destination, Recipe, calibration, run};
 
 fn shared() -> PathBuf {
     Path::new(env!("CARGO_MANIFEST_DIR")).join("../../../shared")
@@ -32,7 +32,7 @@ fn eight_bits_cost_about_one_percent_of_perplexity() {
     assert_eq!(texts.iter().map(Vec::len).collect::<Vec<_>>(), [256; 4]);
     let dir = tempfile::tempdir().unwrap();
     let destination = dir.path().join("model");
-    let report = run(&source, &recipe, &texts, &destination, false, &mut |_| ()).unwrap();
+    let report = run(&source, &recipe, Some(&texts), &Destination::new(&destination), &mut |_| ()).unwrap();
     assert_eq!((report.calibration_tokens, report.layers.len()), (1024, 7 * 30));
 
     let text = std::fs::read_to_string(shared().join("data/wikitext2/wiki.test.hf_joined.txt")).unwrap();

@@ -214,7 +214,8 @@ impl<'a> Lab<'a> {
             None => Vec::new(),
         };
         let started = Instant::now();
-        let report = q::run(source, &run.recipe, &texts, &path, true, &mut |_| ())?;
+        let destination = q::Destination::replacing(&path);
+        let report = q::run(source, &run.recipe, Some(&texts), &destination, &mut |_| ())?;
         let seconds = started.elapsed().as_secs_f64();
         drop(permuted);
         permute::remove(&self.output.join("permuted"))?;
@@ -224,8 +225,9 @@ impl<'a> Lab<'a> {
     /// Removes the checkpoint.
     fn clear(&mut self) -> Result<()> {
         self.checkpoint = None;
-        permute::remove(&self.output.join("permuted"))?;
-        permute::remove(&self.output.join("checkpoint"))
+        ["permuted", "checkpoint.partial", "checkpoint"]
+            .into_iter()
+            .try_for_each(|name| permute::remove(&self.output.join(name)))
     }
 
     /// Measures a configuration, or finds that it has been measured.

@@ -84,7 +84,7 @@ pub fn reproduce(source: &Source, settings: &Settings, tell: &mut dyn FnMut(Even
     for run in &runs {
         specquant_quantize::plan(source, &run.recipe)?;
     }
-    claim_directory(&settings.output, MARK, "reproduction", settings.resume)?;
+    let _claim = claim_directory(&settings.output, MARK, "reproduction", settings.resume)?;
     let asked = match settings.data {
         Some(_) => {
             plan.methods.iter().flat_map(|(_, runs)| runs.iter().flatten()).map(Run::identity).collect()

@@ -265,10 +265,12 @@ impl Source {
     pub fn fingerprint(&self) -> Result<String> {
         let tensors: Vec<(&String, &TensorView)> = self.tensors.iter().collect();
         let digest = |(name, t): &(&String, &TensorView)| {
-            Sha256::new()
+            let digest = Sha256::new()
                 .chain_update(format!("{name} {} {:?}\0", t.dtype.name(), t.shape))
                 .chain_update(t.bytes())
-                .finalize()
+                .finalize();
+            t.release();
+            digest
         };
         let digests: Vec<_> = tensors.par_iter().map(digest).collect();
         let mut whole = Sha256::new().chain_update(self.config_json.to_string());
@@ -279,6 +281,11 @@ impl Source {
         let files = self.side_files()?;
         files.iter().filter(|(name, _)| name == "tokenizer.json").for_each(|(_, bytes)| whole.update(bytes));
         Ok(whole.finalize().iter().map(|b| format!("{b:02x}")).collect())
+    }
+
+    /// Gives the memory that holds what has been read back to the system, so that reading one part after another takes no more than one part.
+    pub fn release(&self) {
+        self.tensors.values().for_each(TensorView::release);
     }
 
     /// Bytes of all tensors.

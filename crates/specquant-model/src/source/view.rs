@@ -177,6 +177,19 @@ impl TensorView {
         self.map.get(self.range.clone()).unwrap_or_default()
     }
 
+    /// Gives the pages of its bytes back to the system, which reads them again when they are asked for.
+    pub fn release(&self) {
+        #[cfg(unix)]
+        // SAFETY: the map is of a file and is never written to, so what is dropped is what the file still holds.
+        let _ = unsafe {
+            self.map.unchecked_advise_range(
+                memmap2::UncheckedAdvice::DontNeed,
+                self.range.start,
+                self.range.len(),
+            )
+        };
+    }
+
     /// Rows: the product of all dimensions but the last; 1 for a vector.
     pub fn rows(&self) -> usize {
         self.shape.split_last().map_or(1, |(_, lead)| lead.iter().product())

@@ -1,0 +1,202 @@
+//! The binary, killed at random moments, interrupted, and refused by the disk: what lies there is whole or recognizably unfinished, and
+//! `--resume` comes to the bytes of an undisturbed run. `SPECQUANT_KILLS` sets the number of kills.
+#![cfg(unix)]
+#![allow(clippy::unwrap_used, clippy::expect_used, clippy::panic)] // the lints' exception covers #[test] functions only
+
+mod common;
+
+use std::fs;
+use std::os::unix::process::{CommandExt, ExitStatusExt};
+use std::path::{Path, PathBuf};
+use std::process::{Child, Command, Stdio};
+use std::time::{Duration, Instant};
+
+use common::*;
+
+/// Long enough to be hit: the model writes its text, and is tuned.
+const FLAGS: [&str; 10] = [
+    "--recipe",
+    "tuned.toml",
+    "--samples",
+    "4",
+    "--sequence-length",
+    "64",
+    "--search-tokens",
+    "32",
+    "--threads",
+    "2",
+];
+const RECIPE: &str = "name = 'tuned'\nkv_center = true\nsearch_act_clip = true\n\
+    [scheme]\nweight_bits = 4\nact_bits = 4\nkv_bits = 4\nlevels = 'gaussian'\n\
+    [rotate]\nkind = 'hadamard'\nresidual = false\n\
+    [input]\nrotation = 'dct'\nkeep = 4\n\
+    [rounding]\nkind = 'gptq'\n\
+    [learn]\nmethod = 'tune'\nsteps = 40\n";
+
+struct Runs {
+    lab: Lab,
+    model: PathBuf,
+}
+
+impl Runs {
+    fn new() -> Runs {
+        let lab = Lab::new();
+        let model = lab.model("llama-sharded");
+        lab.file("tuned.toml", RECIPE);
+        Runs { lab, model }
+    }
+
+    fn command(&self, out: &Path, flags: &[&str]) -> Command {
+        let mut command = Command::new(env!("CARGO_BIN_EXE_specquant"));
+        command.current_dir(self.lab.path()).arg("quantize").arg("-m").arg(&self.model).arg("-o").arg(out);
+        command.args(FLAGS).args(flags).stdout(Stdio::null()).stderr(Stdio::piped());
+        command
+    }
+
+    fn whole(&self) -> (PathBuf, Duration) {
+        let (out, started) = (self.lab.out("whole"), Instant::now());
+        assert!(self.command(&out, &[]).status().unwrap().success());
+        (out, started.elapsed())
+    }
+}
+
+fn stderr(child: Child) -> (std::process::ExitStatus, String) {
+    let output = child.wait_with_output().unwrap();
+    (output.status, String::from_utf8(output.stderr).unwrap())
+}
+
+fn partial(out: &Path) -> PathBuf {
+    let mut name = out.file_name().unwrap().to_owned();
+    name.push(".partial");
+    out.with_file_name(name)
+}
+
+/// Whole, or not there and what is beside it says that it is unfinished.
+fn assert_whole_or_unfinished(out: &Path, whole: &Path) {
+    if out.exists() {
+        // Killed between its name and the end, it may still hold the state.
+        let state = out.join(".specquant-unfinished");
+        if !state.exists() {
+            assert_same(out, whole);
+        }
+        specquant().arg("inspect").arg(out).assert().success();
+    } else if partial(out).exists() {
+        let empty = fs::read_dir(partial(out)).unwrap().next().is_none();
+        assert!(empty || partial(out).join(".specquant-unfinished").exists());
+    }
+}
+
+/// A generator good enough to choose moments.
+fn random(state: &mut u64) -> f64 {
+    *state = state.wrapping_mul(6364136223846793005).wrapping_add(1442695040888963407);
+    (*state >> 11) as f64 / (1u64 << 53) as f64
+}
+
+#[test]
+fn killed_at_random_moments() {
+    let kills = std::env::var("SPECQUANT_KILLS").map_or(5, |n| n.parse().unwrap());
+    let runs = Runs::new();
+    let (whole, took) = runs.whole();
+    let (mut seed, mut hit, mut round) = (7, 0, 0);
+    while hit < kills {
+        let out = runs.lab.out(&format!("killed{round}"));
+        round += 1;
+        // Every run is killed again and again until it gets to its end.
+        while !out.exists() {
+            let mut child = runs.command(&out, &["--resume"]).spawn().unwrap();
+            std::thread::sleep(took.mul_f64(random(&mut seed)));
+            let _ = child.kill();
+            let (status, stderr) = stderr(child);
+            match status.signal() {
+                Some(_) => hit += 1,
+                None => assert!(status.success(), "{stderr}"),
+            }
+            assert_whole_or_unfinished(&out, &whole);
+            if hit >= kills {
+                break;
+            }
+        }
+        if !out.exists() || out.join(".specquant-unfinished").exists() {
+            assert!(runs.command(&out, &["--resume"]).status().unwrap().success());
+        }
+        assert_same(&out, &whole);
+        assert!(!partial(&out).exists());
+    }
+    println!("{hit} kills in {round} runs of {took:?}");
+}
+
+/// Waits until something is committed.
+fn wait_for_progress(out: &Path) {
+    let progress = partial(out).join(".specquant-unfinished/progress.json");
+    let started = Instant::now();
+    while !progress.exists() {
+        assert!(started.elapsed() < Duration::from_secs(60), "no progress");
+        std::thread::sleep(Duration::from_millis(1));
+    }
+}
+
+fn send(child: &Child, signal: &str) {
+    assert!(Command::new("kill").arg(signal).arg(child.id().to_string()).status().unwrap().success());
+}
+
+#[test]
+fn signals_locks_and_changes() {
+    let runs = Runs::new();
+    let (whole, _) = runs.whole();
+    let out = runs.lab.out("stopped");
+    for (signal, code) in [("-INT", 130), ("-TERM", 143)] {
+        let child = runs.command(&out, &["--resume"]).spawn().unwrap();
+        wait_for_progress(&out);
+        // A second run must not write there.
+        let second = runs.command(&out, &["--overwrite"]).output().unwrap();
+        let message = String::from_utf8(second.stderr).unwrap();
+        if second.status.code() == Some(2) {
+            assert!(message.contains("another run is writing"), "{message}");
+        }
+        send(&child, signal);
+        let (status, stderr) = stderr(child);
+        assert_eq!(status.code(), Some(code), "{stderr}");
+        assert!(stderr.contains("To continue") && stderr.contains("--resume"), "{stderr}");
+    }
+    let refused = |flags: &[&str]| {
+        let output = runs.command(&out, flags).output().unwrap();
+        assert_eq!(output.status.code(), Some(2));
+        String::from_utf8(output.stderr).unwrap()
+    };
+    let message = refused(&[]);
+    assert!(message.contains("--resume") && message.contains("--overwrite"), "{message}");
+    let message = refused(&["--resume", "--seed", "5", "--keep", "3"]);
+    assert!(message.contains("differs in recipe.input.keep, recipe.seed;"), "{message}");
+    assert!(runs.command(&out, &["--resume"]).status().unwrap().success());
+    assert_same(&out, &whole);
+    let message = refused(&["--resume"]);
+    assert!(message.contains("nothing is left to resume"), "{message}");
+}
+
+/// A file that may not grow further is how a full disk looks to the one who writes.
+#[test]
+fn refused_by_the_disk() {
+    let runs = Runs::new();
+    let (whole, _) = runs.whole();
+    let mut sizes: Vec<u64> = tree(&whole).iter().map(|(_, bytes)| bytes.len() as u64).collect();
+    sizes.sort_unstable();
+    let largest = sizes[sizes.len() - 1];
+    for (i, bytes) in [1024, largest / 4, largest / 2, largest - 1024].into_iter().enumerate() {
+        let out = runs.lab.out(&format!("full{i}"));
+        let mut command = Command::new("sh");
+        let inner = runs.command(&out, &["--resume"]);
+        // In blocks of 512 bytes; ignored, the signal becomes the error EFBIG.
+        let script = format!("trap '' XFSZ; ulimit -f {}; exec \"$@\"", bytes / 512);
+        command.arg0("sh").args(["-c", &script, "sh"]).arg(inner.get_program()).args(inner.get_args());
+        let output = command.current_dir(runs.lab.path()).output().unwrap();
+        let message = String::from_utf8(output.stderr).unwrap();
+        assert_eq!(output.status.code(), Some(2), "{message}");
+        assert!(message.contains("cannot be written") && message.matches("error:").count() == 1, "{message}");
+        assert_whole_or_unfinished(&out, &whole);
+        assert!(!out.exists());
+        let kept = partial(&out).exists();
+        assert_eq!(kept, message.contains("add --resume"), "{message}");
+        assert!(runs.command(&out, &["--resume"]).status().unwrap().success());
+        assert_same(&out, &whole);
+    }
+}
