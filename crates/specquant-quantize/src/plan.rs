@@ -201,10 +201,16 @@ pub fn plan(source: &Source, recipe: &Recipe) -> Result<Plan> {
             8 * (squares.iter().sum::<usize>() + copies * squares.iter().max().unwrap_or(&0))
         }
     };
-    let widest_site = shapes.iter().map(|(_, [out, inp])| out * inp).max().unwrap_or(0) * 2;
+    let widest = shapes.iter().map(|(_, [out, inp])| out * inp).max().unwrap_or(0);
+    // Copies of the widest layer: measured for rounding alone; what a search or a transform takes at most.
+    let plain = recipe.smooth.is_none()
+        && recipe.branch.is_none()
+        && recipe.input.is_none()
+        && recipe.rotate.is_none();
+    let copies = if plain && !recipe.needs_hessian() { 3 } else { 8 };
     let wide = 4 * config.hidden_size + 3 * config.intermediate_size + 3 * config.num_heads * config.head_dim;
     let work = 4
-        * (block_weights + 4 * widest_site + 2 * tokens * config.hidden_size + BATCH_ROWS.min(tokens) * wide);
+        * (block_weights + copies * widest + 2 * tokens * config.hidden_size + BATCH_ROWS.min(tokens) * wide);
     let branches = recipe.branch.as_ref().map_or(0, |b| {
         let bytes = |site: Site| {
             let (outs, inp) = (site_outputs(&shapes, site), config.site_width(site));
