@@ -517,7 +517,8 @@ mod tests {
         assert_eq!((output.progress.shards.len(), output.bytes()), (2, 12));
         output.finish().unwrap();
         assert_eq!(fs::read_dir(dir.path()).unwrap().count(), 1);
-        assert_eq!(fs::read_dir(&fresh.path).unwrap().count(), 3);
+        // Two shards, the index, and the checksums.
+        assert_eq!(fs::read_dir(&fresh.path).unwrap().count(), 4);
         assert!(error(&resumed).contains("nothing is left to resume"), "{}", error(&resumed));
     }
 }
