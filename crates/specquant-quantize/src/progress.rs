@@ -313,6 +313,6 @@ mod tests {
         let values = [1.0f32, -0.0, f32::MIN_POSITIVE / 3.0, 1e30];
         let mut bytes = Vec::new();
         write_numbers(&mut bytes, &values, f32::to_le_bytes).unwrap();
-        assert_eq!(read_numbers(&bytes, |b| u32::from_le_bytes(b)), values.map(f32::to_bits));
+        assert_eq!(read_numbers(&bytes, u32::from_le_bytes), values.map(f32::to_bits));
     }
 }

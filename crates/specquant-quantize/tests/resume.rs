@@ -1,4 +1,5 @@
 //! A run that stops anywhere, continued, comes to the bytes of one that did not, by every built-in recipe.
+#![allow(clippy::unwrap_used, clippy::panic)] // the lints' exception covers #[test] functions only
 
 use std::collections::BTreeMap;
 use std::fs;
