@@ -8,7 +8,7 @@ TASKS := ../shared/data/tasks
 MINUTES := 60
 HOST := $(shell rustc -vV | sed -n 's/^host: //p')
 # What Miri interprets in minutes: packers and unpackers, scalar products, quantizers of activations and of the cache.
-MIRI_TESTS := weights:: isa:: error:: matmul::tests::empty matmul::tests::levels matmul::tests::names acts::tests::special acts::tests::equals kv::tests::degenerate \
+MIRI_TESTS := parallel::tests::chunks parallel::tests::a_panic weights:: isa:: error:: matmul::tests::empty matmul::tests::levels matmul::tests::names acts::tests::special acts::tests::equals kv::tests::degenerate \
 	branch::tests::pack branch::tests::inputs dense::tests::empty hadamard::tests::nothing
 
 .DEFAULT_GOAL := help

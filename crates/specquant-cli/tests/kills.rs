@@ -147,13 +147,14 @@ fn signals_locks_and_changes() {
     for (signal, code) in [("-INT", 130), ("-TERM", 143)] {
         let child = runs.command(&out, &["--resume"]).spawn().unwrap();
         wait_for_progress(&out);
-        // A second run must not write there.
+        // A second run must not write there. Stopped, the first cannot finish meanwhile.
+        send(&child, "-STOP");
         let second = runs.command(&out, &["--overwrite"]).output().unwrap();
         let message = String::from_utf8(second.stderr).unwrap();
-        if second.status.code() == Some(2) {
-            assert!(message.contains("another run is writing"), "{message}");
-        }
+        assert_eq!(second.status.code(), Some(2), "{message}");
+        assert!(message.contains("another run is writing"), "{message}");
         send(&child, signal);
+        send(&child, "-CONT");
         let (status, stderr) = stderr(child);
         assert_eq!(status.code(), Some(code), "{stderr}");
         assert!(stderr.contains("To continue") && stderr.contains("--resume"), "{stderr}");
