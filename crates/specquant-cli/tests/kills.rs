@@ -145,6 +145,8 @@ fn signals_locks_and_changes() {
     let (whole, _) = runs.whole();
     let out = runs.lab.out("stopped");
     for (signal, code) in [("-INT", 130), ("-TERM", 143)] {
+        // From the beginning: what is committed is then this run's, which therefore has the lock.
+        let _ = fs::remove_dir_all(partial(&out));
         let child = runs.command(&out, &["--resume"]).spawn().unwrap();
         wait_for_progress(&out);
         // A second run must not write there. Stopped, the first cannot finish meanwhile.
