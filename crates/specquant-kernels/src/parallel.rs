@@ -84,13 +84,17 @@ struct Job {
     tasks: usize,
 }
 
+/// A cache line of its own, so that threads do not wait for each other's.
+#[repr(align(128))]
+struct Line<T>(T);
+
 struct Team {
     /// See [`OPEN`].
     state: AtomicU64,
     /// Written by the caller while the job is closed and nobody is in it, read by those who have joined.
     job: UnsafeCell<Option<Job>>,
-    /// The next task that nobody has taken.
-    next: AtomicUsize,
+    /// The next task that nobody has taken, of every thread's share: neighbours are for one thread, as the memory that they use is.
+    next: Vec<Line<AtomicUsize>>,
     /// Threads that sleep or are about to.
     asleep: AtomicUsize,
     /// The first panic of a job.
@@ -109,14 +113,15 @@ impl Team {
         let team: &'static Team = Box::leak(Box::new(Team {
             state: AtomicU64::new(0),
             job: UnsafeCell::new(None),
-            next: AtomicUsize::new(0),
+            next: (0..=helpers).map(|_| Line(AtomicUsize::new(0))).collect(),
             asleep: AtomicUsize::new(0),
             panic: Mutex::new(None),
             threads: Mutex::new(Vec::new()),
         }));
         let started = (0..helpers).map_while(|i| {
             // Where the system has no more threads to give, fewer do.
-            let thread = thread::Builder::new().name(format!("specquant-{i}")).spawn(|| team.help());
+            let thread =
+                thread::Builder::new().name(format!("specquant-{i}")).spawn(move || team.help(i + 1));
             thread.ok().map(|handle| handle.thread().clone())
         });
         *team.threads.lock().unwrap_or_else(PoisonError::into_inner) = started.collect();
@@ -132,7 +137,9 @@ impl Team {
         let job = Job { task, tasks };
         // SAFETY: the last job was closed and left by all before the lock was free.
         unsafe { *self.job.get() = Some(job) };
-        self.next.store(0, Ordering::Relaxed);
+        for (i, next) in self.next.iter().enumerate() {
+            next.0.store(self.share(i, tasks), Ordering::Relaxed);
+        }
         let number = (self.state.load(Ordering::Relaxed) >> 32) + 1;
         // Before `asleep` is read: a thread that is about to sleep counts itself first and then looks here.
         self.state.store(number << 32 | OPEN, Ordering::SeqCst);
@@ -140,7 +147,7 @@ impl Team {
             let threads = self.threads.lock().unwrap_or_else(PoisonError::into_inner);
             threads.iter().for_each(Thread::unpark);
         }
-        self.work(job);
+        self.work(job, 0);
         self.state.fetch_and(!OPEN, Ordering::AcqRel);
         let mut looks = 0;
         while self.state.load(Ordering::Acquire) & (OPEN - 1) > 0 {
@@ -154,17 +161,25 @@ impl Team {
         }
     }
 
-    /// Takes tasks until there are none.
-    fn work(&self, job: Job) {
+    /// The first task of a thread's share.
+    fn share(&self, thread: usize, tasks: usize) -> usize {
+        thread * tasks / self.next.len()
+    }
+
+    /// Takes tasks until there are none: those of thread `own`, then what others have not got to.
+    fn work(&self, job: Job, own: usize) {
         AT_WORK.set(true);
         let result = catch_unwind(AssertUnwindSafe(|| {
-            loop {
-                let i = self.next.fetch_add(1, Ordering::Relaxed);
-                if i >= job.tasks {
-                    break;
+            for thread in (own..self.next.len()).chain(0..own) {
+                let end = self.share(thread + 1, job.tasks);
+                loop {
+                    let i = self.next[thread].0.fetch_add(1, Ordering::Relaxed);
+                    if i >= end {
+                        break;
+                    }
+                    // SAFETY: the caller of `run` waits for all who have joined the job.
+                    unsafe { (*job.task)(i) };
                 }
-                // SAFETY: the caller of `run` waits for all who have joined the job.
-                unsafe { (*job.task)(i) };
             }
         }));
         AT_WORK.set(false);
@@ -174,7 +189,7 @@ impl Team {
     }
 
     /// What a thread of the team does: joins one job after another.
-    fn help(&self) {
+    fn help(&self, own: usize) {
         let mut last = 0;
         let mut since = Instant::now();
         loop {
@@ -189,7 +204,7 @@ impl Team {
                     last = state >> 32;
                     // SAFETY: written before the job was opened.
                     if let Some(job) = unsafe { *self.job.get() } {
-                        self.work(job);
+                        self.work(job, own);
                     }
                     self.state.fetch_sub(1, Ordering::AcqRel);
                     since = Instant::now();
