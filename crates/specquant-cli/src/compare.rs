@@ -10,10 +10,10 @@ use anyhow::Context;
 use serde_json::{Value, json};
 use specquant_eval::{
     Comparison, Journal, Perplexity, Record, Reference, TaskData, claim_directory, results_json, sanitized,
-    sha256, write_results, write_whole,
+    write_results, write_whole,
 };
 use specquant_kernels::Isa;
-use specquant_model::{FORMAT_VERSION, Model, Source, read_text};
+use specquant_model::{FORMAT_VERSION, Model, Source, read_text, sha256};
 use specquant_quantize as q;
 
 use crate::args::{CompareArgs, Overrides};
@@ -169,7 +169,7 @@ fn prepare(
             "specquant_version": env!("CARGO_PKG_VERSION"),
             "model_sha256": sha256,
             "reference_sha256": first.map_or(&sha256, |f| &f.sha256),
-            "token_ids_sha256": specquant_eval::sha256(&bytes),
+            "token_ids_sha256": specquant_model::sha256(&bytes),
             "settings": prose.protocol,
         });
         let stored = stored(&dir.join("perplexity.json"), &identity)?;

@@ -12,8 +12,9 @@ use crate::evaluate::{TaskResult, averages};
 use crate::perplexity::Perplexity;
 use crate::requests::Bos;
 use crate::stats::estimate;
-use crate::tasks::{Metric, TASKS, TaskData, sha256};
+use crate::tasks::{Metric, TASKS, TaskData};
 use crate::{Error, Result};
+use specquant_model::sha256;
 
 /// What was evaluated, and how.
 #[derive(Debug, Clone)]

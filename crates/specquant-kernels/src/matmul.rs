@@ -13,6 +13,7 @@
 //! float sum has a fixed order, so that results depend neither on the number of threads nor, for integer products, on the
 //! instruction set; nor does a token's result depend on the other tokens.
 
+mod grid;
 mod scalar;
 
 #[cfg(target_arch = "x86_64")]
@@ -21,11 +22,10 @@ mod avx2;
 mod avx512;
 
 use crate::isa::with_token;
-use crate::parallel::{Shared, for_each_index};
+use crate::parallel::for_each_index;
 use crate::weights::{Chunk, PANEL};
 use crate::{Isa, PackedWeights, QuantizedActs};
-use std::marker::PhantomData;
-use std::ops::Range;
+use grid::{Grid, Rect, blocks, panels};
 
 /// Tokens of a rectangle at most: what the unpacking of a block of weights is shared by. A multiple of the rows of every tile.
 const ROWS: usize = 96;
@@ -35,8 +35,6 @@ const TILE_ROWS: usize = 12;
 const PANELS: usize = 2;
 /// Rows for which sums are kept in a small place: clearing a large one takes as long as such a product.
 const FEW_ROWS: usize = 8;
-/// Multiply-accumulates that a rectangle has at least, if the product has them: below, sharing costs more than it saves.
-const GRAIN: usize = 1 << 17;
 /// Inputs of a block: unpacked, 32 channels take 24 kB.
 const INT_DEPTH: usize = 768;
 /// Inputs of a block: 16 channels of widened weights take 8 kB.
@@ -223,86 +221,6 @@ struct FloatBlock<'a> {
     levels: &'a [i8; 16],
 }
 
-/// A rectangle of y: some columns of some rows, which one task writes.
-struct Rect<'a> {
-    row: usize,
-    col: usize,
-    rows: usize,
-    width: usize,
-    /// Its first value; rows lie `stride` apart.
-    start: *mut f32,
-    stride: usize,
-    y: PhantomData<&'a mut [f32]>,
-}
-
-impl Rect<'_> {
-    /// Row i of the rectangle.
-    #[inline(always)]
-    fn row_mut(&mut self, i: usize) -> &mut [f32] {
-        assert!(i < self.rows);
-        // SAFETY: within y, and nobody else's by the contract of `Grid::rect`.
-        unsafe { std::slice::from_raw_parts_mut(self.start.add(i * self.stride), self.width) }
-    }
-}
-
-/// How y `[rows, out]` is cut into rectangles, which start at multiples of [`PANEL`] columns.
-struct Grid<'a> {
-    rows: usize,
-    out: usize,
-    /// Of a rectangle.
-    high: usize,
-    wide: usize,
-    /// Rectangles.
-    down: usize,
-    across: usize,
-    start: Shared<f32>,
-    y: PhantomData<&'a mut [f32]>,
-}
-
-impl<'a> Grid<'a> {
-    /// inp: depth of the product.
-    fn new(y: &'a mut [f32], rows: usize, out: usize, inp: usize) -> Self {
-        assert_eq!(y.len(), rows * out, "y must be [rows, out]");
-        let (start, empty) = (Shared(y.as_mut_ptr()), y.is_empty());
-        if empty {
-            return Grid { rows, out, high: 1, wide: 1, down: 0, across: 0, start, y: PhantomData };
-        }
-        let high = rows.div_ceil(rows.div_ceil(ROWS)).next_multiple_of(TILE_ROWS);
-        let least = GRAIN / (high.min(rows) * inp);
-        let across = (out / least.max(PANELS * PANEL)).max(1);
-        let wide = out.div_ceil(across).next_multiple_of(PANELS * PANEL);
-        let (down, across) = (rows.div_ceil(high), out.div_ceil(wide));
-        Grid { rows, out, high, wide, down, across, start, y: PhantomData }
-    }
-
-    /// Rectangles.
-    fn len(&self) -> usize {
-        self.down * self.across
-    }
-
-    /// # Safety
-    /// i < [`Grid::len`], and no rectangle may be there twice at a time.
-    unsafe fn rect(&self, i: usize) -> Rect<'a> {
-        let (row, col) = (i / self.across * self.high, i % self.across * self.wide);
-        let (rows, width) = (self.high.min(self.rows - row), self.wide.min(self.out - col));
-        // SAFETY: row < rows and col < out.
-        let start = unsafe { self.start.get().add(row * self.out + col) };
-        Rect { row, col, rows, width, start, stride: self.out, y: PhantomData }
-    }
-}
-
-/// The blocks of a group: (start, end), of `depth` inputs at most, evenly, starting at multiples of 8.
-fn blocks(start: usize, size: usize, depth: usize) -> impl Iterator<Item = (usize, usize)> {
-    let even = size.div_ceil(size.div_ceil(depth)).next_multiple_of(8);
-    (start..start + size).step_by(even).map(move |k| (k, (k + even).min(start + size)))
-}
-
-/// The panels of a rectangle, up to `step` at a time: (column within the rectangle, panels).
-fn panels(rect: &Rect, step: usize) -> impl Iterator<Item = (usize, Range<usize>)> + use<> {
-    let (first, end) = (rect.col / PANEL, rect.col / PANEL + rect.width.div_ceil(PANEL));
-    (first..end).step_by(step).map(move |p| ((p - first) * PANEL, p..end.min(p + step)))
-}
-
 fn int_rect<K: Kernel>(kernel: K, parts: &[(&QuantizedActs, &PackedWeights)], rect: Rect) {
     if rect.rows <= FEW_ROWS {
         const N: usize = PANELS * FEW_ROWS;
@@ -419,222 +337,4 @@ fn store(sum: &[[f32; PANEL]], scale: &[f32], y: &mut Rect, col: usize, accumula
 }
 
 #[cfg(test)]
-mod tests {
-    use super::*;
-    use proptest::prelude::*;
-
-    /// A small generator: the same numbers for the same seed.
-    struct Lcg(u64);
-
-    impl Lcg {
-        fn next(&mut self) -> u64 {
-            self.0 = self.0.wrapping_mul(6364136223846793005).wrapping_add(1442695040888963407);
-            self.0 >> 33
-        }
-        fn below(&mut self, n: u64) -> u64 {
-            self.next() % n
-        }
-        fn float(&mut self) -> f32 {
-            self.below(1 << 20) as f32 / (1 << 19) as f32 - 1.
-        }
-    }
-
-    fn random_weights(rng: &mut Lcg, out: usize, inp: usize, bits: u8, group: usize) -> PackedWeights {
-        let half = 1 << (bits - 1);
-        let codes: Vec<i8> =
-            (0..out * inp).map(|_| (rng.below(2 * half) as i64 - half as i64) as i8).collect();
-        let scales: Vec<f32> =
-            (0..out * (inp / group)).map(|_| 0.01 + rng.below(1000) as f32 / 1e4).collect();
-        PackedWeights::pack(&codes, &scales, out, inp, bits, group).unwrap()
-    }
-
-    fn random_acts(rng: &mut Lcg, rows: usize, inp: usize, bits: u8) -> QuantizedActs {
-        let x: Vec<f32> = (0..rows * inp).map(|_| rng.float() + 0.3).collect();
-        crate::quantize_acts(&x, rows, inp, bits, 0.9)
-    }
-
-    /// x [rows, in] times w [out, in], in f64; with the sums of magnitudes, which errors are relative to.
-    fn naive(x: &[f32], w: &[f32], rows: usize, out: usize, inp: usize) -> Vec<(f64, f64)> {
-        let dot = |t: usize, n: usize| {
-            let products = (0..inp).map(|k| f64::from(x[t * inp + k]) * f64::from(w[n * inp + k]));
-            products.fold((0., 0.), |(sum, size), p| (sum + p, size + p.abs()))
-        };
-        (0..rows * out).map(|i| dot(i / out, i % out)).collect()
-    }
-
-    fn assert_close(y: &[f32], want: &[(f64, f64)], what: &str) {
-        for (i, (y, (want, size))) in y.iter().zip(want).enumerate() {
-            assert!((f64::from(*y) - want).abs() <= 1e-5 * size, "{what}: {y} for {want} at {i}");
-        }
-    }
-
-    /// Every instruction set: integer products bit-equal to the scalar ones, all near the naive product of the dequantized.
-    fn check_all(a: &QuantizedActs, w: &PackedWeights) {
-        let (rows, out, inp) = (a.rows, w.out_features(), w.in_features());
-        let (x, dense) = (a.dequantize(), w.dequantize());
-        let want = naive(&x, &dense, rows, out, inp);
-        let mut scalar = vec![f32::NAN; rows * out];
-        matmul_int_with(Isa::Scalar, [IntProduct { parts: &[(a, w)], y: &mut scalar }]);
-        for isa in Isa::available() {
-            let what = format!(
-                "{} u{}s{} {rows}x{inp}x{out} group {}",
-                isa.name(),
-                a.bits,
-                w.bits(),
-                w.group_size()
-            );
-            let mut y = vec![f32::NAN; rows * out];
-            matmul_int_with(isa, [IntProduct { parts: &[(a, w)], y: &mut y }]);
-            assert!(y.iter().zip(&scalar).all(|(a, b)| a.to_bits() == b.to_bits()), "{what}");
-            assert_close(&y, &want, &what);
-            // Two of them are exactly twice as much.
-            matmul_int_with(isa, [IntProduct { parts: &[(a, w), (a, w)], y: &mut y }]);
-            assert!(y.iter().zip(&scalar).all(|(a, b)| *a == 2.0 * b), "{what}");
-            y.fill(f32::NAN);
-            matmul_float_with(isa, &x, rows, w, &mut y, false);
-            assert_close(&y, &want, &what);
-            let once = y.clone();
-            matmul_float_with(isa, &x, rows, w, &mut y, true);
-            assert!(y.iter().zip(&once).all(|(a, b)| *a == 2.0 * b), "{what}");
-        }
-    }
-
-    #[test]
-    fn widths_of_models() {
-        let mut rng = Lcg(1);
-        for (inp, out) in [(1, 17), (7, 16), (9, 5), (63, 33), (576, 40), (1536, 19), (4096, 18), (11008, 17)]
-        {
-            for rows in [1, 2, 3, 5, 17] {
-                for (act_bits, bits) in [(4, 4), (8, 4), (8, 8)] {
-                    let w = random_weights(&mut rng, out, inp, bits, inp);
-                    check_all(&random_acts(&mut rng, rows, inp, act_bits), &w);
-                }
-            }
-        }
-        let w = random_weights(&mut rng, 48, 128, 4, 32);
-        check_all(&random_acts(&mut rng, 150, 128, 4), &w);
-    }
-
-    #[test]
-    fn levels_are_looked_up() {
-        let mut rng = Lcg(2);
-        let shapes = [(7, 16, 7), (576, 40, 576), (128, 48, 32), (4096, 18, 4096)];
-        // Miri is ten thousand times slower.
-        for (inp, out, group) in shapes.into_iter().take(if cfg!(miri) { 1 } else { 4 }) {
-            let codes: Vec<i8> =
-                (0..out * inp).map(|_| crate::GAUSSIAN_LEVELS[rng.below(16) as usize]).collect();
-            let scales = vec![0.02; out * inp / group];
-            let w = PackedWeights::pack_levels(&codes, &scales, out, inp, group, &crate::GAUSSIAN_LEVELS);
-            let w = w.unwrap();
-            assert_eq!(w.unpack(), codes);
-            for rows in [1, 3, 5, 17] {
-                let x: Vec<f32> = (0..rows * inp).map(|_| rng.float()).collect();
-                check_all(&crate::quantize_acts_gaussian(&x, rows, inp, 0.9), &w);
-                check_all(&random_acts(&mut rng, rows, inp, 4), &w);
-                check_all(&random_acts(&mut rng, rows, inp, 8), &w);
-            }
-        }
-        assert_eq!(i16_steps(126, 127), 1);
-    }
-
-    #[test]
-    fn extreme_codes_do_not_overflow() {
-        let (inp, out) = (4096, 17);
-        for bits in 2..=8u8 {
-            let half = 1i32 << (bits - 1);
-            for code in [-half, half - 1] {
-                let w =
-                    PackedWeights::pack(&vec![code as i8; out * inp], &vec![1.; out], out, inp, bits, inp)
-                        .unwrap();
-                for act_bits in 2..=8 {
-                    for rows in [1, 3, 6] {
-                        let top = code_max(act_bits);
-                        let a = QuantizedActs {
-                            rows,
-                            cols: inp,
-                            stride: inp,
-                            bits: act_bits,
-                            codes: vec![top as u8; rows * inp],
-                            scale: vec![1.; rows],
-                            zero: vec![0; rows],
-                        };
-                        for isa in Isa::available() {
-                            let mut y = vec![0.; rows * out];
-                            matmul_int_with(isa, [IntProduct { parts: &[(&a, &w)], y: &mut y }]);
-                            let want = (top * code * inp as i32) as f32;
-                            assert!(
-                                y.iter().all(|&y| y == want),
-                                "{isa:?} u{act_bits}s{bits}: {} {want}",
-                                y[0]
-                            );
-                        }
-                    }
-                }
-            }
-        }
-        assert_eq!((i16_steps(15, 8), i16_steps(255, 8), i16_steps(255, 128)), (136, 8, 0));
-    }
-
-    #[test]
-    fn results_depend_neither_on_threads_nor_on_other_tokens() {
-        let mut rng = Lcg(3);
-        let (rows, inp, out) = (70, 600, 500);
-        let w = random_weights(&mut rng, out, inp, 4, 40);
-        let a = random_acts(&mut rng, rows, inp, 4);
-        let x = a.dequantize();
-        let run = |threads| {
-            let pool = rayon::ThreadPoolBuilder::new().num_threads(threads).build().unwrap();
-            let (mut y, mut z) = (vec![0.; rows * out], vec![0.; rows * out]);
-            pool.install(|| {
-                matmul_int(&a, &w, &mut y);
-                matmul_float(&x, rows, &w, &mut z);
-            });
-            (y, z)
-        };
-        let (y, z) = run(1);
-        assert_eq!((&y, &z), (&run(2).0, &run(2).1));
-        let mut last = vec![0.; out];
-        matmul_float(&x[(rows - 1) * inp..], 1, &w, &mut last);
-        assert_eq!(last, z[(rows - 1) * out..]);
-    }
-
-    #[test]
-    fn empty_products() {
-        let w = PackedWeights::pack(&[], &[], 0, 8, 4, 8).unwrap();
-        matmul_int(&random_acts(&mut Lcg(4), 2, 8, 4), &w, &mut []);
-        let w = random_weights(&mut Lcg(5), 3, 8, 4, 8);
-        matmul_int(&crate::quantize_acts(&[], 0, 8, 4, 1.), &w, &mut []);
-        matmul_float(&[], 0, &w, &mut []);
-    }
-
-    #[test]
-    #[should_panic(expected = "activations have 16 columns, the weights 8 inputs")]
-    fn wrong_width() {
-        let w = random_weights(&mut Lcg(5), 3, 8, 4, 8);
-        matmul_int(&random_acts(&mut Lcg(4), 2, 16, 4), &w, &mut [0.; 6]);
-    }
-
-    #[test]
-    fn names() {
-        let isa = Isa::active();
-        let narrow = if isa == Isa::Avx2 { "i16acc" } else { "i32acc" };
-        assert_eq!(kernel_name(4, 4, false), format!("{}-u4s4-{narrow}", isa.name()));
-        assert_eq!(kernel_name(4, 4, true), format!("{}-u4s4-levels", isa.name()));
-        assert_eq!(kernel_name(8, 8, false), format!("{}-u8s8-i32acc", isa.name()));
-        assert_eq!(kernel_name(16, 4, false), format!("{}-f32s4-fma", isa.name()));
-    }
-
-    proptest! {
-        #![proptest_config(ProptestConfig::with_cases(64))]
-        #[test]
-        fn any_shape(
-            rows in 1usize..80, out in 1usize..50, groups in 1usize..4, group in 1usize..200,
-            bits in 2u8..=8, act_bits in 2u8..=8, seed in any::<u64>()
-        ) {
-            let (inp, group) = if groups == 1 { (group, group) } else { (groups * group.next_multiple_of(8), group.next_multiple_of(8)) };
-            let mut rng = Lcg(seed);
-            let w = random_weights(&mut rng, out, inp, bits, group);
-            check_all(&random_acts(&mut rng, rows, inp, act_bits), &w);
-        }
-    }
-}
+mod tests;

@@ -4,15 +4,14 @@
 //! copy: 12 × 32 sums in AVX-512's registers, 6 × 16 in AVX2's. The sum of one output is built in one order, which depends on the depth
 //! alone: not on the number of rows, nor on that of threads.
 
-#[cfg(target_arch = "x86_64")]
-use crate::isa::{Avx2, Avx512Vnni};
-use crate::isa::{Isa, Scalar, with_token};
+mod tile;
+
+use crate::isa::{Isa, with_token};
 use crate::parallel::{Shared, for_each_chunk, for_each_index};
 use half::{bf16, f16};
 use rayon::prelude::*;
-#[cfg(target_arch = "x86_64")]
-use std::arch::x86_64::*;
 use std::ops::Range;
+use tile::{Part, Place, Tile, Weight};
 
 /// Output columns of a panel: the lanes of an AVX-512 register.
 const PANEL: usize = 16;
@@ -21,9 +20,6 @@ const TASK_ROWS: usize = 192;
 /// Panels of one task, and of one where there are too few rows for several.
 const TASK_PANELS: usize = 16;
 const FEW_TASK_PANELS: usize = 4;
-/// Bytes of weights that are fetched before they are used, where one row passes over them: the processor's own prefetching stops at every page.
-#[cfg(target_arch = "x86_64")]
-const AHEAD: usize = 2048;
 /// Panels that are always many.
 const MANY_PANELS: usize = 1024;
 /// Depth that is summed before the sums go to memory: a pair of panels of it is 48 KiB, and stays in a core's L2 beside the rows.
@@ -115,62 +111,6 @@ impl PackedDense {
         }
     }
 }
-
-/// How a weight is stored. Widening is exact.
-trait Weight: Copy + Send + Sync {
-    fn widen(self) -> f32;
-
-    /// 8 weights, widened.
-    ///
-    /// # Safety
-    /// `from` must be valid for reading 8 of them, and the machine have AVX2 and F16C.
-    #[cfg(target_arch = "x86_64")]
-    unsafe fn load8(from: *const Self) -> __m256;
-
-    /// 16 weights, widened.
-    ///
-    /// # Safety
-    /// `from` must be valid for reading 16 of them, and the machine have AVX-512 F.
-    #[cfg(target_arch = "x86_64")]
-    unsafe fn load16(from: *const Self) -> __m512;
-}
-
-/// Loads of one type: 8 and 16 weights from `$from`.
-macro_rules! weight {
-    ($type:ty, $widen:expr, $from:ident => $load8:expr, $load16:expr) => {
-        impl Weight for $type {
-            #[inline(always)]
-            fn widen(self) -> f32 {
-                $widen(self)
-            }
-
-            #[cfg(target_arch = "x86_64")]
-            #[inline(always)]
-            unsafe fn load8($from: *const Self) -> __m256 {
-                // SAFETY: the caller's.
-                unsafe { $load8 }
-            }
-
-            #[cfg(target_arch = "x86_64")]
-            #[inline(always)]
-            unsafe fn load16($from: *const Self) -> __m512 {
-                // SAFETY: the caller's.
-                unsafe { $load16 }
-            }
-        }
-    };
-}
-weight!(f32, |w| w, from => _mm256_loadu_ps(from), _mm512_loadu_ps(from));
-weight!(f16, f16::to_f32, from => _mm256_cvtph_ps(_mm_loadu_si128(from.cast())), _mm512_cvtph_ps(_mm256_loadu_si256(from.cast())));
-weight!(bf16, bf16::to_f32, from =>
-    _mm256_castsi256_ps(_mm256_slli_epi32::<16>(_mm256_cvtepu16_epi32(_mm_loadu_si128(from.cast())))),
-    _mm512_castsi512_ps(_mm512_slli_epi32::<16>(_mm512_cvtepu16_epi32(_mm256_loadu_si256(from.cast()))))
-);
-
-weight!(i8, f32::from, from =>
-    _mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(_mm_loadl_epi64(from.cast()))),
-    _mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm_loadu_si128(from.cast())))
-);
 
 /// Up to 16 rows of w, `[.., k]`, as a panel, `[k, 16]`; lanes without a row stay as they are.
 fn pack_rows(rows: &[f32], k: usize, panel: &mut [f32]) {
@@ -352,7 +292,10 @@ impl<W: Weight> Product<'_, W> {
                 };
                 let width = (count * PANEL).min(n - first * PANEL);
                 // SAFETY: rows row..row + height and columns from first · 16 on, `width` of them, are among the caller's.
-                unsafe { token.tile(&part, height, count, width, y.add(row * n + first * PANEL), n) };
+                unsafe {
+                    let to = Place { y: y.add(row * n + first * PANEL), ldy: n, width };
+                    token.tile(&part, height, count, to);
+                };
                 row += height;
             }
         };
@@ -366,307 +309,5 @@ impl<W: Weight> Product<'_, W> {
     }
 }
 
-/// What a tile multiplies.
-struct Part<'a, W> {
-    /// First of the rows, `pitch` apart.
-    x: &'a [f32],
-    pitch: usize,
-    /// First of the panels, `panel_stride` apart.
-    w: &'a [W],
-    panel_stride: usize,
-    /// Inputs to sum over.
-    depth: usize,
-    /// Whether the sums start at zero rather than at what the output holds.
-    begin: bool,
-}
-
-impl<W> Part<'_, W> {
-    /// Panics unless `rows` rows and `panels` panels of `depth` inputs are there.
-    fn check(&self, rows: usize, panels: usize) {
-        assert!(self.depth > 0 && rows > 0 && panels > 0);
-        assert!(self.x.len() >= (rows - 1) * self.pitch + self.depth);
-        assert!(self.w.len() >= (panels - 1) * self.panel_stride + self.depth * PANEL);
-    }
-}
-
-/// A product of a few rows and panels.
-trait Tile: Copy + Sync {
-    /// Panels of a full tile.
-    const PANELS: usize;
-    /// Heights that there is code for, the largest first; the last is 1.
-    const HEIGHTS: [usize; 5];
-
-    /// Adds the product of `rows` (one of [`Tile::HEIGHTS`]) rows and `panels` panels to `y`, or writes it there.
-    ///
-    /// # Safety
-    /// `y` must be valid for reading and writing `rows` rows of `width` floats, `ldy` apart.
-    unsafe fn tile<W: Weight>(
-        self,
-        part: &Part<W>,
-        rows: usize,
-        panels: usize,
-        width: usize,
-        y: *mut f32,
-        ldy: usize,
-    );
-}
-
-impl Tile for Scalar {
-    const PANELS: usize = 1;
-    const HEIGHTS: [usize; 5] = [1; 5];
-
-    unsafe fn tile<W: Weight>(
-        self,
-        part: &Part<W>,
-        rows: usize,
-        panels: usize,
-        width: usize,
-        y: *mut f32,
-        _: usize,
-    ) {
-        part.check(rows, panels);
-        // SAFETY: the caller's.
-        let y = unsafe { std::slice::from_raw_parts_mut(y, width) };
-        let mut sums = [0.0f32; PANEL];
-        if !part.begin {
-            sums[..width].copy_from_slice(y);
-        }
-        for (x, w) in part.x[..part.depth].iter().zip(part.w.chunks_exact(PANEL)) {
-            // Rounded once, as the others do it, so that all give the same bits.
-            sums.iter_mut().zip(w).for_each(|(s, w)| *s = x.mul_add(w.widen(), *s));
-        }
-        y.copy_from_slice(&sums[..width]);
-    }
-}
-
-/// The tiles of one instruction set: `$load`, `$store`, `$splat`, `$fma` on registers `$reg` of `$lanes` floats, `$regs` of them a panel.
-#[cfg(target_arch = "x86_64")]
-macro_rules! x86_tile {
-    ($token:ty, $name:ident, $features:literal, $panels:literal, $heights:expr, $reg:ty, $lanes:literal,
-     $zero:ident, $weights:ident, $load:ident, $store:ident, $splat:ident, $fma:ident) => {
-        impl Tile for $token {
-            const PANELS: usize = $panels;
-            const HEIGHTS: [usize; 5] = $heights;
-
-            unsafe fn tile<W: Weight>(
-                self,
-                part: &Part<W>,
-                rows: usize,
-                panels: usize,
-                width: usize,
-                y: *mut f32,
-                ldy: usize,
-            ) {
-                part.check(rows, panels);
-                let whole = width == panels * PANEL;
-                // Columns that the output does not have go to the side.
-                let mut side = [0.0f32; 12 * 2 * PANEL];
-                let (to, ld) = if whole { (y, ldy) } else { (side.as_mut_ptr(), panels * PANEL) };
-                // SAFETY: the token proves the instruction set; `check` has proved x and w; y is the caller's, and the side has room for 12
-                // rows of two panels.
-                unsafe {
-                    if !whole && !part.begin {
-                        (0..rows).for_each(|r| {
-                            std::ptr::copy_nonoverlapping(y.add(r * ldy), to.add(r * ld), width)
-                        });
-                    }
-                    macro_rules! call {
-                        ($r:literal) => {
-                            match panels {
-                                1 => $name::<W, $r, { PANEL / $lanes }>(part, to, ld),
-                                _ => $name::<W, $r, { $panels * PANEL / $lanes }>(part, to, ld),
-                            }
-                        };
-                    }
-                    match rows {
-                        12 => call!(12),
-                        8 => call!(8),
-                        6 => call!(6),
-                        4 => call!(4),
-                        3 => call!(3),
-                        2 => call!(2),
-                        _ => call!(1),
-                    }
-                    if !whole {
-                        (0..rows).for_each(|r| {
-                            std::ptr::copy_nonoverlapping(to.add(r * ld), y.add(r * ldy), width)
-                        });
-                    }
-                }
-            }
-        }
-
-        /// R rows, V registers a row.
-        ///
-        /// # Safety
-        /// As [`Tile::tile`], for the instruction set and for what [`Part::check`] proves.
-        #[target_feature(enable = $features)]
-        unsafe fn $name<W: Weight, const R: usize, const V: usize>(part: &Part<W>, y: *mut f32, ldy: usize) {
-            let (x, w) = (part.x.as_ptr(), part.w.as_ptr());
-            let mut sums: [[$reg; V]; R] = [[$zero(); V]; R];
-            // SAFETY: the caller's.
-            unsafe {
-                if !part.begin {
-                    for r in 0..R {
-                        for v in 0..V {
-                            sums[r][v] = $load(y.add(r * ldy + v * $lanes));
-                        }
-                    }
-                }
-                for l in 0..part.depth {
-                    let mut weights: [$reg; V] = [$zero(); V];
-                    for v in 0..V {
-                        let (panel, at) = (v * $lanes / PANEL, v * $lanes % PANEL);
-                        let from = w.wrapping_add(panel * part.panel_stride + l * PANEL + at);
-                        if R == 1 {
-                            _mm_prefetch::<_MM_HINT_T0>(from.cast::<i8>().wrapping_add(AHEAD));
-                        }
-                        weights[v] = W::$weights(from);
-                    }
-                    for r in 0..R {
-                        let input = $splat(*x.add(r * part.pitch + l));
-                        for v in 0..V {
-                            sums[r][v] = $fma(input, weights[v], sums[r][v]);
-                        }
-                    }
-                }
-                for r in 0..R {
-                    for v in 0..V {
-                        $store(y.add(r * ldy + v * $lanes), sums[r][v]);
-                    }
-                }
-            }
-        }
-    };
-}
-
-#[cfg(target_arch = "x86_64")]
-x86_tile!(
-    Avx512Vnni,
-    avx512_tile,
-    "avx512f",
-    2,
-    [12, 8, 4, 2, 1],
-    __m512,
-    16,
-    _mm512_setzero_ps,
-    load16,
-    _mm512_loadu_ps,
-    _mm512_storeu_ps,
-    _mm512_set1_ps,
-    _mm512_fmadd_ps
-);
-#[cfg(target_arch = "x86_64")]
-x86_tile!(
-    Avx2,
-    avx2_tile,
-    "avx2,fma,f16c",
-    1,
-    [6, 4, 3, 2, 1],
-    __m256,
-    8,
-    _mm256_setzero_ps,
-    load8,
-    _mm256_loadu_ps,
-    _mm256_storeu_ps,
-    _mm256_set1_ps,
-    _mm256_fmadd_ps
-);
-
 #[cfg(test)]
-mod tests {
-    use super::*;
-    use proptest::prelude::*;
-
-    fn values(seed: usize, len: usize) -> Vec<f32> {
-        (0..len).map(|i| ((i * 37 + seed * 101) as f32 * 0.713).sin()).collect()
-    }
-
-    /// In f64, by the definition; and the sum of the magnitudes, against which an error is to be held.
-    fn naive(x: &[f32], w: &[f32], m: usize, k: usize, n: usize) -> Vec<(f64, f64)> {
-        let dot = |i: usize, j: usize| {
-            let products = (0..k).map(|l| f64::from(x[i * k + l]) * f64::from(w[j * k + l]));
-            products.fold((0.0, 0.0), |(sum, magnitude), p| (sum + p, magnitude + p.abs()))
-        };
-        (0..m * n).map(|c| dot(c / n, c % n)).collect()
-    }
-
-    fn check(m: usize, k: usize, n: usize) {
-        let (x, w) = (values(m, m * k), values(n, n * k));
-        let packed = PackedDense::pack(&w, n, k);
-        let transposed: Vec<f32> = (0..k * n).map(|i| w[i % n * k + i / n]).collect();
-        assert_eq!(PackedDense::pack_transposed(&transposed, n, k).panels, packed.panels);
-        assert_eq!((packed.out_features(), packed.in_features()), (n, k));
-        let want = naive(&x, &w, m, k, n);
-        for isa in Isa::available() {
-            let mut y = vec![f32::NAN; m * n];
-            matmul_packed_with(isa, &x, &packed, &mut y, m, false);
-            for (c, (got, (want, magnitude))) in y.iter().zip(&want).enumerate() {
-                let error = (f64::from(*got) - want).abs();
-                assert!(
-                    error <= 1e-5 * magnitude,
-                    "{isa:?} [{m}, {k}] x [{n}]: {c}: {got} instead of {want}"
-                );
-            }
-            let mut twice = y.clone();
-            matmul_packed_with(isa, &x, &packed, &mut twice, m, true);
-            for ((got, y), (_, magnitude)) in twice.iter().zip(&y).zip(&want) {
-                assert!(
-                    f64::from(got - 2.0 * y).abs() <= 1e-5 * magnitude,
-                    "{isa:?} [{m}, {k}] x [{n}], added"
-                );
-            }
-            // Every row alone gives the same bits.
-            for i in 0..m.min(3) {
-                let mut row = vec![f32::NAN; n];
-                matmul_packed_with(isa, &x[i * k..(i + 1) * k], &packed, &mut row, 1, false);
-                assert_eq!(row, y[i * n..(i + 1) * n], "{isa:?} row {i}");
-            }
-        }
-    }
-
-    #[test]
-    fn edges() {
-        for (m, k, n) in [
-            (1, 1, 1),
-            (12, 384, 32),
-            (13, 385, 33),
-            (205, 100, 300),
-            (3, 0, 5),
-            (0, 4, 4),
-            (25, 1024, 17),
-            (2, 1536, 48),
-        ] {
-            check(m, k, n);
-        }
-    }
-
-    #[test]
-    fn fewer_bits_where_they_are_exact() {
-        for (m, k, n) in [(1, 576, 70), (13, 300, 33), (3, 0, 2)] {
-            let (x, w) = (values(m, m * k), values(n, n * k));
-            let rounded = |f: fn(f32) -> f32| w.iter().map(|&w| f(w)).collect::<Vec<f32>>();
-            let f16s = rounded(|w| f16::from_f32(w).to_f32());
-            let bf16s = rounded(|w| bf16::from_f32(1e-6 * w).to_f32());
-            let bytes = rounded(|w| (127.0 * w).round());
-            for (w, size) in [(bytes, 1), (f16s, 2), (bf16s, 2), (w, 4)] {
-                let (wide, compact) = (PackedDense::pack(&w, n, k), PackedDense::pack(&w, n, k).compact());
-                assert_eq!(compact.bytes(), n.next_multiple_of(PANEL) * k * size);
-                for isa in Isa::available() {
-                    let [mut y, mut z] = [(); 2].map(|()| vec![0.5; m * n]);
-                    matmul_packed_with(isa, &x, &wide, &mut y, m, true);
-                    matmul_packed_with(isa, &x, &compact, &mut z, m, true);
-                    assert_eq!(y, z, "{isa:?}");
-                }
-            }
-        }
-    }
-
-    proptest! {
-        #![proptest_config(ProptestConfig::with_cases(40))]
-        #[test]
-        fn any_shape(m in 1usize..40, k in 1usize..900, n in 1usize..120) {
-            check(m, k, n);
-        }
-    }
-}
+mod tests;

@@ -4,6 +4,7 @@
 mod block;
 mod checkpoint;
 mod config;
+mod digest;
 mod error;
 mod generate;
 mod linear;
@@ -22,6 +23,7 @@ mod workspace;
 pub use block::*;
 pub use checkpoint::*;
 pub use config::*;
+pub use digest::*;
 pub use error::*;
 pub use generate::*;
 pub use linear::*;

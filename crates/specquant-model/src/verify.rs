@@ -5,55 +5,45 @@ use std::collections::BTreeMap;
 use std::fs::File;
 use std::path::Path;
 
-use sha2::{Digest, Sha256};
-
 use crate::stored_branch::read_basis;
 use crate::stored_linear::read_linear;
 use crate::stored_transform::{read_act_clip, read_key_transform, read_transform};
 use crate::{
-    Block, Embedding, Error, Head, InputTransform, Problems, QuantizationConfig, Result, Site, Source,
+    Block, Embedding, Error, Hashing, Head, InputTransform, Problems, QuantizationConfig, Result, Site,
+    Source,
 };
 
 /// The file of a checkpoint that lists the SHA-256 of every other one; `sha256sum --check` reads it too.
 pub const CHECKSUMS: &str = "SHA256SUMS";
 
-/// What [`CHECKSUMS`] is to hold for `dir`: a line for every file in it that is not hidden, by name.
+/// What [`CHECKSUMS`] is to hold for `dir`: a line for every file in it that is not hidden, by name. Files whose sum is `known` are not read.
 ///
 /// # Errors
 /// When a file cannot be read.
-pub fn checksums(dir: &Path) -> Result<String> {
-    Ok(sums(dir)?.into_iter().map(|(name, sum)| format!("{sum}  {name}\n")).collect())
+pub fn checksums(dir: &Path, known: &BTreeMap<String, String>) -> Result<String> {
+    Ok(sums(dir, known)?.into_iter().map(|(name, sum)| format!("{sum}  {name}\n")).collect())
 }
 
-fn sums(dir: &Path) -> Result<BTreeMap<String, String>> {
+fn sums(dir: &Path, known: &BTreeMap<String, String>) -> Result<BTreeMap<String, String>> {
     let mut sums = BTreeMap::new();
     for entry in std::fs::read_dir(dir).map_err(Error::io(dir))? {
         let path = entry.map_err(Error::io(dir))?.path();
         let Some(name) = path.file_name().and_then(|n| n.to_str()) else { continue };
         if path.is_file() && name != CHECKSUMS && !name.starts_with('.') {
-            let mut hasher = Sha256::new();
-            File::open(&path)
-                .and_then(|mut file| std::io::copy(&mut file, &mut HashWriter(&mut hasher)))
-                .map_err(Error::io(&path))?;
-            let sum = hasher.finalize().iter().map(|b| format!("{b:02x}")).collect();
+            let sum = match known.get(name) {
+                Some(sum) => sum.clone(),
+                None => {
+                    let mut hashing = Hashing::new(std::io::sink());
+                    File::open(&path)
+                        .and_then(|mut file| std::io::copy(&mut file, &mut hashing))
+                        .map_err(Error::io(&path))?;
+                    hashing.finish().1
+                }
+            };
             sums.insert(name.to_owned(), sum);
         }
     }
     Ok(sums)
-}
-
-/// What is written is hashed.
-struct HashWriter<'a>(&'a mut Sha256);
-
-impl std::io::Write for HashWriter<'_> {
-    fn write(&mut self, bytes: &[u8]) -> std::io::Result<usize> {
-        self.0.update(bytes);
-        Ok(bytes.len())
-    }
-
-    fn flush(&mut self) -> std::io::Result<()> {
-        Ok(())
-    }
 }
 
 /// Everything that is wrong with the model at `path`: of a SpecQuant checkpoint its checksums, and of any model shapes, ranges, numbers that are not
@@ -103,7 +93,7 @@ impl Found {
 fn compare_sums(dir: &Path, found: &mut Found) -> Result<()> {
     let file = dir.join(CHECKSUMS);
     let text = std::fs::read(&file).map_err(Error::io(&file))?;
-    let mut there = sums(dir)?;
+    let mut there = sums(dir, &BTreeMap::new())?;
     for (i, line) in String::from_utf8_lossy(&text).lines().enumerate() {
         let Some((want, name)) = line.split_once("  ").filter(|(sum, _)| sum.len() == 64) else {
             found.add(format!("{}: line {} is not a checksum and a file name", file.display(), i + 1));

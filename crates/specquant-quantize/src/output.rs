@@ -8,9 +8,9 @@ use std::path::{Path, PathBuf};
 use safetensors::SafeTensors;
 use safetensors::tensor::TensorView;
 use serde_json::{Map, Value, json};
-use specquant_model::StoredTensor;
+use specquant_model::{StoredTensor, sha256};
 
-use crate::progress::{Named, Progress, STATE, differing, remove_others, sha256, unwritten};
+use crate::progress::{Named, Progress, STATE, differing, remove_others, unwritten};
 use crate::{Error, Result};
 
 /// Where a checkpoint goes, and what becomes of what lies there.
@@ -339,7 +339,10 @@ impl Output {
     pub fn finish(mut self) -> Result<()> {
         debug_assert_eq!(self.progress.shards.len(), self.shards);
         self.write_index()?;
-        let sums = specquant_model::checksums(&self.claim.partial)?;
+        // The last of a shard's sums is of what it is now.
+        let shards = self.progress.shards.iter();
+        let known = shards.filter_map(|s| Some((s.file.clone(), s.sha256.last()?.clone()))).collect();
+        let sums = specquant_model::checksums(&self.claim.partial, &known)?;
         self.write(specquant_model::CHECKSUMS, sums.as_bytes())?;
         let (partial, destination) = (self.claim.partial.clone(), self.destination.path.clone());
         let moved = |e: std::io::Error| {

@@ -12,9 +12,8 @@ use std::path::{Path, PathBuf};
 
 use serde::{Deserialize, Serialize};
 use serde_json::{Map, Value, json};
-use sha2::{Digest, Sha256};
 use specquant_kernels::Isa;
-use specquant_model::{FORMAT_VERSION, Source};
+use specquant_model::{FORMAT_VERSION, Hashing, Source, sha256};
 
 use crate::block::LayerReport;
 use crate::recipe::Recipe;
@@ -91,28 +90,6 @@ pub(crate) fn differing<'a>(a: &'a Map<String, Value>, b: &'a Map<String, Value>
     names
 }
 
-pub(crate) fn sha256(bytes: &[u8]) -> String {
-    Sha256::digest(bytes).iter().map(|b| format!("{b:02x}")).collect()
-}
-
-/// Passes on what is written, and its SHA-256.
-struct Hashing<W> {
-    to: W,
-    hash: Sha256,
-}
-
-impl<W: Write> Write for Hashing<W> {
-    fn write(&mut self, bytes: &[u8]) -> io::Result<usize> {
-        let written = self.to.write(bytes)?;
-        self.hash.update(&bytes[..written]);
-        Ok(written)
-    }
-
-    fn flush(&mut self) -> io::Result<()> {
-        self.to.flush()
-    }
-}
-
 impl Progress {
     /// What the unfinished checkpoint `partial` has reached; `None` if nothing.
     ///
@@ -157,16 +134,14 @@ impl Progress {
         let mut names = (0..).map(|n| format!("{what}.{n}")).filter(|name| !taken(name));
         let file = names.next().unwrap_or_default();
         let path = partial.join(STATE).join(&file);
-        let finish = || -> io::Result<Sha256> {
-            let mut to =
-                BufWriter::with_capacity(1 << 20, Hashing { to: File::create(&path)?, hash: Sha256::new() });
+        let finish = || -> io::Result<String> {
+            let mut to = BufWriter::with_capacity(1 << 20, Hashing::new(File::create(&path)?));
             write(&mut to)?;
-            let Hashing { to, hash } = to.into_inner()?;
-            to.sync_all()?;
-            Ok(hash)
+            let (file, sha256) = to.into_inner()?.finish();
+            file.sync_all()?;
+            Ok(sha256)
         };
-        let hash = finish().map_err(|e| unwritten(&path, e))?;
-        let sha256 = hash.finalize().iter().map(|b| format!("{b:02x}")).collect();
+        let sha256 = finish().map_err(|e| unwritten(&path, e))?;
         self.kept.insert(what.to_owned(), Named { file, sha256: vec![sha256] });
         Ok(())
     }

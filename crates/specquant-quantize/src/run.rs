@@ -9,7 +9,7 @@ use std::time::{Duration, Instant};
 use serde::{Deserialize, Serialize};
 use serde_json::json;
 use specquant_model::{
-    FORMAT_VERSION, InputRotation, Model, OnlineRotations, QuantizationConfig, Source, StoredTensor,
+    FORMAT_VERSION, InputRotation, Model, OnlineRotations, QuantizationConfig, Source, StoredTensor, sha256,
 };
 
 use crate::block::LayerReport;
@@ -17,7 +17,7 @@ use crate::fallback::{Fallback, fallbacks};
 use crate::learn::{self, Learn, TuneConfig};
 use crate::output::{self, Destination, Output};
 use crate::pipeline::{Rotation, one_block};
-use crate::progress::{Progress, identity, read_numbers, sha256, write_numbers};
+use crate::progress::{Progress, identity, read_numbers, write_numbers};
 use crate::recipe::Recipe;
 use crate::transforms::rotate;
 use crate::vocabulary::{HalfType, round_row, vocabulary_tensors};

@@ -10,10 +10,10 @@ use serde::{Deserialize, Serialize};
 use serde_json::{Value, json};
 use specquant_eval::{
     Bos, Difference, Encoder, Estimate, Perplexity, Protocol, Query, Reference, TASKS, TaskData, average,
-    encode, estimate, evaluate, paired, perplexity, sha256, write_whole,
+    encode, estimate, evaluate, paired, perplexity, write_whole,
 };
 use specquant_kernels::Isa;
-use specquant_model::{Model, Source, Truncation, read_text};
+use specquant_model::{Model, Source, Truncation, read_text, sha256};
 use specquant_quantize as q;
 
 use crate::latency::{self, Latency};

@@ -3,7 +3,7 @@
 use std::path::{Path, PathBuf};
 
 use serde_json::{Map, Value};
-use sha2::{Digest, Sha256};
+use specquant_model::sha256;
 
 use super::{Document, Task};
 use crate::{Error, Result};
@@ -25,11 +25,6 @@ pub struct TaskData {
     pub sha256: String,
     /// Documents in the whole file.
     pub available: usize,
-}
-
-/// SHA-256 in hexadecimal.
-pub fn sha256(bytes: &[u8]) -> String {
-    Sha256::digest(bytes).iter().map(|b| format!("{b:02x}")).collect()
 }
 
 /// A row, and its line in the file, from 1.

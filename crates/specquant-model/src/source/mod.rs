@@ -13,6 +13,7 @@ mod tests;
 mod view;
 
 use std::path::{Path, PathBuf};
+use std::sync::OnceLock;
 
 use rayon::prelude::*;
 use serde_json::{Value, json};
@@ -34,6 +35,8 @@ pub struct Source {
     tensors: Tensors,
     is_gguf: bool,
     truncation: Truncation,
+    /// Once somebody has asked for it: all tensors are read for it.
+    fingerprint: OnceLock<String>,
 }
 
 impl Source {
@@ -94,6 +97,7 @@ impl Source {
             tensors,
             is_gguf: false,
             truncation: Truncation::None,
+            fingerprint: OnceLock::new(),
         };
         source.settle_tying();
         Ok(source)
@@ -116,6 +120,7 @@ impl Source {
             tensors,
             is_gguf: true,
             truncation: Truncation::None,
+            fingerprint: OnceLock::new(),
         })
     }
 
@@ -249,6 +254,7 @@ impl Source {
             return Err(Error::Checkpoint(format!("{}: {why}", self.path.display())));
         }
         self.truncation = truncation;
+        self.fingerprint = OnceLock::new();
         Ok(())
     }
 
@@ -263,6 +269,9 @@ impl Source {
     /// # Errors
     /// As [`Source::side_files`].
     pub fn fingerprint(&self) -> Result<String> {
+        if let Some(known) = self.fingerprint.get() {
+            return Ok(known.clone());
+        }
         let tensors: Vec<(&String, &TensorView)> = self.tensors.iter().collect();
         let digest = |(name, t): &(&String, &TensorView)| {
             let digest = Sha256::new()
@@ -280,7 +289,7 @@ impl Source {
         digests.iter().for_each(|d| whole.update(d));
         let files = self.side_files()?;
         files.iter().filter(|(name, _)| name == "tokenizer.json").for_each(|(_, bytes)| whole.update(bytes));
-        Ok(whole.finalize().iter().map(|b| format!("{b:02x}")).collect())
+        Ok(self.fingerprint.get_or_init(|| crate::digest::hex(&whole.finalize())).clone())
     }
 
     /// Gives the memory that holds what has been read back to the system, so that reading one part after another takes no more than one part.

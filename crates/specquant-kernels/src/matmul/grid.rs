@@ -1,0 +1,90 @@
+//! How the output of a product is cut into rectangles, the depth into blocks.
+
+use super::{PANELS, ROWS, TILE_ROWS};
+use crate::parallel::Shared;
+use crate::weights::PANEL;
+use std::marker::PhantomData;
+use std::ops::Range;
+
+/// Multiply-accumulates that a rectangle has at least, if the product has them: below, sharing costs more than it saves.
+const GRAIN: usize = 1 << 17;
+
+/// A rectangle of y: some columns of some rows, which one task writes.
+pub(super) struct Rect<'a> {
+    pub row: usize,
+    pub col: usize,
+    pub rows: usize,
+    pub width: usize,
+    /// Its first value; rows lie `stride` apart.
+    start: *mut f32,
+    stride: usize,
+    y: PhantomData<&'a mut [f32]>,
+}
+
+impl Rect<'_> {
+    /// Row i of the rectangle.
+    #[inline(always)]
+    pub(super) fn row_mut(&mut self, i: usize) -> &mut [f32] {
+        assert!(i < self.rows);
+        // SAFETY: within y, and nobody else's by the contract of `Grid::rect`.
+        unsafe { std::slice::from_raw_parts_mut(self.start.add(i * self.stride), self.width) }
+    }
+}
+
+/// How y `[rows, out]` is cut into rectangles, which start at multiples of [`PANEL`] columns.
+pub(super) struct Grid<'a> {
+    rows: usize,
+    out: usize,
+    /// Of a rectangle.
+    high: usize,
+    wide: usize,
+    /// Rectangles.
+    down: usize,
+    across: usize,
+    start: Shared<f32>,
+    y: PhantomData<&'a mut [f32]>,
+}
+
+impl<'a> Grid<'a> {
+    /// inp: depth of the product.
+    pub(super) fn new(y: &'a mut [f32], rows: usize, out: usize, inp: usize) -> Self {
+        assert_eq!(y.len(), rows * out, "y must be [rows, out]");
+        let (start, empty) = (Shared(y.as_mut_ptr()), y.is_empty());
+        if empty {
+            return Grid { rows, out, high: 1, wide: 1, down: 0, across: 0, start, y: PhantomData };
+        }
+        let high = rows.div_ceil(rows.div_ceil(ROWS)).next_multiple_of(TILE_ROWS);
+        let least = GRAIN / (high.min(rows) * inp);
+        let across = (out / least.max(PANELS * PANEL)).max(1);
+        let wide = out.div_ceil(across).next_multiple_of(PANELS * PANEL);
+        let (down, across) = (rows.div_ceil(high), out.div_ceil(wide));
+        Grid { rows, out, high, wide, down, across, start, y: PhantomData }
+    }
+
+    /// Rectangles.
+    pub(super) fn len(&self) -> usize {
+        self.down * self.across
+    }
+
+    /// # Safety
+    /// i < [`Grid::len`], and no rectangle may be there twice at a time.
+    pub(super) unsafe fn rect(&self, i: usize) -> Rect<'a> {
+        let (row, col) = (i / self.across * self.high, i % self.across * self.wide);
+        let (rows, width) = (self.high.min(self.rows - row), self.wide.min(self.out - col));
+        // SAFETY: row < rows and col < out.
+        let start = unsafe { self.start.get().add(row * self.out + col) };
+        Rect { row, col, rows, width, start, stride: self.out, y: PhantomData }
+    }
+}
+
+/// The blocks of a group: (start, end), of `depth` inputs at most, evenly, starting at multiples of 8.
+pub(super) fn blocks(start: usize, size: usize, depth: usize) -> impl Iterator<Item = (usize, usize)> {
+    let even = size.div_ceil(size.div_ceil(depth)).next_multiple_of(8);
+    (start..start + size).step_by(even).map(move |k| (k, (k + even).min(start + size)))
+}
+
+/// The panels of a rectangle, up to `step` at a time: (column within the rectangle, panels).
+pub(super) fn panels(rect: &Rect, step: usize) -> impl Iterator<Item = (usize, Range<usize>)> + use<> {
+    let (first, end) = (rect.col / PANEL, rect.col / PANEL + rect.width.div_ceil(PANEL));
+    (first..end).step_by(step).map(move |p| ((p - first) * PANEL, p..end.min(p + step)))
+}

@@ -1,0 +1,88 @@
+use super::*;
+use proptest::prelude::*;
+
+fn values(seed: usize, len: usize) -> Vec<f32> {
+    (0..len).map(|i| ((i * 37 + seed * 101) as f32 * 0.713).sin()).collect()
+}
+
+/// In f64, by the definition; and the sum of the magnitudes, against which an error is to be held.
+fn naive(x: &[f32], w: &[f32], m: usize, k: usize, n: usize) -> Vec<(f64, f64)> {
+    let dot = |i: usize, j: usize| {
+        let products = (0..k).map(|l| f64::from(x[i * k + l]) * f64::from(w[j * k + l]));
+        products.fold((0.0, 0.0), |(sum, magnitude), p| (sum + p, magnitude + p.abs()))
+    };
+    (0..m * n).map(|c| dot(c / n, c % n)).collect()
+}
+
+fn check(m: usize, k: usize, n: usize) {
+    let (x, w) = (values(m, m * k), values(n, n * k));
+    let packed = PackedDense::pack(&w, n, k);
+    let transposed: Vec<f32> = (0..k * n).map(|i| w[i % n * k + i / n]).collect();
+    assert_eq!(PackedDense::pack_transposed(&transposed, n, k).panels, packed.panels);
+    assert_eq!((packed.out_features(), packed.in_features()), (n, k));
+    let want = naive(&x, &w, m, k, n);
+    for isa in Isa::available() {
+        let mut y = vec![f32::NAN; m * n];
+        matmul_packed_with(isa, &x, &packed, &mut y, m, false);
+        for (c, (got, (want, magnitude))) in y.iter().zip(&want).enumerate() {
+            let error = (f64::from(*got) - want).abs();
+            assert!(error <= 1e-5 * magnitude, "{isa:?} [{m}, {k}] x [{n}]: {c}: {got} instead of {want}");
+        }
+        let mut twice = y.clone();
+        matmul_packed_with(isa, &x, &packed, &mut twice, m, true);
+        for ((got, y), (_, magnitude)) in twice.iter().zip(&y).zip(&want) {
+            assert!(f64::from(got - 2.0 * y).abs() <= 1e-5 * magnitude, "{isa:?} [{m}, {k}] x [{n}], added");
+        }
+        // Every row alone gives the same bits.
+        for i in 0..m.min(3) {
+            let mut row = vec![f32::NAN; n];
+            matmul_packed_with(isa, &x[i * k..(i + 1) * k], &packed, &mut row, 1, false);
+            assert_eq!(row, y[i * n..(i + 1) * n], "{isa:?} row {i}");
+        }
+    }
+}
+
+#[test]
+fn edges() {
+    for (m, k, n) in [
+        (1, 1, 1),
+        (12, 384, 32),
+        (13, 385, 33),
+        (205, 100, 300),
+        (3, 0, 5),
+        (0, 4, 4),
+        (25, 1024, 17),
+        (2, 1536, 48),
+    ] {
+        check(m, k, n);
+    }
+}
+
+#[test]
+fn fewer_bits_where_they_are_exact() {
+    for (m, k, n) in [(1, 576, 70), (13, 300, 33), (3, 0, 2)] {
+        let (x, w) = (values(m, m * k), values(n, n * k));
+        let rounded = |f: fn(f32) -> f32| w.iter().map(|&w| f(w)).collect::<Vec<f32>>();
+        let f16s = rounded(|w| f16::from_f32(w).to_f32());
+        let bf16s = rounded(|w| bf16::from_f32(1e-6 * w).to_f32());
+        let bytes = rounded(|w| (127.0 * w).round());
+        for (w, size) in [(bytes, 1), (f16s, 2), (bf16s, 2), (w, 4)] {
+            let (wide, compact) = (PackedDense::pack(&w, n, k), PackedDense::pack(&w, n, k).compact());
+            assert_eq!(compact.bytes(), n.next_multiple_of(PANEL) * k * size);
+            for isa in Isa::available() {
+                let [mut y, mut z] = [(); 2].map(|()| vec![0.5; m * n]);
+                matmul_packed_with(isa, &x, &wide, &mut y, m, true);
+                matmul_packed_with(isa, &x, &compact, &mut z, m, true);
+                assert_eq!(y, z, "{isa:?}");
+            }
+        }
+    }
+}
+
+proptest! {
+    #![proptest_config(ProptestConfig::with_cases(40))]
+    #[test]
+    fn any_shape(m in 1usize..40, k in 1usize..900, n in 1usize..120) {
+        check(m, k, n);
+    }
+}
