@@ -3,7 +3,6 @@
 use std::fs;
 use std::io::Write;
 use std::path::{Path, PathBuf};
-use std::time::Instant;
 
 use serde::de::DeserializeOwned;
 use serde::{Deserialize, Serialize};
@@ -20,15 +19,16 @@ use crate::latency::{self, Latency};
 use crate::{Error, Plan, Result, Run, Settings, permute};
 
 /// Raised whenever a change of the program changes what a configuration gives, so that older measurements are not taken for it.
-const REVISION: u32 = 1;
+const REVISION: u32 = 2;
 
 /// Of one configuration.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 pub struct Measured {
     /// Recipe, scheme and what else tells it from others, for the reader.
     pub label: String,
-    /// Time that quantization took, calibration included; of the checkpoint, so that runs with fewer bins of it have the same.
-    pub quantize_seconds: f64,
+    /// Time of all processors that quantization took, calibration included; of the checkpoint, so that runs with fewer bins of it have the
+    /// same. Not that of a clock, which hours of measurements on a machine that does other work make useless.
+    pub quantize_cpu_seconds: Option<f64>,
     /// Stored bits per weight over all linear layers of the blocks.
     pub bits_per_weight: f64,
     /// Bytes of all tensors.
@@ -84,7 +84,7 @@ struct Checkpoint {
     identity: Value,
     path: PathBuf,
     report: q::Report,
-    seconds: f64,
+    cpu_seconds: Option<f64>,
 }
 
 /// A measurement in a file, under the conditions that it holds for.
@@ -213,13 +213,13 @@ impl<'a> Lab<'a> {
             }
             None => Vec::new(),
         };
-        let started = Instant::now();
+        let started = cpu_seconds();
         let destination = q::Destination::replacing(&path);
         let report = q::run(source, &run.recipe, Some(&texts), &destination, &mut |_| ())?;
-        let seconds = started.elapsed().as_secs_f64();
+        let cpu_seconds = started.and_then(|started| Some(cpu_seconds()? - started));
         drop(permuted);
         permute::remove(&self.output.join("permuted"))?;
-        Ok(self.checkpoint.insert(Checkpoint { identity, path, report, seconds }))
+        Ok(self.checkpoint.insert(Checkpoint { identity, path, report, cpu_seconds }))
     }
 
     /// Removes the checkpoint.
@@ -237,10 +237,10 @@ impl<'a> Lab<'a> {
     pub fn measure(&mut self, run: &Run) -> Result<(Measured, bool)> {
         let name = format!("{}-{}", run.recipe.name, run.recipe.scheme);
         self.stored(&name, run.identity(), |lab| {
-            let Checkpoint { path, report, seconds, .. } = lab.checkpoint(run)?;
+            let Checkpoint { path, report, cpu_seconds, .. } = lab.checkpoint(run)?;
             let mut source = Source::open(path)?;
             source.truncate_branches(run.k_run.map_or(Truncation::None, Truncation::Items))?;
-            let (report, quantize_seconds) = (report.clone(), *seconds);
+            let (report, quantize_cpu_seconds) = (report.clone(), *cpu_seconds);
             let model = Model::load_for_decoding(&source)?;
             lab.reference()?;
             let reference = lab.reference.as_ref();
@@ -248,7 +248,7 @@ impl<'a> Lab<'a> {
             let layers = &report.layers;
             Ok(Measured {
                 label: label(run),
-                quantize_seconds,
+                quantize_cpu_seconds,
                 bits_per_weight: report.bits_per_weight,
                 tensor_bytes: report.tensor_bytes,
                 layer_error: layers.iter().map(|l| l.relative_error).sum::<f64>()
@@ -313,6 +313,17 @@ impl Drop for Lab<'_> {
             let _ = self.clear();
         }
     }
+}
+
+/// Time that this process has taken of all processors.
+fn cpu_seconds() -> Option<f64> {
+    #[cfg(unix)]
+    {
+        let time = rustix::time::clock_gettime(rustix::time::ClockId::ProcessCPUTime);
+        Some(time.tv_sec as f64 + time.tv_nsec as f64 * 1e-9)
+    }
+    #[cfg(not(unix))]
+    None
 }
 
 /// A configuration in a few words.

@@ -45,8 +45,8 @@ pub const SCHEMES: [(&str, &str); 3] = [("4-16-16", "W4A16"), ("4-4-16", "W4A4KV
 const WEIGHT_ONLY: &str = "4-16-16";
 /// Recipes, the settings that they are shown at, and whether `quick` leaves them out. Of the paper's methods its own rows: AWQ is for weights
 /// alone, OmniQuant has no row at 4-4-16; SpinQuant's rotations are learned against quantized activations here, so that there is nothing to learn
-/// at 4-16-16. `svdquant` and `smooth-gptq` are what the paper lacks.
-const METHODS: [(&str, &[&str], bool); 10] = [
+/// at 4-16-16, and FlatQuant its transforms. `svdquant`, `smooth-gptq`, `flatquant` and our own recipes are what the paper lacks.
+const METHODS: [(&str, &[&str], bool); 13] = [
     ("rtn", &["4-16-16", "4-4-16", "4-4-4"], false),
     ("smoothquant", &["4-16-16", "4-4-16", "4-4-4"], false),
     ("gptq", &["4-16-16", "4-4-16", "4-4-4"], false),
@@ -54,10 +54,15 @@ const METHODS: [(&str, &[&str], bool); 10] = [
     ("omniquant", &["4-16-16", "4-4-4"], true),
     ("quarot", &["4-16-16", "4-4-16", "4-4-4"], false),
     ("spinquant", &["4-4-16", "4-4-4"], true),
+    ("flatquant", &["4-4-16", "4-4-4"], true),
     ("svdquant", &["4-4-16", "4-4-4"], true),
     ("smooth-gptq", &["4-16-16", "4-4-16", "4-4-4"], false),
     ("specquant", &["4-16-16", "4-4-16", "4-4-4"], false),
+    ("spectral", &["4-16-16", "4-4-16", "4-4-4"], false),
+    ("spectral-tuned", &["4-16-16", "4-4-16", "4-4-4"], true),
 ];
+/// Methods of this table that need the feature `learn`.
+const LEARNED: [&str; 4] = ["omniquant", "spinquant", "flatquant", "spectral-tuned"];
 /// Calibration sequences where scores are compared, half of the default: many runs that differ in one thing.
 const SCORE_SAMPLES: usize = 8;
 /// The setting of the paper's ablations.
@@ -126,8 +131,7 @@ impl Plan {
 
         let mut methods = Vec::new();
         for (name, settings, slow) in METHODS {
-            let learns = ["omniquant", "spinquant"].contains(&name);
-            if (quick && slow) || (learns && !cfg!(feature = "learn")) {
+            if (quick && slow) || (LEARNED.contains(&name) && !cfg!(feature = "learn")) {
                 continue;
             }
             let mut runs = [const { None }; 3];

@@ -100,19 +100,22 @@ fn table1(e: &Evidence) -> String {
         }
         let last = runs.iter().flatten().next_back().and_then(|r| e.of(r));
         row.push(last.map_or("–".to_owned(), |m| format!("{:.2}", m.bits_per_weight)));
-        row.push(last.map_or("–".to_owned(), |m| format!("{:.0}", m.quantize_seconds)));
+        let seconds = last.and_then(|m| m.quantize_cpu_seconds);
+        row.push(seconds.map_or("–".to_owned(), |s| format!("{s:.0}")));
         let paper = PAPER.iter().find(|(n, _)| n == name).map(|(_, p)| *p);
         row.push(paper.unwrap_or(if name == "specquant" { PAPER_OWN } else { "–" }).to_owned());
         rows.push(row);
     }
     let mut header = vec!["method".to_owned()];
     header.extend(SCHEMES.iter().flat_map(|(s, _)| [format!("{s} ppl"), "KL".to_owned()]));
-    header.extend(["bits/weight", "seconds", "paper: LLaMA-3 8B, 4-4-4, ppl / accuracy"].map(str::to_owned));
+    header.extend(
+        ["bits/weight", "CPU seconds", "paper: LLaMA-3 8B, 4-4-4, ppl / accuracy"].map(str::to_owned),
+    );
     let header: Vec<&str> = header.iter().map(String::as_str).collect();
     let mut text = table(&header, &rows);
     text += "\nBits are those of weights, activations and KV cache. KL is the mean divergence of the next-token distribution from the source's, in nats. \
-             Bits per weight count codes, scales, counts, coefficients and stored directions; they and the seconds of quantization are those of the last setting in the row.";
-    text += " AWQ is for weights alone, and SpinQuant learns its rotations against quantized activations; svdquant and smooth-gptq are no rows of the paper.\n\n";
+             Bits per weight count codes, scales, counts, coefficients and stored directions; they and the processors' time of quantization are those of the last setting in the row.";
+    text += " AWQ is for weights alone, and SpinQuant learns its rotations against quantized activations; flatquant, svdquant and smooth-gptq are no rows of the paper, spectral and spectral-tuned are our own.\n\n";
     for (i, (setting, _)) in SCHEMES.iter().enumerate() {
         let mut order: Vec<(&str, &Measured)> = e
             .plan
@@ -393,7 +396,7 @@ pub fn markdown(e: &Evidence, settings: &Settings, source: &Source) -> String {
     let seconds: f64 = {
         // Runs of one checkpoint share its time.
         let own = e.plan.runs().into_iter().filter(|run| run.k_run.is_none());
-        own.filter_map(|run| e.of(run)).map(|m| m.quantize_seconds).sum()
+        own.filter_map(|run| e.of(run)).filter_map(|m| m.quantize_cpu_seconds).sum()
     };
     let types = stored_types(source);
     let facts = [
@@ -409,7 +412,7 @@ pub fn markdown(e: &Evidence, settings: &Settings, source: &Source) -> String {
         ),
         format!("text: {}; {}", name(&settings.text), e.full.protocol),
         format!(
-            "calibration: {}, at random places by seed; {} configurations, quantized in {:.0} minutes together, on {} with {} threads now",
+            "calibration: {}, at random places by seed; {} configurations, quantized in {:.0} minutes of processor time together, on {} with {} threads now",
             name(&settings.calibration),
             e.results.len(),
             seconds / 60.0,

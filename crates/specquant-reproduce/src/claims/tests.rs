@@ -23,7 +23,7 @@ fn perplexity(nll: f64) -> Perplexity {
 fn measured(nll: f64) -> Measured {
     Measured {
         label: String::new(),
-        quantize_seconds: 1.0,
+        quantize_cpu_seconds: Some(1.0),
         bits_per_weight: 4.1,
         tensor_bytes: 1,
         layer_error: 0.1,
