@@ -34,6 +34,8 @@ pub struct PackedDense {
     k: usize,
     /// `[ceil(n / 16), k, 16]`; columns from n on are zero.
     panels: Panels,
+    /// `[n]`: what the sums are multiplied with; nothing where `None`.
+    scales: Option<Vec<f32>>,
 }
 
 /// Values of a [`PackedDense`].
@@ -55,9 +57,9 @@ impl PackedDense {
         let mut panels = vec![0.0; n.div_ceil(PANEL) * k * PANEL];
         if k > 0 {
             let each = panels.par_chunks_exact_mut(k * PANEL).zip(w.par_chunks(PANEL * k));
-            each.for_each(|(panel, rows)| pack_rows(rows, k, panel));
+            each.for_each(|(panel, rows)| pack_rows(rows, k, panel, |w| w));
         }
-        PackedDense { n, k, panels: Panels::F32(panels) }
+        PackedDense { n, k, panels: Panels::F32(panels), scales: None }
     }
 
     /// Packs the transpose of `w`, `[k, n]` row-major.
@@ -71,7 +73,27 @@ impl PackedDense {
             let each = panels.par_chunks_exact_mut(k * PANEL).enumerate();
             each.for_each(|(i, panel)| pack_columns(w, n, i, panel));
         }
-        PackedDense { n, k, panels: Panels::F32(panels) }
+        PackedDense { n, k, panels: Panels::F32(panels), scales: None }
+    }
+
+    /// Packs int8 codes, `[n, k]` row-major, which stand for their values times the scale of their row, `[n]`.
+    ///
+    /// # Panics
+    /// If a length does not follow from the shape.
+    pub fn pack_int8(codes: &[u8], scales: Vec<f32>, n: usize, k: usize) -> Self {
+        assert_eq!(
+            Some(codes.len()),
+            n.checked_mul(k),
+            "dense weight: {} codes are not [{n}, {k}]",
+            codes.len()
+        );
+        assert_eq!(scales.len(), n, "dense weight: scales");
+        let mut panels = vec![0; n.div_ceil(PANEL) * k * PANEL];
+        if k > 0 {
+            let each = panels.par_chunks_exact_mut(k * PANEL).zip(codes.par_chunks(PANEL * k));
+            each.for_each(|(panel, rows)| pack_rows(rows, k, panel, |code| code as i8));
+        }
+        PackedDense { n, k, panels: Panels::I8(panels), scales: Some(scales) }
     }
 
     /// In 8 or 16 bits if i8, f16 or bf16 holds every value exactly: a product of few rows takes as long as reading the weights. Results
@@ -103,22 +125,23 @@ impl PackedDense {
 
     /// Bytes in memory.
     pub fn bytes(&self) -> usize {
-        match &self.panels {
+        let panels = match &self.panels {
             Panels::F32(panels) => size_of_val(panels.as_slice()),
             Panels::F16(panels) => size_of_val(panels.as_slice()),
             Panels::Bf16(panels) => size_of_val(panels.as_slice()),
             Panels::I8(panels) => size_of_val(panels.as_slice()),
-        }
+        };
+        panels + self.scales.as_ref().map_or(0, |s| size_of_val(s.as_slice()))
     }
 }
 
 /// Up to 16 rows of w, `[.., k]`, as a panel, `[k, 16]`; lanes without a row stay as they are.
-fn pack_rows(rows: &[f32], k: usize, panel: &mut [f32]) {
+fn pack_rows<T: Copy, W>(rows: &[T], k: usize, panel: &mut [W], weight: fn(T) -> W) {
     // In blocks, so that what is written stays in the first cache until it is whole.
     for (b, panel) in panel.chunks_mut(PANEL * PANEL).enumerate() {
         for (lane, row) in rows.chunks_exact(k).enumerate() {
             let row = &row[b * PANEL..];
-            panel.iter_mut().skip(lane).step_by(PANEL).zip(row).for_each(|(p, w)| *p = *w);
+            panel.iter_mut().skip(lane).step_by(PANEL).zip(row).for_each(|(p, w)| *p = weight(*w));
         }
     }
 }
@@ -142,7 +165,7 @@ pub fn matmul_packed(x: &[f32], w: &PackedDense, y: &mut [f32], m: usize) {
 /// Adds the product of [`matmul_packed`] to y.
 ///
 /// # Panics
-/// As [`matmul_packed`].
+/// As [`matmul_packed`], and for a weight of scaled codes, whose sums cannot start at what y holds.
 pub fn add_matmul_packed(x: &[f32], w: &PackedDense, y: &mut [f32], m: usize) {
     matmul_packed_with(Isa::active(), x, w, y, m, true);
 }
@@ -154,10 +177,10 @@ pub fn add_matmul_packed(x: &[f32], w: &PackedDense, y: &mut [f32], m: usize) {
 #[doc(hidden)]
 pub fn matmul_packed_with(isa: Isa, x: &[f32], w: &PackedDense, y: &mut [f32], m: usize, accumulate: bool) {
     match &w.panels {
-        Panels::F32(panels) => matmul_panels(isa, x, panels, [w.n, w.k], y, m, accumulate),
-        Panels::F16(panels) => matmul_panels(isa, x, panels, [w.n, w.k], y, m, accumulate),
-        Panels::Bf16(panels) => matmul_panels(isa, x, panels, [w.n, w.k], y, m, accumulate),
-        Panels::I8(panels) => matmul_panels(isa, x, panels, [w.n, w.k], y, m, accumulate),
+        Panels::F32(panels) => matmul_panels(isa, x, panels, w, y, m, accumulate),
+        Panels::F16(panels) => matmul_panels(isa, x, panels, w, y, m, accumulate),
+        Panels::Bf16(panels) => matmul_panels(isa, x, panels, w, y, m, accumulate),
+        Panels::I8(panels) => matmul_panels(isa, x, panels, w, y, m, accumulate),
     }
 }
 
@@ -165,11 +188,15 @@ fn matmul_panels<W: Weight>(
     isa: Isa,
     x: &[f32],
     panels: &[W],
-    [n, k]: [usize; 2],
+    &PackedDense { n, k, ref scales, .. }: &PackedDense,
     y: &mut [f32],
     m: usize,
     accumulate: bool,
 ) {
+    assert!(
+        scales.is_none() || !accumulate,
+        "packed product: a sum of scaled codes is not added to anything"
+    );
     // Checked: a product that wraps would let the tiles write beside y.
     assert_eq!(Some(x.len()), m.checked_mul(k), "packed product: x is not [{m}, {k}]");
     assert_eq!(Some(y.len()), m.checked_mul(n), "packed product: y is not [{m}, {n}]");
@@ -201,7 +228,17 @@ fn matmul_panels<W: Weight>(
         let rows = t / column_blocks * TASK_ROWS..m.min((t / column_blocks + 1) * TASK_ROWS);
         let columns = t % column_blocks * task_panels..columns.min((t % column_blocks + 1) * task_panels);
         // SAFETY: y is [m, n], and only this task touches these rows and columns.
-        with_token!(isa, token => unsafe { product.block(token, rows, columns, out.get()) });
+        with_token!(isa, token => unsafe { product.block(token, rows.clone(), columns.clone(), out.get()) });
+        if let Some(scales) = scales {
+            let columns = columns.start * PANEL..n.min(columns.end * PANEL);
+            for row in rows {
+                // SAFETY: as before.
+                let y = unsafe {
+                    std::slice::from_raw_parts_mut(out.get().add(row * n + columns.start), columns.len())
+                };
+                y.iter_mut().zip(&scales[columns.clone()]).for_each(|(y, s)| *y *= s);
+            }
+        }
     };
     let tasks = row_blocks * column_blocks;
     if tasks == 1 || m * k * n < SMALL {
@@ -224,7 +261,7 @@ pub(crate) fn tile_nt(
     assert!(x.len() == m * k && w.len() == n * k && y.len() == m * n);
     scratch.resize(n.div_ceil(PANEL) * k * PANEL, 0.0);
     for (panel, rows) in scratch.chunks_exact_mut(k * PANEL).zip(w.chunks(PANEL * k)) {
-        pack_rows(rows, k, panel);
+        pack_rows(rows, k, panel, |w| w);
     }
     whole(Product { x, pitch: k, panels: scratch, n, k, accumulate: false }, y, m);
 }

@@ -328,10 +328,7 @@ impl Net {
         let layers = layers.collect::<Result<_>>()?;
         let Head { norm, mut linear } = Head::read(source)?;
         linear.widen()?;
-        let head = match &linear {
-            Linear::Quantized(head) => head.weights.dequantize(),
-            Linear::Dense(_) => linear.dense_mut().map(|(w, _)| std::mem::take(w)).unwrap_or_default(),
-        };
+        let head = linear.dense_mut().map(|(w, _)| std::mem::take(w)).unwrap_or_default();
         let hidden = model.hidden_size;
         Ok(Net {
             model: model.clone(),

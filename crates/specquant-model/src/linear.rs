@@ -7,7 +7,7 @@ use rayon::prelude::*;
 use specquant_kernels as kernels;
 use specquant_kernels::{Basis, BranchCoeffs, PackedDense, PackedWeights};
 
-use crate::{InputTransform, Levels, Result, SplitInput, TensorView, Workspace};
+use crate::{InputTransform, Levels, MappedMatrix, Result, SplitInput, Workspace};
 
 /// Output channels widened at a time: 128 × 4096 f32 are 2 MiB, about a core's L2.
 const PANEL: usize = 128;
@@ -17,7 +17,7 @@ const FEW_ROWS: usize = 32;
 /// A dense weight matrix, `[out, in]`.
 pub enum DenseWeight {
     /// On the memory map, widened to f32 by panels whenever it is used.
-    Mapped(TensorView),
+    Mapped(MappedMatrix),
     /// Widened once.
     Owned(Vec<f32>),
     /// Widened once and packed for products: what a model that runs for long has.
@@ -79,7 +79,7 @@ pub enum Linear {
 }
 
 /// Some rows of a mapped weight as f32.
-fn widened(view: &TensorView, rows: Range<usize>, inp: usize) -> Result<Vec<f32>> {
+fn widened(view: &MappedMatrix, rows: Range<usize>, inp: usize) -> Result<Vec<f32>> {
     let mut out = vec![0.0; rows.len() * inp];
     view.rows_f32(rows, &mut out)?;
     Ok(out)
@@ -192,16 +192,17 @@ impl Linear {
         Ok(())
     }
 
-    /// Widens a dense weight, to f32 unless 16 bits hold it exactly, and packs it for products; anything else stays as it is.
+    /// Packs a dense weight for products, in f32 unless fewer bits hold it exactly; anything else stays as it is.
     ///
     /// # Errors
     /// When a weight is not finite.
     pub fn pack(&mut self) -> Result<()> {
-        self.widen()?;
-        if let Linear::Dense(DenseLinear { weight, out, inp, .. }) = self
-            && let DenseWeight::Owned(w) = weight
-        {
-            *weight = DenseWeight::Packed(PackedDense::pack(w, *out, *inp).compact());
+        if let Linear::Dense(DenseLinear { weight, out, inp, .. }) = self {
+            *weight = match weight {
+                DenseWeight::Mapped(matrix) => DenseWeight::Packed(matrix.pack()?),
+                DenseWeight::Owned(w) => DenseWeight::Packed(PackedDense::pack(w, *out, *inp).compact()),
+                DenseWeight::Packed(_) => return Ok(()),
+            };
         }
         Ok(())
     }

@@ -8,41 +8,17 @@ use specquant_kernels::{KvCache, KvFormat};
 
 use crate::block::{Block, KvCenter, RopeTable, Site, Span};
 use crate::checkpoint::QuantizationConfig;
-use crate::linear::Linear;
-use crate::stored_branch::{Truncation, read_basis};
-use crate::stored_linear::{StoredLinear, read_linear};
+use crate::linear::{DenseLinear, DenseWeight, Linear};
+use crate::stored_branch::read_basis;
+use crate::stored_linear::{read_bias, read_linear};
 use crate::stored_transform::{read_act_clip, read_key_transform, read_transform};
-use crate::{
-    Error, InputTransform, Levels, ModelConfig, Result, Rotations, Scheme, Source, TensorView, Workspace,
-};
+use crate::{Error, InputTransform, MappedMatrix, ModelConfig, Result, Rotations, Source, Workspace};
 
 /// Rows of logits computed at a time: `64 × 49152` f32 are 12 MiB, which the allocator keeps.
 const LOGIT_ROWS: usize = 64;
 
 /// Token embeddings, read a row at a time from the memory map.
-pub enum Embedding {
-    /// `[vocab, hidden]` in a float or GGUF type.
-    Float(TensorView),
-    /// `[vocab, hidden]` int8 codes and a scale per row.
-    Int8 {
-        /// Codes.
-        codes: TensorView,
-        /// `[vocab]`.
-        scales: Vec<f32>,
-    },
-}
-
-/// The int8-per-row form of embeddings and head.
-const INT8_ROWS: Scheme = Scheme {
-    weight_bits: 8,
-    act_bits: 16,
-    kv_bits: 16,
-    levels: Levels::Uniform,
-    group_size: 0,
-    act_clip: 1.0,
-    kv_clip: None,
-    kv_intact: 0,
-};
+pub struct Embedding(MappedMatrix);
 
 impl Embedding {
     /// Reads `model.embed_tokens`.
@@ -51,24 +27,8 @@ impl Embedding {
     /// When the tensor is missing or has another shape.
     pub fn read(source: &Source) -> Result<Self> {
         let config = source.config();
-        let (vocab, hidden) = (config.vocab_size, config.hidden_size);
-        if source.has("model.embed_tokens.weight_packed") {
-            let stored =
-                StoredLinear::read(source, "model.embed_tokens", [vocab, hidden], 0, &INT8_ROWS, None)?;
-            return Ok(Embedding::Int8 {
-                codes: source.tensor("model.embed_tokens.weight_packed")?,
-                scales: stored.scales,
-            });
-        }
-        let view = source.tensor("model.embed_tokens.weight")?;
-        if view.shape != [vocab, hidden] {
-            let file = source.path().display();
-            return Err(Error::Checkpoint(format!(
-                "{file}: tensor model.embed_tokens.weight has shape {:?} instead of [{vocab}, {hidden}]",
-                view.shape
-            )));
-        }
-        Ok(Embedding::Float(view))
+        MappedMatrix::read(source, "model.embed_tokens", [config.vocab_size, config.hidden_size])
+            .map(Embedding)
     }
 
     /// What goes into the first block for `ids`: their rows times [`ModelConfig::embedding_scale`], `[ids, hidden]`.
@@ -86,26 +46,18 @@ impl Embedding {
     /// # Errors
     /// [`Error::TokenId`] for an id outside the vocabulary; [`Error::NotFinite`] for a row that is damaged.
     pub fn rows(&self, ids: &[u32], hidden: usize) -> Result<Vec<f32>> {
-        let vocab = match self {
-            Embedding::Float(view) | Embedding::Int8 { codes: view, .. } => view.shape[0],
-        };
+        let Embedding(matrix) = self;
+        let vocab = matrix.rows();
         let mut x = vec![0.0; ids.len() * hidden];
         for (&id, row) in ids.iter().zip(x.chunks_exact_mut(hidden)) {
             let i = id as usize;
             if i >= vocab {
                 return Err(Error::TokenId { id, vocab });
             }
-            match self {
-                Embedding::Float(view) => {
-                    view.rows_f32(i..i + 1, row)?;
-                    if let Some(col) = row.iter().position(|x| !x.is_finite()) {
-                        return Err(view.not_finite(i, col, row[col]));
-                    }
-                }
-                Embedding::Int8 { codes, scales } => {
-                    let codes = &codes.bytes()[i * hidden..(i + 1) * hidden];
-                    row.iter_mut().zip(codes).for_each(|(x, &c)| *x = f32::from(c as i8) * scales[i]);
-                }
+            matrix.rows_f32(i..i + 1, row)?;
+            if let (MappedMatrix::Float(view), Some(col)) = (matrix, row.iter().position(|x| !x.is_finite()))
+            {
+                return Err(view.not_finite(i, col, row[col]));
             }
         }
         Ok(x)
@@ -129,16 +81,9 @@ impl Head {
         let config = source.config();
         let name = if config.tie_word_embeddings { "model.embed_tokens" } else { "lm_head" };
         let (vocab, hidden) = (config.vocab_size, config.hidden_size);
-        let linear = if source.has(&format!("{name}.weight_packed")) {
-            StoredLinear::read(source, name, [vocab, hidden], 0, &INT8_ROWS, None)?.to_linear(
-                name,
-                &INT8_ROWS,
-                None,
-                Truncation::None,
-            )?
-        } else {
-            read_linear(source, None, name, [vocab, hidden], None, None)?
-        };
+        let weight = DenseWeight::Mapped(MappedMatrix::read(source, name, [vocab, hidden])?);
+        let bias = read_bias(source, name, vocab)?;
+        let linear = Linear::Dense(DenseLinear { out: vocab, inp: hidden, weight, bias });
         Ok(Head { norm: norm(source, "model.norm.weight", hidden)?, linear })
     }
 }

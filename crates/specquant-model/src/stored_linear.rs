@@ -8,8 +8,8 @@ use specquant_kernels::{Basis, GAUSSIAN_LEVELS, PackedWeights};
 use crate::checkpoint::{StoredTensor, scales_fit_f16};
 use crate::linear::{Branch, DenseLinear, DenseWeight, Kept, Linear, QuantLinear};
 use crate::{
-    BranchBasis, Dtype, Error, InputTransform, Levels, Result, Scheme, Source, StoredBranch, TensorView,
-    Truncation,
+    BranchBasis, Dtype, Error, InputTransform, Levels, MappedMatrix, Result, Scheme, Source, StoredBranch,
+    TensorView, Truncation,
 };
 
 /// A quantized linear layer as it lies on disk.
@@ -384,5 +384,10 @@ pub(crate) fn read_linear(
         )));
     }
     let bias = read_bias(source, prefix, out)?;
-    Ok(Linear::Dense(DenseLinear { out, inp, weight: DenseWeight::Mapped(weight), bias }))
+    Ok(Linear::Dense(DenseLinear {
+        out,
+        inp,
+        weight: DenseWeight::Mapped(MappedMatrix::Float(weight)),
+        bias,
+    }))
 }

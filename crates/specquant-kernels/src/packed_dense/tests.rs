@@ -79,6 +79,26 @@ fn fewer_bits_where_they_are_exact() {
     }
 }
 
+#[test]
+fn int8_rows_are_their_codes_times_a_scale() {
+    for (m, k, n) in [(1, 576, 70), (13, 400, 33), (205, 50, 300), (2, 0, 3)] {
+        let codes: Vec<i8> = (0..n * k).map(|i| (i * 89 % 255) as u8 as i8).collect();
+        let scales: Vec<f32> = values(n, n).iter().map(|s| s.abs()).collect();
+        let bytes: Vec<u8> = codes.iter().map(|c| *c as u8).collect();
+        let packed = PackedDense::pack_int8(&bytes, scales.clone(), n, k);
+        assert_eq!(packed.bytes(), n.next_multiple_of(PANEL) * k + 4 * n);
+        let w: Vec<f32> = codes.iter().enumerate().map(|(i, c)| f32::from(*c) * scales[i / k]).collect();
+        let x = values(m, m * k);
+        for isa in Isa::available() {
+            let mut y = vec![f32::NAN; m * n];
+            matmul_packed_with(isa, &x, &packed, &mut y, m, false);
+            for (got, (want, magnitude)) in y.iter().zip(naive(&x, &w, m, k, n)) {
+                assert!((f64::from(*got) - want).abs() <= 1e-5 * magnitude, "{isa:?} [{m}, {k}] x [{n}]");
+            }
+        }
+    }
+}
+
 proptest! {
     #![proptest_config(ProptestConfig::with_cases(40))]
     #[test]

@@ -208,13 +208,7 @@ impl TensorView {
         let cols = self.cols();
         if rows.start > rows.end || rows.end > self.rows() || rows.len().checked_mul(cols) != Some(out.len())
         {
-            return Err(Error::Rows {
-                file: self.file.to_path_buf(),
-                tensor: self.name.to_string(),
-                shape: self.shape.clone(),
-                rows,
-                buffer: out.len(),
-            });
+            return Err(self.no_such_rows(rows, out.len()));
         }
         let (true, Some((elements, size))) = (self.dtype.widens(), self.dtype.block()) else {
             return Err(Error::Dtype {
@@ -247,6 +241,17 @@ impl TensorView {
             out.iter_mut().for_each(|x| *x += self.offset);
         }
         Ok(())
+    }
+
+    /// What is said of rows that are not there, or of a buffer of another size than they have.
+    pub(crate) fn no_such_rows(&self, rows: Range<usize>, buffer: usize) -> Error {
+        Error::Rows {
+            file: self.file.to_path_buf(),
+            tensor: self.name.to_string(),
+            shape: self.shape.clone(),
+            rows,
+            buffer,
+        }
     }
 
     /// The whole tensor, widened: `[rows, cols]`.
