@@ -9,8 +9,8 @@ use std::time::SystemTime;
 use anyhow::Context;
 use serde_json::{Value, json};
 use specquant_eval::{
-    Comparison, Journal, Perplexity, Record, Reference, TaskData, claim_directory, results_json, sanitized,
-    write_results, write_whole,
+    Comparison, Journal, Perplexity, Record, Reference, TaskData, claim_directory, plot_file, results_json,
+    sanitized, write_results, write_whole,
 };
 use specquant_kernels::Isa;
 use specquant_model::{FORMAT_VERSION, Model, Source, read_text, sha256};
@@ -321,6 +321,9 @@ pub fn run(args: CompareArgs) -> anyhow::Result<ExitCode> {
     let html = comparison.html()?;
     write_whole(&args.output.join("comparison.json"), |file| writeln!(file, "{json:#}"))?;
     write_whole(&args.output.join("README.md"), |file| write!(file, "{}", comparison.markdown()))?;
+    for (title, svg) in comparison.plots() {
+        write_whole(&args.output.join(plot_file(title)), |file| write!(file, "{svg}"))?;
+    }
     let page = args.output.join("index.html");
     write_whole(&page, |file| write!(file, "{html}"))?;
     let mut out = std::io::stdout();

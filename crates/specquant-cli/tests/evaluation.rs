@@ -291,6 +291,12 @@ fn models_and_recipes_are_compared_on_a_page_that_a_browser_shows() {
     let markdown = fs::read_to_string(out.join("README.md")).unwrap();
     assert!(markdown.contains("| rtn |") && markdown.contains("piqa acc_norm"), "{markdown}");
     assert!(!markdown.contains(lab.path().to_str().unwrap()), "a path of this machine: {markdown}");
+    for file in
+        ["perplexity.svg", "accuracy-by-task.svg", "divergence-by-position.svg", "size-against-quality.svg"]
+    {
+        assert!(markdown.contains(&format!("({file})")), "{markdown}");
+        assert!(fs::read_to_string(out.join(file)).unwrap().ends_with("</svg>\n"), "{file}");
+    }
     let page = fs::read_to_string(out.join("index.html")).unwrap();
     assert!(!page.contains("http"), "the page asks the network for something");
     // A script in a copy reports what a reader would trip over: text cut off at the right, or charts without marks.

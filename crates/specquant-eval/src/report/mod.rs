@@ -59,6 +59,11 @@ fn cell(text: &str) -> String {
     text.replace(['\n', '\r'], " ").replace('&', "&amp;").replace('<', "&lt;").replace('|', "\\|")
 }
 
+/// The file of a plot with this title.
+pub fn plot_file(title: &str) -> String {
+    format!("{}.svg", title.to_lowercase().replace(' ', "-"))
+}
+
 /// A table in Markdown. align: of all columns but the first, `"--:"` for numbers, `"---"` for text.
 pub fn markdown_table(table: &Table, align: &str) -> String {
     let mut text = String::new();
@@ -268,6 +273,9 @@ impl Comparison {
         for (name, table) in tables.into_iter().filter_map(|(n, t)| Some((n, t?))) {
             text += &format!("\n## {name}\n\n");
             text += &markdown_table(&table, "--:");
+        }
+        for (title, _) in self.plots() {
+            text += &format!("\n![{title}]({})\n", plot_file(title));
         }
         text += "\n± in the columns Δ is half of the 95% confidence interval of the paired difference; ≈ marks one that holds zero, and ? where one window or document gives none. Elsewhere ± is \
                  the standard error, over windows or documents, which the models share.\n\n## How this was measured\n\n";

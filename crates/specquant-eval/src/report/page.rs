@@ -6,16 +6,26 @@ use serde::Serialize;
 
 use super::{Comparison, percent};
 use crate::stats::estimate;
-use crate::svg::{self, Axis, Mark, Points, Row, Series, short};
+use crate::svg::{self, Axis, Chart, Mark, Points, Row, Series, short};
 use crate::{Error, Result};
 
 const PAGE: &str = include_str!("page.html");
 
+/// As the page's template wants it.
 #[derive(Serialize)]
 struct Figure {
     title: &'static str,
-    text: String,
+    text: &'static str,
     svg: String,
+}
+
+/// A plot, and what it says.
+struct Plot {
+    title: &'static str,
+    text: &'static str,
+    chart: Chart,
+    /// Whether the chart itself does not name the models.
+    legend: bool,
 }
 
 impl Comparison {
@@ -26,6 +36,8 @@ impl Comparison {
     pub fn html(&self) -> Result<String> {
         let mut environment = Environment::new();
         environment.set_auto_escape_callback(|_| AutoEscape::Html);
+        let figure = |p: Plot| Figure { title: p.title, text: p.text, svg: p.chart.inline() };
+        let figures: Vec<Figure> = self.charts().into_iter().map(figure).collect();
         let render = || {
             environment.render_str(
                 PAGE,
@@ -42,21 +54,28 @@ impl Comparison {
                     by_task => self.by_task(),
                     pairs => self.pairs(),
                     facts => Value::from(Serde(&self.facts)),
-                    charts => Value::from(Serde(self.charts())),
+                    charts => Value::from(Serde(figures)),
                 },
             )
         };
         render().map_err(|e| Error::Setting(format!("the page cannot be made: {e}")))
     }
 
-    fn charts(&self) -> Vec<Figure> {
+    /// The page's plots as files, each with its title.
+    pub fn plots(&self) -> Vec<(&'static str, String)> {
+        let names: Vec<&str> = self.records.iter().map(|r| r.name.as_str()).collect();
+        let plot = |p: Plot| (p.title, p.chart.standalone(if p.legend { &names } else { &[] }));
+        self.charts().into_iter().map(plot).collect()
+    }
+
+    fn charts(&self) -> Vec<Plot> {
         [self.perplexities(), self.accuracies(), self.divergence(), self.sizes()]
             .into_iter()
             .flatten()
             .collect()
     }
 
-    fn perplexities(&self) -> Option<Figure> {
+    fn perplexities(&self) -> Option<Plot> {
         let rows: Option<Vec<Row>> = self
             .records
             .iter()
@@ -73,14 +92,14 @@ impl Comparison {
             .collect();
         let rows = rows?;
         let ends = rows.iter().flat_map(|r| &r.marks).flat_map(|m| [m.bar.0, m.bar.1]);
-        let svg =
+        let chart =
             svg::dots(&rows, &Axis::around(ends, true), "perplexity (log scale)", "Perplexity by model");
         let text = "Lower is better. Bars: one standard error over windows. The windows are the same for all models, so differences are \
                     surer than the bars look; see every pair below.";
-        Some(Figure { title: "Perplexity", text: text.to_owned(), svg: svg.inline() })
+        Some(Plot { title: "Perplexity", text, chart, legend: false })
     }
 
-    fn accuracies(&self) -> Option<Figure> {
+    fn accuracies(&self) -> Option<Plot> {
         if !self.has_tasks() {
             return None;
         }
@@ -100,12 +119,12 @@ impl Comparison {
         };
         let rows: Vec<Row> = (0..self.records[0].tasks.len()).map(row).collect();
         let ends = rows.iter().flat_map(|r| r.marks.iter().flat_map(|m| [m.bar.0, m.bar.1]).chain(r.chance));
-        let svg = svg::dots(&rows, &Axis::around(ends, false), "accuracy, %", "Accuracy by task");
+        let chart = svg::dots(&rows, &Axis::around(ends, false), "accuracy, %", "Accuracy by task");
         let text = "acc_norm where lm-eval reports it, else acc. Bars: one standard error over documents. Dashed: guessing.";
-        Some(Figure { title: "Accuracy by task", text: text.to_owned(), svg: svg.inline() })
+        Some(Plot { title: "Accuracy by task", text, chart, legend: true })
     }
 
-    fn divergence(&self) -> Option<Figure> {
+    fn divergence(&self) -> Option<Plot> {
         let series: Vec<Series> = self
             .records
             .iter()
@@ -134,12 +153,12 @@ impl Comparison {
         points().next()?;
         let (x, y) = (Axis::around(points().map(|p| p.0), false), Axis::around(points().map(|p| p.1), true));
         let titles = ("position in the window, tokens", "KL(reference ‖ model), nats (log scale)");
-        let svg = svg::plane(&series, &x, &y, titles, "Divergence by position");
+        let chart = svg::plane(&series, &x, &y, titles, "Divergence by position");
         let text = "How far the next-token distributions are from the reference's. A line that climbs means that errors of the KV cache add up.";
-        Some(Figure { title: "Divergence by position", text: text.to_owned(), svg: svg.inline() })
+        Some(Plot { title: "Divergence by position", text, chart, legend: true })
     }
 
-    fn sizes(&self) -> Option<Figure> {
+    fn sizes(&self) -> Option<Plot> {
         let series: Option<Vec<Series>> = self
             .records
             .iter()
@@ -160,8 +179,8 @@ impl Comparison {
         let points = || series.iter().flat_map(|s| &s.points);
         let (x, y) = (Axis::around(points().map(|p| p.0), false), Axis::around(points().map(|p| p.1), true));
         let titles = ("size of all tensors, MB", "perplexity (log scale)");
-        let svg = svg::plane(&series, &x, &y, titles, "Size against perplexity");
+        let chart = svg::plane(&series, &x, &y, titles, "Size against perplexity");
         let text = "Lower and further left is better. The size counts everything stored: codes, scales, branch and embeddings.";
-        Some(Figure { title: "Size against quality", text: text.to_owned(), svg: svg.inline() })
+        Some(Plot { title: "Size against quality", text, chart, legend: false })
     }
 }
