@@ -57,7 +57,7 @@ pub(crate) enum Kind {
     Plain,
     /// The paper's: a branch of so many Fourier bins in every channel.
     SpecQuant(usize),
-    /// The default recipe: so many directions of the input at 8 bits, the others through a cosine transform, levels that suit a Gaussian.
+    /// The default recipe: so many directions of the input at 8 bits, the input rotated before, levels that suit a Gaussian.
     Spectral(usize),
 }
 
@@ -66,7 +66,7 @@ impl Kind {
     pub(crate) fn transform(self, noise: &mut Noise, n: usize) -> Option<InputTransform> {
         let Kind::Spectral(keep) = self else { return None };
         let vectors = noise.values(keep * n).into_iter().map(|v| (v * 127.0).round()).collect();
-        Some(InputTransform::new(Reflections::new(n, vectors), vec![1.0; keep], RotationKind::Dct))
+        Some(InputTransform::new(Reflections::new(n, vectors), vec![1.0; keep], RotationKind::Hadamard))
     }
 
     /// The directions of the branch of the layers that read an input of width n.

@@ -58,7 +58,7 @@ pub fn recipe(name: &str, flags: &Overrides) -> anyhow::Result<Recipe> {
     if let Some(keep) = flags.keep {
         let Some(input) = &mut r.input else {
             anyhow::bail!(
-                "--keep: the recipe {} does not transform inputs; choose spectral, or add [input] rotation = \"dct\" to a recipe file",
+                "--keep: the recipe {} does not transform inputs; choose spectral, or add [input] rotation = \"hadamard\" to a recipe file",
                 r.name
             );
         };

@@ -113,6 +113,27 @@ impl PackedDense {
         PackedDense { panels, ..self }
     }
 
+    /// What was packed, `[n, k]` row-major.
+    pub fn unpack(&self) -> Vec<f32> {
+        fn values<W: Weight>(panels: &[W], n: usize, k: usize) -> Vec<f32> {
+            let at = |row: usize, col: usize| (row / PANEL * k + col) * PANEL + row % PANEL;
+            (0..n).flat_map(|row| (0..k).map(move |col| panels[at(row, col)].widen())).collect()
+        }
+        let (n, k) = (self.n, self.k);
+        let mut w = match &self.panels {
+            Panels::F32(panels) => values(panels, n, k),
+            Panels::F16(panels) => values(panels, n, k),
+            Panels::Bf16(panels) => values(panels, n, k),
+            Panels::I8(panels) => values(panels, n, k),
+        };
+        if let Some(scales) = &self.scales {
+            w.chunks_exact_mut(k.max(1))
+                .zip(scales)
+                .for_each(|(row, s)| row.iter_mut().for_each(|w| *w *= s));
+        }
+        w
+    }
+
     /// Output features.
     pub fn out_features(&self) -> usize {
         self.n

@@ -53,6 +53,25 @@ pub fn for_each_chunk<T: Send>(x: &mut [T], len: usize, task: impl Fn(usize, &mu
     });
 }
 
+/// As [`for_each_chunk`] for chunks of two slices that belong together, `a_len` elements of one and `b_len` of the other.
+///
+/// # Panics
+/// If the slices do not have as many chunks as each other, and when a task does.
+pub fn for_each_chunk_pair<A: Send, B: Send>(
+    (a, a_len): (&mut [A], usize),
+    (b, b_len): (&mut [B], usize),
+    task: impl Fn(usize, &mut [A], &mut [B]) + Sync,
+) {
+    let (whole, start) = (a.len(), Shared(a.as_mut_ptr()));
+    assert_eq!(whole.div_ceil(a_len), b.len().div_ceil(b_len), "chunks of two slices");
+    for_each_chunk(b, b_len, |i, b| {
+        let at = i * a_len;
+        // SAFETY: as in for_each_chunk, which takes every i once; there are as many chunks here.
+        let a = unsafe { std::slice::from_raw_parts_mut(start.get().add(at), a_len.min(whole - at)) };
+        task(i, a, b);
+    });
+}
+
 /// Memory that tasks write disjoint parts of.
 #[derive(Clone, Copy)]
 pub(crate) struct Shared<T>(pub(crate) *mut T);

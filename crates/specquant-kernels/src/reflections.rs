@@ -18,8 +18,6 @@ const ROWS: usize = 256;
 #[derive(Debug, Clone)]
 pub struct Reflections {
     n: usize,
-    /// V, [r, n].
-    vectors: Vec<f32>,
     /// Vᵀ and V as right operands.
     along: PackedDense,
     back: PackedDense,
@@ -53,7 +51,6 @@ impl Reflections {
             along: PackedDense::pack(&vectors, r, n).compact(),
             back: PackedDense::pack_transposed(&vectors, n, r).compact(),
             factors: [PackedDense::pack_transposed(&factor, r, r), PackedDense::pack(&factor, r, r)],
-            vectors,
         }
     }
 
@@ -64,23 +61,23 @@ impl Reflections {
 
     /// Number r of reflections.
     pub fn len(&self) -> usize {
-        self.vectors.len() / self.n
+        self.along.out_features()
     }
 
     /// Whether there is none.
     pub fn is_empty(&self) -> bool {
-        self.vectors.is_empty()
+        self.len() == 0
     }
 
     /// The vectors v, [r, n].
-    pub fn vectors(&self) -> &[f32] {
-        &self.vectors
+    pub fn vectors(&self) -> Vec<f32> {
+        self.along.unpack()
     }
 
     /// Resident bytes.
     pub fn bytes(&self) -> usize {
         let factors: usize = self.factors.iter().map(PackedDense::bytes).sum();
-        size_of_val(self.vectors.as_slice()) + self.along.bytes() + self.back.bytes() + factors
+        self.along.bytes() + self.back.bytes() + factors
     }
 
     /// x ↦ x H(v₁) ⋯ H(vᵣ) for every row, in place. x: [rows, n]. The result does not depend on the number of threads.
@@ -173,7 +170,9 @@ mod tests {
         let x = vectors(2, 8);
         for v in [vec![], vec![0.0; 16]] {
             let mut y = x.clone();
-            Reflections::new(8, v).apply(&mut y, 2);
+            let reflections = Reflections::new(8, v.clone());
+            assert_eq!(reflections.vectors(), v);
+            reflections.apply(&mut y, 2);
             assert_eq!(x, y);
         }
     }

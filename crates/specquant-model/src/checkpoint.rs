@@ -37,7 +37,7 @@ use serde::{Deserialize, Serialize};
 use crate::{Error, InputRotation, OnlineRotations, Result, Scheme};
 
 /// Version of this layout.
-pub const FORMAT_VERSION: u32 = 3;
+pub const FORMAT_VERSION: u32 = 4;
 
 /// What the directions of a branch are.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]

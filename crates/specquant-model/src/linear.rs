@@ -258,11 +258,7 @@ pub fn forward_shared<const N: usize>(
     workspace: &mut Workspace,
 ) -> Result<()> {
     debug_assert!(layers.iter().all(|l| x.len() == rows * l.in_features()));
-    let split = transform.map(|t| {
-        let mut copy = workspace.take(x.len());
-        copy.copy_from_slice(x);
-        t.apply_in(copy, rows, workspace)
-    });
+    let split = transform.map(|t| t.apply_in(x, rows, workspace));
     let (kept, x) = match &split {
         Some(SplitInput { kept, rest }) => (kept.as_slice(), rest.as_slice()),
         None => (&[][..], x),

@@ -1,9 +1,12 @@
 //! Orthonormal transforms that run on activations because they could not be folded into weights (QuaRot, arXiv 2404.00456).
 
 use serde::{Deserialize, Serialize};
-use specquant_kernels::{Dct, Hadamard, Kronecker, Reflections};
+use specquant_kernels::{Dct, Hadamard, Kronecker, Reflections, for_each_chunk, for_each_chunk_pair};
 
 use crate::{ModelConfig, Workspace};
+
+/// Values that go through all steps of an input's transform together: 256 KiB, which stay in a core's L2.
+const BLOCK_VALUES: usize = 1 << 16;
 
 /// Kind of a rotation.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
@@ -89,7 +92,7 @@ impl Rotations {
     }
 }
 
-/// What an [`InputTransform`] does to the coordinates that it does not keep.
+/// What an [`InputTransform`] does to all coordinates first.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "kebab-case")]
 pub enum InputRotation {
@@ -110,61 +113,63 @@ impl From<RotationKind> for InputRotation {
     }
 }
 
-/// What the input of some layers goes through in front of them: a change of coordinates whose first few carry most of the energy and are
-/// quantized to more bits than the others, and a rotation of the others, which spreads what is left of the outliers; or a learned matrix in place of both. The weights went
+/// What the input of some layers goes through in front of them: a rotation, which spreads outliers over all coordinates, and then a change of
+/// coordinates whose first few carry most of the energy and are quantized to more bits than the others; or a learned matrix in place of both. The weights went
 /// through the same, or through the matrix's inverse transpose, so that nothing changes but the rounding.
+///
+/// The rotation comes first because it then has the model's width, for which there is a fast one, and not that of what is not kept.
 ///
 /// Without it those few directions would set the range, and so the step, of all others (ResQ, arXiv 2412.14363, which folds such a change of
 /// coordinates into the residual stream; here every input has its own, fitted behind its norm).
 #[derive(Debug, Clone)]
 pub struct InputTransform {
+    /// What comes first.
+    mix: Mix,
     /// x becomes x H: r reflections for r coordinates to keep.
     reflections: Reflections,
     /// What the kept coordinates are divided by, `[r]`.
     norms: Vec<f32>,
-    /// Of the coordinates after the first r.
-    rest: Rest,
 }
 
-/// What happens to coordinates that are not kept.
+/// What happens to all coordinates.
 #[derive(Debug, Clone)]
-enum Rest {
+enum Mix {
     /// The same in inputs and weights.
     Rotation(Rotation),
     /// K, and K⁻ᵀ for the weights.
     Kronecker(Box<[Kronecker; 2]>),
 }
 
-impl Rest {
+impl Mix {
     /// x: `[rows, n]` of inputs, in place.
     fn apply(&self, x: &mut [f32], rows: usize) {
         match self {
-            Rest::Rotation(rotation) => rotation.apply(x, rows),
-            Rest::Kronecker(pair) => pair[0].apply(x, rows),
+            Mix::Rotation(rotation) => rotation.apply(x, rows),
+            Mix::Kronecker(pair) => pair[0].apply(x, rows),
         }
     }
 
     /// w: `[rows, n]` of weights, in place.
     fn apply_to_weight(&self, w: &mut [f32], rows: usize) {
         match self {
-            Rest::Rotation(rotation) => rotation.apply(w, rows),
-            Rest::Kronecker(pair) => pair[1].apply(w, rows),
+            Mix::Rotation(rotation) => rotation.apply(w, rows),
+            Mix::Kronecker(pair) => pair[1].apply(w, rows),
         }
     }
 
-    /// Undoes [`Rest::apply`].
+    /// Undoes [`Mix::apply`].
     fn undo(&self, x: &mut [f32], rows: usize) {
         match self {
-            Rest::Rotation(rotation) => rotation.apply_transposed(x, rows),
-            Rest::Kronecker(pair) => pair[1].transposed().apply(x, rows),
+            Mix::Rotation(rotation) => rotation.apply_transposed(x, rows),
+            Mix::Kronecker(pair) => pair[1].transposed().apply(x, rows),
         }
     }
 
-    /// Undoes [`Rest::apply_to_weight`].
+    /// Undoes [`Mix::apply_to_weight`].
     fn undo_weight(&self, w: &mut [f32], rows: usize) {
         match self {
-            Rest::Rotation(rotation) => rotation.apply_transposed(w, rows),
-            Rest::Kronecker(pair) => pair[0].transposed().apply(w, rows),
+            Mix::Rotation(rotation) => rotation.apply_transposed(w, rows),
+            Mix::Kronecker(pair) => pair[0].transposed().apply(w, rows),
         }
     }
 }
@@ -214,32 +219,29 @@ pub struct SplitInput {
 }
 
 impl InputTransform {
-    /// The reflections, then a rotation of the coordinates that are not kept. norms: what the kept ones are divided by, `[r]`, positive.
+    /// A rotation, then the reflections, whose first coordinates are kept. norms: what the kept ones are divided by, `[r]`, positive.
     ///
     /// # Panics
     /// If there is not one norm for every reflection.
     pub fn new(reflections: Reflections, norms: Vec<f32>, rotation: RotationKind) -> Self {
         assert_eq!(norms.len(), reflections.len(), "a norm for every kept coordinate");
-        let rest = Rest::Rotation(Rotation::new(rotation, reflections.width() - reflections.len()));
-        InputTransform { reflections, norms, rest }
+        let mix = Mix::Rotation(Rotation::new(rotation, reflections.width()));
+        InputTransform { mix, reflections, norms }
     }
 
     /// x ↦ x K, which keeps nothing; or nothing if K is singular.
     pub fn kronecker(kronecker: Kronecker) -> Option<Self> {
         let inverse = kronecker.inverse_transposed()?;
         let reflections = Reflections::new(kronecker.width(), Vec::new());
-        Some(InputTransform {
-            reflections,
-            norms: Vec::new(),
-            rest: Rest::Kronecker(Box::new([kronecker, inverse])),
-        })
+        let mix = Mix::Kronecker(Box::new([kronecker, inverse]));
+        Some(InputTransform { mix, reflections, norms: Vec::new() })
     }
 
     /// K of a transform that is one.
     pub fn as_kronecker(&self) -> Option<&Kronecker> {
-        match &self.rest {
-            Rest::Kronecker(pair) => Some(&pair[0]),
-            Rest::Rotation(_) => None,
+        match &self.mix {
+            Mix::Kronecker(pair) => Some(&pair[0]),
+            Mix::Rotation(_) => None,
         }
     }
 
@@ -259,7 +261,7 @@ impl InputTransform {
         self.reflections.width()
     }
 
-    /// The change of coordinates that comes first.
+    /// The change of coordinates that comes last.
     pub fn reflections(&self) -> &Reflections {
         &self.reflections
     }
@@ -273,29 +275,21 @@ impl InputTransform {
     ///
     /// # Panics
     /// If x is not `[rows, n]`.
-    pub fn apply(&self, x: Vec<f32>, rows: usize) -> SplitInput {
+    pub fn apply(&self, x: &[f32], rows: usize) -> SplitInput {
         self.apply_in(x, rows, &mut Workspace::new())
     }
 
     /// As [`InputTransform::apply`], in buffers of `workspace`.
-    pub(crate) fn apply_in(&self, x: Vec<f32>, rows: usize, workspace: &mut Workspace) -> SplitInput {
-        let mut split = self.split(x, rows, Rest::apply, workspace);
-        for row in split.kept.chunks_exact_mut(self.kept().max(1)) {
-            row.iter_mut().zip(&self.norms).for_each(|(x, norm)| *x /= norm);
-        }
-        split
+    pub(crate) fn apply_in(&self, x: &[f32], rows: usize, workspace: &mut Workspace) -> SplitInput {
+        self.split(x, rows, Mix::apply, |kept, norm| kept / norm, workspace)
     }
 
     /// Rows of a weight W `[out, n]` that reads such inputs.
     ///
     /// # Panics
     /// If w is not `[out, n]`.
-    pub fn apply_to_weight(&self, w: Vec<f32>, out: usize) -> SplitInput {
-        let mut split = self.split(w, out, Rest::apply_to_weight, &mut Workspace::new());
-        for row in split.kept.chunks_exact_mut(self.kept().max(1)) {
-            row.iter_mut().zip(&self.norms).for_each(|(w, norm)| *w *= norm);
-        }
-        split
+    pub fn apply_to_weight(&self, w: &[f32], out: usize) -> SplitInput {
+        self.split(w, out, Mix::apply_to_weight, |kept, norm| kept * norm, &mut Workspace::new())
     }
 
     /// Undoes [`InputTransform::apply`]: `[rows, n]`.
@@ -306,8 +300,9 @@ impl InputTransform {
         for row in split.kept.chunks_exact_mut(self.kept().max(1)) {
             row.iter_mut().zip(&self.norms).for_each(|(x, norm)| *x *= norm);
         }
-        self.rest.undo(&mut split.rest, rows);
-        self.join(split, rows)
+        let mut x = self.join(split, rows);
+        self.mix.undo(&mut x, rows);
+        x
     }
 
     /// Undoes [`InputTransform::apply_to_weight`]: `[out, n]`.
@@ -318,8 +313,9 @@ impl InputTransform {
         for row in split.kept.chunks_exact_mut(self.kept().max(1)) {
             row.iter_mut().zip(&self.norms).for_each(|(w, norm)| *w /= norm);
         }
-        self.rest.undo_weight(&mut split.rest, out);
-        self.join(split, out)
+        let mut w = self.join(split, out);
+        self.mix.undo_weight(&mut w, out);
+        w
     }
 
     fn join(&self, SplitInput { kept, rest }: SplitInput, rows: usize) -> Vec<f32> {
@@ -337,28 +333,39 @@ impl InputTransform {
         x
     }
 
+    /// x: `[rows, n]`, rows of inputs or of a weight; `scaled` is what norms do to them.
     fn split(
         &self,
-        mut x: Vec<f32>,
+        x: &[f32],
         rows: usize,
-        mix: fn(&Rest, &mut [f32], usize),
+        mix: fn(&Mix, &mut [f32], usize),
+        scaled: fn(f32, f32) -> f32,
         workspace: &mut Workspace,
     ) -> SplitInput {
         let (n, r) = (self.width(), self.kept());
-        self.reflections.apply(&mut x, rows);
-        let mut kept = Vec::new();
-        if r > 0 {
-            kept = workspace.take(rows * r);
-            let mut rest = workspace.take(rows * (n - r));
+        assert_eq!(x.len(), rows * n, "input transform: x is not [{rows}, {n}]");
+        let (mut kept, mut rest) = (workspace.take(rows * r), workspace.take(rows * (n - r)));
+        let block = (BLOCK_VALUES / n).next_multiple_of(16);
+        if r == 0 {
+            for_each_chunk(&mut rest, block * n, |i, rest| {
+                rest.copy_from_slice(&x[i * block * n..][..rest.len()]);
+                mix(&self.mix, rest, rest.len() / n);
+            });
+            return SplitInput { kept, rest };
+        }
+        for_each_chunk_pair((&mut kept, block * r), (&mut rest, block * (n - r)), |i, kept, rest| {
+            let rows = kept.len() / r;
+            let mut x = x[i * block * n..][..rows * n].to_vec();
+            mix(&self.mix, &mut x, rows);
+            self.reflections.apply(&mut x, rows);
             let parts = kept.chunks_exact_mut(r).zip(rest.chunks_exact_mut(n - r));
             for (row, (kept, rest)) in x.chunks_exact(n).zip(parts) {
-                kept.copy_from_slice(&row[..r]);
+                let each = kept.iter_mut().zip(row).zip(&self.norms);
+                each.for_each(|((kept, x), norm)| *kept = scaled(*x, *norm));
                 rest.copy_from_slice(&row[r..]);
             }
-            workspace.give(std::mem::replace(&mut x, rest));
-        }
-        mix(&self.rest, &mut x, rows);
-        SplitInput { kept, rest: x }
+        });
+        SplitInput { kept, rest }
     }
 }
 
@@ -400,7 +407,7 @@ mod tests {
                 Some(kind) => InputTransform::new(Reflections::new(n, vectors), norms, kind),
                 None => InputTransform::kronecker(Kronecker::new(n, matrix(6), matrix(10))).unwrap(),
             };
-            let (a, b) = (transform.apply(x.clone(), rows), transform.apply_to_weight(w.clone(), out));
+            let (a, b) = (transform.apply(&x, rows), transform.apply_to_weight(&w, out));
             assert_eq!((a.kept.len(), b.rest.len()), (rows * keep, out * (n - keep)));
             let (kept, rest) = (product(&a.kept, &b.kept, keep), product(&a.rest, &b.rest, n - keep));
             for ((kept, rest), want) in kept.iter().zip(&rest).zip(&want) {

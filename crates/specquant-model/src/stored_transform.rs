@@ -38,7 +38,7 @@ pub fn transform_tensors(transform: &InputTransform, prefix: &str, site: Site) -
         name: name("reflections"),
         dtype: safetensors::Dtype::I8,
         shape: vec![reflections.len(), reflections.width()],
-        bytes: reflections.vectors().iter().map(|&v| v as i8 as u8).collect(),
+        bytes: reflections.vectors().into_iter().map(|v| v as i8 as u8).collect(),
     };
     vec![vectors, StoredTensor::f32(name("kept_norm"), vec![transform.kept()], transform.norms())]
 }

@@ -356,7 +356,7 @@ struct Parts {
 impl Parts {
     /// input: of the coordinates that are not kept.
     fn of(w: &Weight, transform: &InputTransform, input: &Input) -> Self {
-        let split = transform.apply_to_weight(w.values.to_vec(), w.out);
+        let split = transform.apply_to_weight(w.values, w.out);
         let (r, inp) = (transform.kept(), w.inp - transform.kept());
         let kept = (r > 0).then(|| round_kept(&split.kept, w.out));
         let mut want = vec![0.0; input.rows * w.out];

@@ -139,7 +139,7 @@ pub struct Rotate {
 #[derive(Debug, Clone, Copy, PartialEq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct InputChange {
-    /// Rotation of the coordinates that are not kept.
+    /// Rotation of the input, before directions are kept.
     pub rotation: RotationKind,
     /// Directions of every input that keep 8 bits, in the activation and in the weight.
     #[serde(default)]

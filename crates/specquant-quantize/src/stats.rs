@@ -105,7 +105,9 @@ impl SiteStats {
     /// The transform of this input that `change` asks for, and the statistics of what it does not keep.
     pub fn transform(&self, change: &InputChange) -> (InputTransform, SiteStats) {
         let n = self.max.len();
-        let (vectors, norms, hessian) = match (&self.hessian, change.keep.min(n - 1)) {
+        let rotation = InputTransform::new(Reflections::new(n, Vec::new()), Vec::new(), change.rotation);
+        let hessian = self.hessian.as_ref().map(|h| h.rotated(|x| rotation.apply(&x, n).rest));
+        let (vectors, norms, hessian) = match (hessian, change.keep.min(n - 1)) {
             (Some(hessian), r @ 1..) => {
                 let keep::Fit { vectors, kept, rest } = keep::fit(hessian.normalized(), n, r);
                 // H is twice the second moment. A coordinate that this text hardly uses must not become the largest on another.
@@ -115,12 +117,9 @@ impl SiteStats {
                 let norms = kept.into_iter().map(|h| norm(h).max(least)).collect();
                 (vectors, norms, Some(Hessian::from_matrix(n - r, rest)))
             }
-            (hessian, _) => (Vec::new(), Vec::new(), hessian.clone()),
+            (hessian, _) => (Vec::new(), Vec::new(), hessian),
         };
         let transform = InputTransform::new(Reflections::new(n, vectors), norms, change.rotation);
-        let rest = n - transform.kept();
-        let rotation = InputTransform::new(Reflections::new(rest, Vec::new()), Vec::new(), change.rotation);
-        let hessian = hessian.map(|h| h.rotated(|x| rotation.apply(x, rest).rest));
         let stats = self.behind(&transform, hessian);
         (transform, stats)
     }
@@ -128,13 +127,13 @@ impl SiteStats {
     /// The statistics of the transformed input. transform: one that keeps nothing.
     pub fn transformed(&self, transform: &InputTransform) -> SiteStats {
         let n = self.max.len();
-        self.behind(transform, self.hessian.as_ref().map(|h| h.rotated(|x| transform.apply(x, n).rest)))
+        self.behind(transform, self.hessian.as_ref().map(|h| h.rotated(|x| transform.apply(&x, n).rest)))
     }
 
     /// The statistics of what `transform` does not keep, which has this second moment; the others come from the sample.
     fn behind(&self, transform: &InputTransform, hessian: Option<Hessian>) -> SiteStats {
         let rest = self.max.len() - transform.kept();
-        let sample = transform.apply(self.sample.clone(), self.sampled_rows()).rest;
+        let sample = transform.apply(&self.sample, self.sampled_rows()).rest;
         let of_sample = |f: &dyn Fn(f32, f32) -> f32| {
             let mut values = vec![0.0f32; rest];
             for row in sample.chunks_exact(rest) {
@@ -181,7 +180,7 @@ mod tests {
         for (keep, rotation) in [(0, RotationKind::Dct), (6, RotationKind::Dct), (8, RotationKind::Hadamard)]
         {
             let (transform, rest) = stats.transform(&InputChange { rotation, keep });
-            let split = transform.apply(x.clone(), rows);
+            let split = transform.apply(&x, rows);
             let mut seen = SiteStats::new(n - keep, rows, rows, true);
             seen.add(&split.rest, "test").unwrap();
             assert_eq!((&rest.sample, &rest.max), (&seen.sample, &seen.max));
@@ -211,7 +210,7 @@ mod tests {
         let kronecker = Kronecker::new(n, matrix(5).collect(), matrix(8).collect());
         let transform = InputTransform::kronecker(kronecker).unwrap();
         let mut seen = SiteStats::new(n, rows, rows, true);
-        seen.add(&transform.apply(x, rows).rest, "test").unwrap();
+        seen.add(&transform.apply(&x, rows).rest, "test").unwrap();
         let got = stats.transformed(&transform);
         assert_eq!((&got.sample, &got.max), (&seen.sample, &seen.max));
         let [got, want] = [&got, &seen].map(|s| s.hessian.as_ref().unwrap().normalized());

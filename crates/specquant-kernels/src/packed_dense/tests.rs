@@ -20,6 +20,7 @@ fn check(m: usize, k: usize, n: usize) {
     let transposed: Vec<f32> = (0..k * n).map(|i| w[i % n * k + i / n]).collect();
     assert_eq!(PackedDense::pack_transposed(&transposed, n, k).panels, packed.panels);
     assert_eq!((packed.out_features(), packed.in_features()), (n, k));
+    assert_eq!(packed.unpack(), w);
     let want = naive(&x, &w, m, k, n);
     for isa in Isa::available() {
         let mut y = vec![f32::NAN; m * n];
@@ -88,6 +89,7 @@ fn int8_rows_are_their_codes_times_a_scale() {
         let packed = PackedDense::pack_int8(&bytes, scales.clone(), n, k);
         assert_eq!(packed.bytes(), n.next_multiple_of(PANEL) * k + 4 * n);
         let w: Vec<f32> = codes.iter().enumerate().map(|(i, c)| f32::from(*c) * scales[i / k]).collect();
+        assert_eq!(packed.unpack(), w);
         let x = values(m, m * k);
         for isa in Isa::available() {
             let mut y = vec![f32::NAN; m * n];

@@ -491,7 +491,7 @@ impl FakeInput {
     /// x: `[tokens, in]`.
     fn coordinates(&self, x: Vec<f32>, tokens: usize) -> SplitInput {
         match &self.transform {
-            Some(transform) => transform.apply(x, tokens),
+            Some(transform) => transform.apply(&x, tokens),
             None => SplitInput { kept: Vec::new(), rest: x },
         }
     }

@@ -34,7 +34,7 @@ fn block(source: &Source, act_bits: u8) -> Block {
             layer.widen().unwrap();
             let (w, bias) = layer.dense().unwrap();
             let (out, bias) = (layer.out_features(), bias.map(<[f32]>::to_vec));
-            let split = transform.apply_to_weight(w.to_vec(), out);
+            let split = transform.apply_to_weight(w, out);
             let pack = |w: &[f32], inp: usize, bits: u8| {
                 let (codes, scales) = round(w, inp, bits);
                 PackedWeights::pack(&codes, &scales, out, inp, bits, inp).unwrap()
