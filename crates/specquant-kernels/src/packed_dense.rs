@@ -332,8 +332,7 @@ impl<W: Weight> Product<'_, W> {
     /// y must be valid for reading and writing these rows and columns of `[.., n]`, and nobody else may touch them.
     unsafe fn block<T: Tile>(&self, token: T, rows: Range<usize>, columns: Range<usize>, y: *mut f32) {
         let (n, k) = (self.n, self.k);
-        let part = |depth: usize, first: usize| {
-            let count = T::PANELS.min(columns.end - first);
+        let part = |depth: usize, first: usize, count: usize| {
             let mut row = rows.start;
             while row < rows.end {
                 let height = T::HEIGHTS.into_iter().find(|h| *h <= rows.end - row).unwrap_or(1);
@@ -357,12 +356,21 @@ impl<W: Weight> Product<'_, W> {
                 row += height;
             }
         };
-        let (depths, firsts) = ((0..k).step_by(DEPTH), columns.clone().step_by(T::PANELS));
+        let depths = (0..k).step_by(DEPTH);
+        let wide = if rows.len() == 1 { T::WIDE } else { T::PANELS };
+        let all_columns = |depths: Range<usize>| {
+            let mut first = columns.start;
+            while first < columns.end {
+                let count = wide.min(1 << (columns.end - first).ilog2());
+                depths.clone().step_by(DEPTH).for_each(|depth| part(depth, first, count));
+                first += count;
+            }
+        };
         if rows.len() <= T::HEIGHTS[0] {
             // Weights in the order in which they lie.
-            firsts.for_each(|first| depths.clone().for_each(|depth| part(depth, first)));
+            all_columns(0..k);
         } else {
-            depths.for_each(|depth| firsts.clone().for_each(|first| part(depth, first)));
+            depths.for_each(|depth| all_columns(depth..depth + 1));
         }
     }
 }

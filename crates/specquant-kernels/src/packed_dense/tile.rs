@@ -103,10 +103,13 @@ pub(super) struct Place {
 pub(super) trait Tile: Copy + Sync {
     /// Panels of a full tile.
     const PANELS: usize;
+    /// Panels of one row's tile, a power of two: as many chains of additions as it takes to hide how long one addition takes.
+    const WIDE: usize;
     /// Heights that there is code for, the largest first; the last is 1.
     const HEIGHTS: [usize; 5];
 
-    /// Adds the product of `rows` (one of [`Tile::HEIGHTS`]) rows and `panels` panels to `y`, or writes it there.
+    /// Adds the product of `rows` (one of [`Tile::HEIGHTS`]) rows and `panels` panels (one or all of a tile's; of one row's a power of two) to
+    /// `y`, or writes it there.
     ///
     /// # Safety
     /// `to` must be valid for reading and writing `rows` rows.
@@ -115,6 +118,7 @@ pub(super) trait Tile: Copy + Sync {
 
 impl Tile for Scalar {
     const PANELS: usize = 1;
+    const WIDE: usize = 1;
     const HEIGHTS: [usize; 5] = [1; 5];
 
     unsafe fn tile<W: Weight>(self, part: &Part<W>, rows: usize, panels: usize, to: Place) {
@@ -137,10 +141,11 @@ impl Tile for Scalar {
 /// The tiles of one instruction set: `$load`, `$store`, `$splat`, `$fma` on registers `$reg` of `$lanes` floats, `$regs` of them a panel.
 #[cfg(target_arch = "x86_64")]
 macro_rules! x86_tile {
-    ($token:ty, $name:ident, $features:literal, $panels:literal, $heights:expr, $reg:ty, $lanes:literal,
+    ($token:ty, $name:ident, $features:literal, $panels:literal, $wide:literal, $heights:expr, $reg:ty, $lanes:literal,
      $zero:ident, $weights:ident, $load:ident, $store:ident, $splat:ident, $fma:ident) => {
         impl Tile for $token {
             const PANELS: usize = $panels;
+            const WIDE: usize = $wide;
             const HEIGHTS: [usize; 5] = $heights;
 
             unsafe fn tile<W: Weight>(self, part: &Part<W>, rows: usize, panels: usize, to: Place) {
@@ -159,21 +164,24 @@ macro_rules! x86_tile {
                         });
                     }
                     macro_rules! call {
+                        ($r:literal, $p:literal) => {
+                            $name::<W, $r, { $p * PANEL / $lanes }>(part, to, ld)
+                        };
                         ($r:literal) => {
-                            match panels {
-                                1 => $name::<W, $r, { PANEL / $lanes }>(part, to, ld),
-                                _ => $name::<W, $r, { $panels * PANEL / $lanes }>(part, to, ld),
-                            }
+                            if panels == 1 { call!($r, 1) } else { call!($r, $panels) }
                         };
                     }
-                    match rows {
-                        12 => call!(12),
-                        8 => call!(8),
-                        6 => call!(6),
-                        4 => call!(4),
-                        3 => call!(3),
-                        2 => call!(2),
-                        _ => call!(1),
+                    match (rows, panels) {
+                        (12, _) => call!(12),
+                        (8, _) => call!(8),
+                        (6, _) => call!(6),
+                        (4, _) => call!(4),
+                        (3, _) => call!(3),
+                        (2, _) => call!(2),
+                        (_, 1) => call!(1, 1),
+                        (_, 2) => call!(1, 2),
+                        (_, 4) => call!(1, 4),
+                        _ => call!(1, $wide),
                     }
                     if !whole {
                         (0..rows).for_each(|r| {
@@ -234,6 +242,7 @@ x86_tile!(
     avx512_tile,
     "avx512f",
     2,
+    8,
     [12, 8, 4, 2, 1],
     __m512,
     16,
@@ -250,6 +259,7 @@ x86_tile!(
     avx2_tile,
     "avx2,fma,f16c",
     1,
+    4,
     [6, 4, 3, 2, 1],
     __m256,
     8,
