@@ -12,7 +12,7 @@ MIRI_TESTS := parallel::tests::chunks parallel::tests::a_panic weights:: isa:: e
 	branch::tests::pack branch::tests::inputs dense::tests::empty hadamard::tests::nothing
 
 .DEFAULT_GOAL := help
-.PHONY: help demo reproduction build model test soak fuzz sanitize deny lint fmt docs
+.PHONY: help demo reproduction build model test arm soak fuzz sanitize deny lint fmt docs
 
 help: ## Print this list.
 	@sed -n 's/^\([a-z]*\):.*## \(.*\)/  make \1	\2/p' Makefile
@@ -34,6 +34,10 @@ test: model lint ## All that CI runs: formatting, clippy, tests, documentation.
 	SPECQUANT_SMOLLM2="$$($(FETCH))" cargo test --workspace
 	cargo test -p specquant-eval --features hub --test parquet
 	$(MAKE) docs
+
+arm: ## The kernels' tests for AArch64 in an emulator: rustup target add aarch64-unknown-linux-musl, and Debian's qemu-user-static.
+	CARGO_TARGET_AARCH64_UNKNOWN_LINUX_MUSL_LINKER=rust-lld CARGO_TARGET_AARCH64_UNKNOWN_LINUX_MUSL_RUNNER=qemu-aarch64-static \
+		cargo test -p specquant-kernels --lib --target aarch64-unknown-linux-musl
 
 soak: ## Feed damaged files to every reader for MINUTES (60); inputs that break a limit go to target/soak.
 	cargo run --release -p specquant-fuzz -- soak $$(($(MINUTES) * 60)) target/soak

@@ -13,7 +13,8 @@ fn threads_instruction_sets_and_repetition_change_no_byte() {
     // What the machine has, worst first; the binary refuses what it has not.
     let there =
         |isa: &&str| specquant().env("SPECQUANT_ISA", isa).arg("doctor").output().unwrap().status.success();
-    let isas: Vec<&str> = ["scalar", "avx2", "avx512vnni"].into_iter().filter(there).collect();
+    let isas: Vec<&str> =
+        ["scalar", "neondot", "avx2", "avxvnni", "avx512vnni"].into_iter().filter(there).collect();
     println!("{isas:?}");
     let mut differences = Vec::new();
     for recipe in ["rtn", "gptq", "specquant", "spectral", "quarot", "svdquant"] {

@@ -4,9 +4,11 @@
 //! multiply-accumulate as two operations.
 
 use crate::Isa;
+#[cfg(target_arch = "aarch64")]
+use crate::isa::NeonDot;
 #[cfg(target_arch = "x86_64")]
-use crate::isa::{Avx2, Avx512Vnni};
-use crate::isa::{Scalar, with_token};
+use crate::isa::{Avx2, Avx512Vnni, AvxVnni};
+use crate::isa::{Scalar, with_every_token};
 use std::hint::black_box;
 use std::sync::Barrier;
 use std::time::{Duration, Instant};
@@ -53,8 +55,8 @@ fn measure_with(isa: Isa, threads: usize, seconds: f64, bytes: usize) -> Ceiling
     let time = Duration::from_secs_f64((seconds / 6.).clamp(0., 1e6));
     // Written once, so that the pages are there and differ.
     let buffer: Vec<u64> = (0..bytes as u64 / 8).collect();
-    let int8 = |n| rate(n, time, |_| with_token!(isa, k => k.int8(ROUNDS)));
-    let float = |n| rate(n, time, |_| with_token!(isa, k => k.float(ROUNDS)));
+    let int8 = |n| rate(n, time, |_| with_every_token!(isa, k => k.int8(ROUNDS)));
+    let float = |n| rate(n, time, |_| with_every_token!(isa, k => k.float(ROUNDS)));
     let read = |n| {
         let share = buffer.len().div_ceil(n);
         rate(n, time, |i| buffer.chunks(share).nth(i).map_or(0., read))
@@ -165,6 +167,29 @@ impl Loops for Avx512Vnni {
 }
 
 #[cfg(target_arch = "x86_64")]
+impl Loops for AvxVnni {
+    fn int8(self, rounds: usize) -> f64 {
+        // SAFETY: the token proves AVX2 and AVX-VNNI.
+        unsafe { x86::int8_avxvnni(rounds) }
+    }
+
+    fn float(self, rounds: usize) -> f64 {
+        self.avx2.float(rounds)
+    }
+}
+
+#[cfg(target_arch = "aarch64")]
+impl Loops for NeonDot {
+    fn int8(self, rounds: usize) -> f64 {
+        crate::matmul::dot_loop(self, rounds)
+    }
+
+    fn float(self, rounds: usize) -> f64 {
+        Scalar.float(rounds)
+    }
+}
+
+#[cfg(target_arch = "x86_64")]
 mod x86 {
     use std::arch::x86_64::*;
     use std::hint::black_box;
@@ -194,6 +219,19 @@ mod x86 {
         }
         black_box(acc);
         (rounds * 12 * 8 * 2) as f64
+    }
+
+    #[target_feature(enable = "avx2,avxvnni")]
+    pub(super) fn int8_avxvnni(rounds: usize) -> f64 {
+        let (a, w) = (_mm256_set1_epi8(black_box(3)), _mm256_set1_epi8(black_box(-5)));
+        let mut acc = [_mm256_set1_epi8(black_box(3)); 12];
+        for _ in 0..rounds {
+            for v in &mut acc {
+                *v = _mm256_dpbusd_avx_epi32(*v, a, w);
+            }
+        }
+        black_box(acc);
+        (rounds * 12 * 32 * 2) as f64
     }
 
     #[target_feature(enable = "avx512f,avx512vnni")]

@@ -1,6 +1,6 @@
 //! Which instruction sets this machine has, and which one the kernels use.
 //!
-//! Every instruction set has a token type ([`Scalar`], `Avx2`, `Avx512Vnni`) whose `new` answers `None` on a machine without
+//! Every instruction set has a token type ([`Scalar`], `NeonDot`, `Avx2`, `AvxVnni`, `Avx512Vnni`) whose `new` answers `None` on a machine without
 //! it. Kernels are methods of tokens, so that a kernel for an absent instruction set cannot be called.
 
 use std::sync::OnceLock;
@@ -10,15 +10,19 @@ use std::sync::OnceLock;
 pub enum Isa {
     /// Plain Rust, for every machine: the reference that the others are tested against.
     Scalar,
+    /// AArch64 with NEON's dot products (`sdot`), which integer products use; all else is plain Rust, which has NEON anyway.
+    NeonDot,
     /// x86-64 with AVX2, FMA and F16C.
     Avx2,
+    /// [`Isa::Avx2`] with 256-bit VNNI (`vpdpbusd`), which integer products use: Intel's desktop processors from Alder Lake on, which lack AVX-512.
+    AvxVnni,
     /// x86-64 with AVX-512 F, BW, DQ, VL and VNNI (`vpdpbusd`), and everything that [`Isa::Avx2`] asks for.
     Avx512Vnni,
 }
 
 impl Isa {
     /// Every instruction set the code is written for, worst first.
-    pub const ALL: [Isa; 3] = [Isa::Scalar, Isa::Avx2, Isa::Avx512Vnni];
+    pub const ALL: [Isa; 5] = [Isa::Scalar, Isa::NeonDot, Isa::Avx2, Isa::AvxVnni, Isa::Avx512Vnni];
 
     /// The instruction sets of this machine, worst first; [`Isa::Scalar`] is always there.
     pub fn available() -> Vec<Isa> {
@@ -26,7 +30,7 @@ impl Isa {
     }
 
     /// The instruction set that the kernels use: the best one, or the one that the environment variable `SPECQUANT_ISA` names
-    /// (`scalar`, `avx2` or `avx512vnni`). A name that is unknown, or whose instruction set is absent, counts for nothing.
+    /// (`scalar`, `neondot`, `avx2`, `avxvnni` or `avx512vnni`). A name that is unknown, or whose instruction set is absent, counts for nothing.
     /// Read once.
     pub fn active() -> Isa {
         static ACTIVE: OnceLock<Isa> = OnceLock::new();
@@ -37,7 +41,9 @@ impl Isa {
     pub fn name(self) -> &'static str {
         match self {
             Isa::Scalar => "scalar",
+            Isa::NeonDot => "neondot",
             Isa::Avx2 => "avx2",
+            Isa::AvxVnni => "avxvnni",
             Isa::Avx512Vnni => "avx512vnni",
         }
     }
@@ -48,8 +54,13 @@ impl Isa {
             #[cfg(target_arch = "x86_64")]
             Isa::Avx2 => Avx2::new().is_some(),
             #[cfg(target_arch = "x86_64")]
+            Isa::AvxVnni => AvxVnni::new().is_some(),
+            #[cfg(target_arch = "x86_64")]
             Isa::Avx512Vnni => Avx512Vnni::new().is_some(),
-            #[cfg(not(target_arch = "x86_64"))]
+            #[cfg(target_arch = "aarch64")]
+            Isa::NeonDot => NeonDot::new().is_some(),
+            // Another architecture's.
+            #[allow(unreachable_patterns)]
             _ => false,
         }
     }
@@ -81,6 +92,32 @@ impl Avx2 {
     }
 }
 
+/// Token of [`Isa::AvxVnni`]: proof that the machine has it. What is no integer product uses `avx2`.
+#[cfg(target_arch = "x86_64")]
+#[derive(Clone, Copy)]
+pub(crate) struct AvxVnni {
+    pub(crate) avx2: Avx2,
+}
+
+#[cfg(target_arch = "x86_64")]
+impl AvxVnni {
+    pub(crate) fn new() -> Option<Self> {
+        Avx2::new().filter(|_| is_x86_feature_detected!("avxvnni")).map(|avx2| AvxVnni { avx2 })
+    }
+}
+
+/// Token of [`Isa::NeonDot`]: proof that the machine has it.
+#[cfg(target_arch = "aarch64")]
+#[derive(Clone, Copy)]
+pub(crate) struct NeonDot(());
+
+#[cfg(target_arch = "aarch64")]
+impl NeonDot {
+    pub(crate) fn new() -> Option<Self> {
+        std::arch::is_aarch64_feature_detected!("dotprod").then_some(NeonDot(()))
+    }
+}
+
 /// Token of [`Isa::Avx512Vnni`]: proof that the machine has it. What has no AVX-512 kernel of its own uses `avx2`.
 #[cfg(target_arch = "x86_64")]
 #[derive(Clone, Copy)]
@@ -100,7 +137,8 @@ impl Avx512Vnni {
     }
 }
 
-/// Evaluates an expression with `$k` bound to the token of `$isa`, or to [`Scalar`] if the machine lacks it.
+/// Evaluates an expression with `$k` bound to the token of `$isa`, or to [`Scalar`] if the machine lacks it. Instruction sets that only integer
+/// products have kernels of their own for count as what they build on.
 macro_rules! with_token {
     ($isa:expr, $k:ident => $body:expr) => {{
         #[cfg(target_arch = "x86_64")]
@@ -108,7 +146,9 @@ macro_rules! with_token {
             let isa = $isa;
             if let Some($k) = $crate::isa::Avx512Vnni::new().filter(|_| isa == $crate::Isa::Avx512Vnni) {
                 $body
-            } else if let Some($k) = $crate::isa::Avx2::new().filter(|_| isa == $crate::Isa::Avx2) {
+            } else if let Some($k) =
+                $crate::isa::Avx2::new().filter(|_| [$crate::Isa::Avx2, $crate::Isa::AvxVnni].contains(&isa))
+            {
                 $body
             } else {
                 let $k = $crate::isa::Scalar;
@@ -124,6 +164,21 @@ macro_rules! with_token {
     }};
 }
 pub(crate) use with_token;
+
+/// As [`with_token`] with the token of every instruction set, for integer products.
+macro_rules! with_every_token {
+    ($isa:expr, $k:ident => $body:expr) => {{
+        let isa = $isa;
+        #[cfg(target_arch = "x86_64")]
+        let own = $crate::isa::AvxVnni::new().filter(|_| isa == $crate::Isa::AvxVnni);
+        #[cfg(target_arch = "aarch64")]
+        let own = $crate::isa::NeonDot::new().filter(|_| isa == $crate::Isa::NeonDot);
+        #[cfg(not(any(target_arch = "x86_64", target_arch = "aarch64")))]
+        let own = None::<$crate::isa::Scalar>;
+        if let Some($k) = own { $body } else { $crate::isa::with_token!(isa, $k => $body) }
+    }};
+}
+pub(crate) use with_every_token;
 
 #[cfg(test)]
 mod tests {

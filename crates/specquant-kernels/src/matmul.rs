@@ -9,7 +9,7 @@
 //! ```
 //!
 //! This file cuts the product into rectangles of `y`, which threads share, and blocks of depth that fit the first cache; an
-//! instruction set's file ([`scalar`], `avx2`, `avx512`) multiplies one block. The cuts depend on the shape alone and every
+//! instruction set's file ([`scalar`], `avx2`, `avxvnni`, `avx512`, `neon`) multiplies one block. The cuts depend on the shape alone and every
 //! float sum has a fixed order, so that results depend neither on the number of threads nor, for integer products, on the
 //! instruction set; nor does a token's result depend on the other tokens.
 
@@ -20,8 +20,14 @@ mod scalar;
 mod avx2;
 #[cfg(target_arch = "x86_64")]
 mod avx512;
+#[cfg(target_arch = "x86_64")]
+mod avxvnni;
+#[cfg(target_arch = "aarch64")]
+mod neon;
+#[cfg(target_arch = "aarch64")]
+pub(crate) use neon::dot_loop;
 
-use crate::isa::with_token;
+use crate::isa::with_every_token;
 use crate::parallel::for_each_index;
 use crate::weights::{Chunk, PANEL};
 use crate::{Isa, PackedWeights, QuantizedActs};
@@ -82,7 +88,7 @@ pub fn matmul_int_with<const N: usize>(isa: Isa, products: [IntProduct; N]) {
         let inp = parts.iter().map(|(_, w)| w.in_features()).sum();
         (parts, Grid::new(y, rows, out, inp))
     });
-    with_token!(isa, kernel => for_each_index(grids.iter().map(|(_, grid)| grid.len()).sum(), |mut i| {
+    with_every_token!(isa, kernel => for_each_index(grids.iter().map(|(_, grid)| grid.len()).sum(), |mut i| {
         for (parts, grid) in &grids {
             if i < grid.len() {
                 // SAFETY: every rectangle is taken once.
@@ -125,7 +131,7 @@ pub fn matmul_float_with(
     assert_eq!(x.len(), rows * inp, "x must be [rows, in]");
     assert_eq!(y.len(), rows * out, "y must be [rows, out]");
     let grid = Grid::new(y, rows, out, inp);
-    with_token!(isa, kernel => for_each_index(grid.len(), |i| {
+    with_every_token!(isa, kernel => for_each_index(grid.len(), |i| {
         // SAFETY: every rectangle is taken once.
         float_rect(kernel, x, w, unsafe { grid.rect(i) }, accumulate);
     }));

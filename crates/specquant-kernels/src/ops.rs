@@ -27,8 +27,8 @@ macro_rules! twin {
                     // SAFETY: an instruction set is active only on a machine that has it, and this one means AVX-512 F, BW, DQ and VL, too.
                     $crate::Isa::Avx512Vnni => return unsafe { avx512($($arg),*) },
                     // SAFETY: as above; AVX2 and FMA.
-                    $crate::Isa::Avx2 => return unsafe { avx2($($arg),*) },
-                    $crate::Isa::Scalar => {}
+                    $crate::Isa::Avx2 | $crate::Isa::AvxVnni => return unsafe { avx2($($arg),*) },
+                    $crate::Isa::Scalar | $crate::Isa::NeonDot => {}
                 }
             }
             $body($($arg),*)

@@ -122,7 +122,7 @@ unsafe fn for_tiles(w: &[Chunk], a: *const u8, stride: usize, steps: usize, acc:
 }
 
 #[target_feature(enable = "avx2")]
-fn load(chunk: &Chunk) -> [__m256i; 2] {
+pub(super) fn load(chunk: &Chunk) -> [__m256i; 2] {
     // SAFETY: a chunk is 64 aligned bytes.
     unsafe {
         [_mm256_load_si256(chunk.0.as_ptr().cast()), _mm256_load_si256(chunk.0.as_ptr().add(32).cast())]
@@ -131,14 +131,14 @@ fn load(chunk: &Chunk) -> [__m256i; 2] {
 
 /// The levels in both 128-bit lanes, to be looked up.
 #[target_feature(enable = "avx2")]
-fn table(levels: &[i8; 16]) -> __m256i {
+pub(super) fn table(levels: &[i8; 16]) -> __m256i {
     // SAFETY: 16 bytes from an array of 16.
     _mm256_broadcastsi128_si256(unsafe { _mm_loadu_si128(levels.as_ptr().cast()) })
 }
 
 /// What the quads in the low and in the high nibbles stand for.
 #[target_feature(enable = "avx2")]
-fn unpack(chunk: &Chunk, table: __m256i) -> [[__m256i; 2]; 2] {
+pub(super) fn unpack(chunk: &Chunk, table: __m256i) -> [[__m256i; 2]; 2] {
     let mask = _mm256_set1_epi8(15);
     let v = load(chunk);
     [
@@ -149,7 +149,7 @@ fn unpack(chunk: &Chunk, table: __m256i) -> [[__m256i; 2]; 2] {
 
 /// Nibble chunks to byte chunks.
 #[target_feature(enable = "avx2")]
-fn expand(w: &[Chunk], levels: &[i8; 16], bytes: &mut Vec<Chunk>) {
+pub(super) fn expand(w: &[Chunk], levels: &[i8; 16], bytes: &mut Vec<Chunk>) {
     let table = table(levels);
     bytes.resize(2 * w.len(), Chunk([0; 64]));
     for (chunk, pair) in w.iter().zip(bytes.as_chunks_mut::<2>().0) {
@@ -165,13 +165,13 @@ fn expand(w: &[Chunk], levels: &[i8; 16], bytes: &mut Vec<Chunk>) {
 
 /// A quad of activation codes in every 32-bit lane.
 #[target_feature(enable = "avx2")]
-unsafe fn quad(a: *const u8) -> __m256i {
+pub(super) unsafe fn quad(a: *const u8) -> __m256i {
     // SAFETY: the caller's row has 4 codes there.
     _mm256_set1_epi32(unsafe { a.cast::<i32>().read_unaligned() })
 }
 
 #[target_feature(enable = "avx2")]
-fn add_to(acc: &mut [i32; PANEL], v: [__m256i; 2]) {
+pub(super) fn add_to(acc: &mut [i32; PANEL], v: [__m256i; 2]) {
     for (half, v) in acc.as_chunks_mut::<8>().0.iter_mut().zip(v) {
         // SAFETY: 8 lanes from and to an array of 8.
         unsafe {

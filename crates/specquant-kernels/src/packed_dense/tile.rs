@@ -95,6 +95,7 @@ impl<W> Part<'_, W> {
 #[derive(Clone, Copy)]
 pub(super) struct Place {
     pub y: *mut f32,
+    #[cfg_attr(not(target_arch = "x86_64"), allow(dead_code))] // the scalar tile has one row
     pub ldy: usize,
     pub width: usize,
 }
