@@ -23,9 +23,8 @@ impl Kernel for Avx2 {
     }
 
     fn float_block(self, block: &FloatBlock, scratch: &mut Vec<f32>, acc: &mut [[f32; PANEL]]) {
-        check(block.x.len(), block.stride, block.rows, block.depth, acc.len());
-        assert_eq!(block.w.len(), block.depth.div_ceil(8) * if block.nibbles { 1 } else { 2 });
-        // SAFETY: the token proves AVX2 and FMA; `check` has proved that every token has `depth` values.
+        check_float(block, acc.len());
+        // SAFETY: the token proves AVX2 and FMA; `check_float` has proved that every token has `depth` values.
         unsafe {
             if block.nibbles && *block.levels != UNIFORM_LEVELS {
                 // The trick that widens nibbles where they stand takes them for numbers; bytes it takes as they are.
@@ -75,6 +74,12 @@ impl Kernel for Avx2 {
 /// Asserts that `rows` rows of `depth` values lie `stride` apart in a buffer, and have accumulators.
 pub(super) fn check(len: usize, stride: usize, rows: usize, depth: usize, acc: usize) {
     assert!(rows > 0 && acc == rows && len >= (rows - 1) * stride + depth);
+}
+
+/// [`check`] of a float block, whose chunks are as many as its depth asks for.
+pub(super) fn check_float(block: &FloatBlock, acc: usize) {
+    check(block.x.len(), block.stride, block.rows, block.depth, acc);
+    assert_eq!(block.w.len(), block.depth.div_ceil(8) * if block.nibbles { 1 } else { 2 });
 }
 
 /// Unsafe contract of the functions below: `a` points to rows that lie `stride` apart, as many as `acc` has (or R), and each
@@ -317,6 +322,26 @@ fn widen<const NIBBLES: bool>(w: &[Chunk], j: usize) -> [Wide; 8] {
     }
 }
 
+/// The weights of a block of this depth as f32, `[depth, 16]`, in the two halves that sum on their own.
+#[target_feature(enable = "avx2")]
+pub(super) fn widened<'a, const NIBBLES: bool>(
+    w: &[Chunk],
+    depth: usize,
+    scratch: &'a mut Vec<f32>,
+) -> (&'a [[f32; PANEL]], &'a [[f32; PANEL]]) {
+    scratch.resize(depth.next_multiple_of(8) * PANEL, 0.);
+    for (j, to) in scratch.as_chunks_mut::<{ 8 * PANEL }>().0.iter_mut().enumerate() {
+        for (to, w) in to.as_chunks_mut::<PANEL>().0.iter_mut().zip(widen::<NIBBLES>(w, j)) {
+            // SAFETY: 16 lanes to an array of 16.
+            unsafe {
+                _mm256_storeu_ps(to.as_mut_ptr(), w[0]);
+                _mm256_storeu_ps(to.as_mut_ptr().add(8), w[1]);
+            }
+        }
+    }
+    scratch.as_chunks::<PANEL>().0[..depth].split_at(8 * half(depth))
+}
+
 #[target_feature(enable = "avx2,fma")]
 unsafe fn float_block<const NIBBLES: bool>(
     block: &FloatBlock,
@@ -332,14 +357,7 @@ unsafe fn float_block<const NIBBLES: bool>(
             3 => return float_few::<3, NIBBLES>(block, acc),
             _ => {}
         }
-        scratch.resize(depth.next_multiple_of(8) * PANEL, 0.);
-        for (j, to) in scratch.as_chunks_mut::<{ 8 * PANEL }>().0.iter_mut().enumerate() {
-            for (i, w) in widen::<NIBBLES>(block.w, j).into_iter().enumerate() {
-                _mm256_storeu_ps(to.as_mut_ptr().add(i * PANEL), w[0]);
-                _mm256_storeu_ps(to.as_mut_ptr().add(i * PANEL + 8), w[1]);
-            }
-        }
-        let (first, second) = scratch.as_chunks::<PANEL>().0[..depth].split_at(8 * half(depth));
+        let (first, second) = widened::<NIBBLES>(block.w, depth, scratch);
         for (i, acc) in acc.chunks_mut(TILE).enumerate() {
             let x = x.add(TILE * i * stride);
             for (w, x) in [(first, x), (second, x.add(first.len()))] {

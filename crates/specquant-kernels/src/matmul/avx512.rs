@@ -1,16 +1,20 @@
 //! AVX-512 kernel: `vpdpbusd` multiplies a chunk (a quad of inputs of 16 channels) with a token's quad and adds to 16 i32 lanes.
 //!
 //! Twelve tokens and two panels at a time: 24 sums in registers, and 14 loads for 24 products, of which two a cycle are done of either.
-//! A few tokens unpack nibbles in registers, one panel at a time, and a lone one splits its sum into four chains. Float products use the
-//! AVX2 code.
+//! A few tokens unpack nibbles in registers, one panel at a time, and a lone one splits its sum into four chains.
+//!
+//! Float products of many tokens take twelve of them and a panel, which the AVX2 code widens; few use the AVX2 code, to the same bits.
 
+use super::avx2::{self, check_float};
 use super::{FloatBlock, IntBlock, Kernel, PANELS, Rect};
 use crate::isa::Avx512Vnni;
-use crate::weights::{Chunk, PANEL};
+use crate::weights::{Chunk, PANEL, UNIFORM_LEVELS};
 use std::arch::x86_64::*;
 
 /// Up to as many tokens unpack nibbles in registers: for more, unpacking once costs less.
 const FEW_ROWS: usize = 8;
+/// From as many tokens on float products are this file's.
+const FLOAT_ROWS: usize = 6;
 /// Bytes of weights that are fetched before they are used, where one token passes over them: the processor's own prefetching stops at every page.
 const AHEAD: usize = 4096;
 
@@ -28,7 +32,12 @@ impl Kernel for Avx512Vnni {
     }
 
     fn float_block(self, block: &FloatBlock, scratch: &mut Vec<f32>, acc: &mut [[f32; PANEL]]) {
-        self.avx2.float_block(block, scratch, acc);
+        if block.rows < FLOAT_ROWS {
+            return self.avx2.float_block(block, scratch, acc);
+        }
+        check_float(block, acc.len());
+        // SAFETY: the token proves AVX2 and AVX-512 F; `check_float` has proved that every token has `depth` values.
+        unsafe { float_block(block, scratch, acc) }
     }
 
     fn fold(
@@ -275,4 +284,68 @@ unsafe fn nibbles(w: &[Chunk], levels: &[i8; 16], a: *const u8, acc: &mut [[i32;
         }
     }
     add_to(&mut acc[0], _mm512_add_epi32(_mm512_add_epi32(sum[0], sum[1]), _mm512_add_epi32(sum[2], sum[3])));
+}
+
+/// Float products, summed in the order of the AVX2 code.
+///
+/// # Safety
+/// Every row of the block must have `depth` values.
+#[target_feature(enable = "avx2,avx512f")]
+unsafe fn float_block(block: &FloatBlock, scratch: &mut Vec<f32>, acc: &mut [[f32; PANEL]]) {
+    let (depth, stride, mut bytes) = (block.depth, block.stride, Vec::new());
+    let (first, second) = if !block.nibbles {
+        avx2::widened::<false>(block.w, depth, scratch)
+    } else if *block.levels == UNIFORM_LEVELS {
+        avx2::widened::<true>(block.w, depth, scratch)
+    } else {
+        avx2::expand(block.w, block.levels, &mut bytes);
+        avx2::widened::<false>(&bytes, depth, scratch)
+    };
+    let mut row = 0;
+    while row < acc.len() {
+        macro_rules! tiles {
+            ($($height:literal),*) => {
+                match acc.len() - row {
+                    $($height.. => {
+                        // SAFETY: forwarded; the tile's rows start `row` rows on, and the second half's values behind the first's.
+                        unsafe {
+                            let x = block.x.as_ptr().add(row * stride);
+                            float_tile::<$height>(first, x, stride, &mut acc[row..]);
+                            float_tile::<$height>(second, x.add(first.len()), stride, &mut acc[row..]);
+                        }
+                        row += $height;
+                    })*
+                    0 => {}
+                }
+            };
+        }
+        tiles!(12, 8, 6, 4, 2, 1);
+    }
+}
+
+/// Widened weights, `[depth, 16]`, times R rows, added to the first R of acc.
+///
+/// # Safety
+/// `x` must point to R rows, `stride` apart, of as many values as there are weights.
+#[target_feature(enable = "avx512f")]
+unsafe fn float_tile<const R: usize>(
+    w: &[[f32; PANEL]],
+    x: *const f32,
+    stride: usize,
+    acc: &mut [[f32; PANEL]],
+) {
+    let mut sum = [_mm512_setzero_ps(); R];
+    for (k, w) in w.iter().enumerate() {
+        // SAFETY: 16 weights; the row has as many values as there are weights.
+        unsafe {
+            let w = _mm512_loadu_ps(w.as_ptr());
+            for r in 0..R {
+                sum[r] = _mm512_fmadd_ps(_mm512_set1_ps(*x.add(r * stride + k)), w, sum[r]);
+            }
+        }
+    }
+    for (sum, acc) in sum.iter().zip(acc) {
+        // SAFETY: 16 lanes from and to an array of 16.
+        unsafe { _mm512_storeu_ps(acc.as_mut_ptr(), _mm512_add_ps(_mm512_loadu_ps(acc.as_ptr()), *sum)) };
+    }
 }
