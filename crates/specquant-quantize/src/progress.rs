@@ -22,6 +22,8 @@ use crate::{Error, Result};
 /// Tells an unfinished checkpoint of ours from somebody's directory of that name.
 pub(crate) const STATE: &str = ".specquant-unfinished";
 const FILE: &str = "progress.json";
+/// In the names of the second and further files of a shard.
+pub(crate) const PART: &str = ".part";
 
 /// A file and what it holds.
 #[derive(Debug, Clone, Serialize, Deserialize)]
@@ -36,7 +38,7 @@ pub(crate) struct Named {
 pub(crate) struct Progress {
     /// What the result depends on.
     pub identity: Map<String, Value>,
-    /// Finished safetensors files, in order.
+    /// Finished safetensors files, in order: one for a block, more for a very large one.
     pub shards: Vec<Named>,
     /// Files in [`STATE`], by purpose.
     pub kept: BTreeMap<String, Named>,
@@ -111,7 +113,12 @@ impl Progress {
 
     /// Finished blocks; the first shard is of no block.
     pub fn blocks(&self) -> usize {
-        self.shards.len().saturating_sub(1)
+        self.blocks_and_ends().saturating_sub(1)
+    }
+
+    /// Finished shards, of whatever number of files each.
+    pub fn blocks_and_ends(&self) -> usize {
+        self.shards.iter().filter(|shard| !shard.file.contains(PART)).count()
     }
 
     /// Whether there is something to read.
