@@ -181,17 +181,43 @@ fn quantize_reports_and_a_dry_run_writes_nothing() {
         command
     };
     let before = tree(lab.path());
-    let plan = json_of(&mut run(&["--dry-run", "--json"]));
+    let plan = json_of(&mut run(&["--plan", "--json"]));
     assert_eq!((&plan["plan"]["blocks"], &plan["plan"]["layers"]), (&json!(2), &json!(14)));
     assert_eq!(plan["recipe"]["branch"]["mean_k"], 4);
-    let stderr = run(&["--dry-run"]).assert().success().stdout("").get_output().stderr.clone();
+    let stderr = run(&["--plan"]).assert().success().stdout("").get_output().stderr.clone();
     let stderr = String::from_utf8(stderr).unwrap();
     assert!(stderr.contains("2 blocks, 14 linear layers") && stderr.contains("peak memory"), "{stderr}");
+    let spilled = json_of(&mut run(&["--plan", "--spill", "--json"]))["plan"].take();
+    let states = 2 * 64 * 96 * 4;
+    for (key, more, less) in
+        [("peak_bytes", &plan["plan"], &spilled), ("disk_bytes", &spilled, &plan["plan"])]
+    {
+        assert_eq!(more[key].as_u64().unwrap() - less[key].as_u64().unwrap(), states, "{key}");
+    }
+    let trial = json_of(&mut run(&["--dry-run", "--json"]));
+    assert_eq!((&trial["plan"], &trial["recipe"]), (&plan["plan"], &plan["recipe"]));
+    assert_eq!(trial["includes_tuning"], true);
+    let said = |command: &mut assert_cmd::Command| {
+        let output = command.assert().success().get_output().stdout.clone();
+        String::from_utf8(output).unwrap()
+    };
+    let text = said(&mut run(&["--dry-run"]));
+    assert!(text.contains("all 2 blocks, extrapolated: ") && !text.contains("tuning"), "{text}");
+    let mut tuned = specquant();
+    tuned.args(["quantize", "--dry-run", "--spill", "--keep", "8", "-m"]).arg(&model).arg("-o").arg(&out);
+    let text = said(tuned.args(QUICK));
+    assert!(text.contains("tuning of the whole model"), "{text}");
     assert!(before == tree(lab.path()));
 
     let result = json_of(&mut run(&["--json"]));
     assert_eq!(result["report"]["layers"].as_array().unwrap().len(), 14);
     assert_eq!(result["plan"], plan["plan"]);
+    let bytes = |from: &Value, key: &str| from[key].as_u64().unwrap();
+    assert_eq!(bytes(&trial["first_block"], "tensor_bytes"), bytes(&result["report"], "tensor_bytes"));
+    // Where hidden states lie changes no byte of the result.
+    let spilled = lab.quantized(&model, "spilled", &[&FIXED[..], &["--spill"]].concat());
+    assert_same(&out, &spilled);
+    fs::remove_dir_all(spilled).unwrap();
     for key in ["output", "seconds", "peak_rss_bytes"] {
         assert!(!result[key].is_null(), "{key}");
     }

@@ -18,6 +18,7 @@ mod progress;
 mod recipe;
 pub mod rounding;
 mod run;
+mod states;
 mod stats;
 #[cfg(test)]
 mod testing;
@@ -33,4 +34,5 @@ pub use pipeline::*;
 pub use plan::*;
 pub use recipe::*;
 pub use run::*;
+pub use states::States;
 pub use stats::*;

@@ -5,6 +5,7 @@ use std::fs::{self, File, TryLockError};
 use std::io::Write;
 use std::path::{Path, PathBuf};
 
+use memmap2::Mmap;
 use safetensors::SafeTensors;
 use safetensors::tensor::TensorView;
 use serde_json::{Map, Value, json};
@@ -22,6 +23,8 @@ pub struct Destination {
     pub overwrite: bool,
     /// What becomes of an unfinished run to the same place.
     pub unfinished: Unfinished,
+    /// Whether the hidden states of the calibration text go to a mapped file there, and not into memory. The result is the same.
+    pub spill: bool,
 }
 
 /// What becomes of an unfinished run.
@@ -38,12 +41,12 @@ pub enum Unfinished {
 impl Destination {
     /// A directory that does not exist yet.
     pub fn new(path: impl Into<PathBuf>) -> Self {
-        Destination { path: path.into(), overwrite: false, unfinished: Unfinished::Keep }
+        Destination { path: path.into(), overwrite: false, unfinished: Unfinished::Keep, spill: false }
     }
 
     /// A directory in which everything of ours is replaced.
     pub fn replacing(path: impl Into<PathBuf>) -> Self {
-        Destination { path: path.into(), overwrite: true, unfinished: Unfinished::Discard }
+        Destination { path: path.into(), overwrite: true, unfinished: Unfinished::Discard, spill: false }
     }
 
     /// Where the checkpoint lies until it is finished.
@@ -57,6 +60,15 @@ impl Destination {
             .to_owned();
         name.push(".partial");
         Ok(self.path.with_file_name(name))
+    }
+
+    /// Where a trial of the same run may write.
+    ///
+    /// # Errors
+    /// As [`Destination::partial`].
+    pub fn trial(&self) -> Result<Destination> {
+        let path = self.partial()?.with_extension("dry-run");
+        Ok(Destination { path, overwrite: false, unfinished: Unfinished::Discard, spill: self.spill })
     }
 
     fn refusal(&self, why: String) -> Error {
@@ -207,6 +219,11 @@ impl Output {
         &self.claim.partial
     }
 
+    /// Where hidden states are spilled, if they shall be.
+    pub fn spill(&self) -> Option<PathBuf> {
+        self.destination.spill.then(|| self.claim.partial.join(STATE))
+    }
+
     /// From now on a later run continues from here.
     ///
     /// # Errors
@@ -231,7 +248,7 @@ impl Output {
     ///
     /// # Errors
     /// [`Error::Output`] when it is damaged.
-    pub fn kept(&self, what: &str) -> Result<Option<Vec<u8>>> {
+    pub fn kept(&self, what: &str) -> Result<Option<Mmap>> {
         self.progress.kept(&self.claim.partial, what)
     }
 
@@ -287,7 +304,10 @@ impl Output {
                     *tensor = new;
                 }
             }
-            let (before, bytes) = (sha256(&bytes), self.serialized(&file, &tensors)?);
+            let before = sha256(&bytes);
+            // Not every system lets a file be replaced that is mapped.
+            drop(bytes);
+            let bytes = self.serialized(&file, &tensors)?;
             // One of the two will be found by a run that continues.
             self.progress.shards[i].sha256 = vec![before, sha256(&bytes)];
             self.commit()?;

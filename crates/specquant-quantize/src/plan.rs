@@ -24,14 +24,37 @@ pub struct Plan {
     pub weights: usize,
     /// Calibration tokens asked for.
     pub calibration_tokens: usize,
-    /// Peak memory in bytes, estimated, without the pages of the source file that the system keeps mapped.
+    /// Peak memory in bytes, estimated, without the pages of files that the system keeps mapped.
     pub peak_bytes: u64,
+    /// Whether the hidden states of the calibration text lie in a mapped file, and not in memory.
+    pub spill: bool,
     /// Bytes of the checkpoint's tensors, estimated.
     pub output_bytes: u64,
     /// Peak bytes on disk: the checkpoint, and what a run that continues it would need.
     pub disk_bytes: u64,
     /// Estimated bits per weight of the linear layers.
     pub bits_per_weight: f64,
+    /// Bytes of the hidden states.
+    #[serde(skip)]
+    states_bytes: u64,
+    /// Peak memory without them.
+    #[serde(skip)]
+    spilled_peak_bytes: u64,
+}
+
+impl Plan {
+    /// The same run with hidden states on the disk.
+    pub fn spilled(self) -> Plan {
+        match self.spill {
+            true => self,
+            false => Plan {
+                peak_bytes: self.spilled_peak_bytes,
+                disk_bytes: self.disk_bytes + self.states_bytes,
+                spill: true,
+                ..self
+            },
+        }
+    }
 }
 
 /// What keeps the recipe from this model, a line each.
@@ -209,8 +232,7 @@ pub fn plan(source: &Source, recipe: &Recipe) -> Result<Plan> {
         && recipe.rotate.is_none();
     let copies = if plain && !recipe.needs_hessian() { 3 } else { 8 };
     let wide = 4 * config.hidden_size + 3 * config.intermediate_size + 3 * config.num_heads * config.head_dim;
-    let work = 4
-        * (block_weights + copies * widest + 2 * tokens * config.hidden_size + BATCH_ROWS.min(tokens) * wide);
+    let work = 4 * (block_weights + copies * widest + BATCH_ROWS.min(tokens) * wide);
     let branches = recipe.branch.as_ref().map_or(0, |b| {
         let bytes = |site: Site| {
             let (outs, inp) = (site_outputs(&shapes, site), config.site_width(site));
@@ -249,7 +271,7 @@ pub fn plan(source: &Source, recipe: &Recipe) -> Result<Plan> {
         Some(Learn::FlatQuant(_)) => {
             let (batch, length) = batch(recipe);
             let scores = 3 * config.num_heads * length;
-            4 * (8 * block_weights + batch * length * (8 * wide + scores) + tokens * config.hidden_size)
+            4 * (8 * block_weights + batch * length * (8 * wide + scores))
         }
         _ => 0,
     };
@@ -257,7 +279,10 @@ pub fn plan(source: &Source, recipe: &Recipe) -> Result<Plan> {
     // Hidden states behind two blocks, with those in full precision where a method compares with them; or the state of tuning, twice, and
     // a shard that is replaced.
     let streams = if matches!(recipe.learn, Some(Learn::OmniQuant(_) | Learn::FlatQuant(_))) { 2 } else { 1 };
-    let states = 2 * streams * 4 * tokens * config.hidden_size;
+    let stream = 4 * tokens * config.hidden_size;
+    let states = 2 * streams * stream;
+    // As they are held; a method that compares has a copy more of what full precision makes of them, from before the block.
+    let held = if streams > 1 { 3 } else { 1 } * stream;
     let tuned = match recipe.learn {
         Some(Learn::Tune(_)) => {
             let learned: usize = shapes.iter().map(|(_, [out, _])| out * (1 + keep)).sum();
@@ -265,16 +290,22 @@ pub fn plan(source: &Source, recipe: &Recipe) -> Result<Plan> {
         }
         _ => 0,
     };
-    let peak = BASE_BYTES + generation.max(vocabulary).max(hessians + work + branches + learning).max(tuning);
+    let peak = |states: usize| {
+        BASE_BYTES
+            + generation.max(vocabulary).max(hessians + work + branches + learning + states).max(tuning)
+    };
     Ok(Plan {
         blocks: config.num_layers,
         layers: config.num_layers * shapes.len(),
         weights: config.num_layers * block_weights,
         calibration_tokens: text.samples * text.sequence_length,
-        peak_bytes: peak as u64,
+        peak_bytes: peak(held) as u64,
+        spill: false,
         output_bytes: output,
         disk_bytes: output + states.max(tuned) as u64,
         bits_per_weight: block_bits / block_weights as f64,
+        states_bytes: held as u64,
+        spilled_peak_bytes: peak(0) as u64,
     })
 }
 

@@ -10,6 +10,7 @@ use std::fs::{self, File};
 use std::io::{self, BufWriter, Write};
 use std::path::{Path, PathBuf};
 
+use memmap2::Mmap;
 use serde::{Deserialize, Serialize};
 use serde_json::{Map, Value, json};
 use specquant_kernels::Isa;
@@ -17,6 +18,7 @@ use specquant_model::{FORMAT_VERSION, Hashing, Source, sha256};
 
 use crate::block::LayerReport;
 use crate::recipe::Recipe;
+use crate::states::map;
 use crate::{Error, Result};
 
 /// Tells an unfinished checkpoint of ours from somebody's directory of that name.
@@ -157,7 +159,7 @@ impl Progress {
     ///
     /// # Errors
     /// [`Error::Output`] when the file is damaged.
-    pub fn kept(&self, partial: &Path, what: &str) -> Result<Option<Vec<u8>>> {
+    pub fn kept(&self, partial: &Path, what: &str) -> Result<Option<Mmap>> {
         self.kept.get(what).map(|named| named.read(&partial.join(STATE))).transpose()
     }
 
@@ -187,17 +189,17 @@ impl Progress {
 }
 
 impl Named {
-    /// The file's bytes.
+    /// The file's bytes, mapped.
     ///
     /// # Errors
     /// [`Error::Output`] when they are not what was written.
-    pub fn read(&self, dir: &Path) -> Result<Vec<u8>> {
+    pub fn read(&self, dir: &Path) -> Result<Mmap> {
         let path = dir.join(&self.file);
         let damaged = |why: String| Error::Output {
             path: path.clone(),
             why: format!("{why}, so that the run cannot be continued; start anew with --overwrite"),
         };
-        let bytes = fs::read(&path).map_err(|e| damaged(format!("cannot be read: {e}")))?;
+        let bytes = map(&path).map_err(|e| damaged(format!("cannot be read: {e}")))?;
         match self.sha256.contains(&sha256(&bytes)) {
             true => Ok(bytes),
             false => Err(damaged("has changed since it was written".to_owned())),
@@ -262,7 +264,7 @@ mod tests {
         keep(&mut progress, "two");
         let read = || {
             let progress = Progress::read(dir.path()).unwrap().unwrap();
-            progress.kept(dir.path(), "states").map(Option::unwrap).map_err(|e| e.to_string())
+            progress.kept(dir.path(), "states").map(|map| map.unwrap().to_vec()).map_err(|e| e.to_string())
         };
         assert_eq!(read().unwrap(), b"one");
         progress.commit(dir.path()).unwrap();
