@@ -415,3 +415,36 @@ fn chat_answers_lines() {
     command.args(["chat", "--temperature", "0", "--max-new-tokens", "6", "-m"]).arg(&out);
     command.write_stdin("Good morning\n").assert().success();
 }
+
+/// A model of random weights can be quantized like any other.
+#[test]
+fn synth_writes_models() {
+    let lab = Lab::new();
+    let out = lab.path().join("synth");
+    let synth = |flags: &[&str]| {
+        let mut command = specquant();
+        command.arg("synth").args(flags).arg("-o").arg(&out);
+        command
+    };
+    for (flags, word) in [
+        (
+            &["--arch", "gpt5"][..],
+            "--arch gpt5: choose one of llama2-7b, llama2-13b, llama2-70b, llama3-8b, tiny",
+        ),
+        (&["--arch", "tiny", "--layers", "0"], "--layers 0"),
+    ] {
+        let output = synth(flags).assert().code(2).get_output().clone();
+        assert!(String::from_utf8_lossy(&output.stderr).contains(word), "{output:?}");
+        assert!(!out.exists());
+    }
+    let tiny = ["--arch", "tiny", "--layers", "3"];
+    let said = synth(&tiny).assert().success().get_output().stdout.clone();
+    assert!(String::from_utf8(said).unwrap().contains("3 layers"));
+    let again = synth(&tiny).assert().code(2).get_output().stderr.clone();
+    assert!(String::from_utf8(again).unwrap().contains("exists already"));
+    let text = lab.file("text.txt", TEXT);
+    let quantized =
+        lab.quantized(&out, "quantized", &["-r", "gptq", "--calibration", text.to_str().unwrap()]);
+    let report: Value = serde_json::from_slice(&fs::read(quantized.join("report.json")).unwrap()).unwrap();
+    assert_eq!(report["layers"].as_array().unwrap().len(), 21);
+}

@@ -11,6 +11,7 @@ mod error;
 mod fallback;
 pub mod layer;
 mod learn;
+mod memory;
 mod output;
 mod pipeline;
 mod plan;

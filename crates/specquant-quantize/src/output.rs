@@ -11,7 +11,7 @@ use safetensors::tensor::TensorView;
 use serde_json::{Map, Value, json};
 use specquant_model::{StoredTensor, sha256};
 
-use crate::progress::{Named, PART, Progress, STATE, differing, remove_others, unwritten};
+use crate::progress::{Named, PART, Progress, STATE, differing, flush, remove_others, unwritten};
 use crate::{Error, Result};
 
 /// Where a checkpoint goes, and what becomes of what lies there.
@@ -337,7 +337,7 @@ impl Output {
         let write = || -> std::io::Result<()> {
             let mut file = File::create(&new)?;
             file.write_all(bytes)?;
-            file.sync_all()?;
+            flush(&file)?;
             fs::rename(&new, &path)
         };
         write().map_err(|e| self.fail(name, e))

@@ -147,7 +147,7 @@ impl Progress {
             let mut to = BufWriter::with_capacity(1 << 20, Hashing::new(File::create(&path)?));
             write(&mut to)?;
             let (file, sha256) = to.into_inner()?.finish();
-            file.sync_all()?;
+            flush(&file)?;
             Ok(sha256)
         };
         let sha256 = finish().map_err(|e| unwritten(&path, e))?;
@@ -177,7 +177,7 @@ impl Progress {
             }
             let mut file = File::create(&new)?;
             file.write_all(json!(self).to_string().as_bytes())?;
-            file.sync_all()?;
+            flush(&file)?;
             fs::rename(&new, &path)?;
             let _ = File::open(&state).and_then(|d| d.sync_all());
             Ok(())
@@ -221,6 +221,13 @@ pub(crate) fn remove_others(dir: &Path, named: &[&str]) -> Result<()> {
     Ok(())
 }
 
+/// Waits until a file is on the disk.
+pub(crate) fn flush(file: &File) -> io::Result<()> {
+    #[cfg(test)]
+    tests::maybe_fail()?;
+    file.sync_all()
+}
+
 pub(crate) fn unwritten(path: impl Into<PathBuf>, why: impl std::fmt::Display) -> Error {
     Error::Output { path: path.into(), why: format!("cannot be written: {why}") }
 }
@@ -246,8 +253,22 @@ pub(crate) fn read_numbers<T, const N: usize>(bytes: &[u8], number: fn([u8; N]) 
 }
 
 #[cfg(test)]
-mod tests {
+pub(crate) mod tests {
+    use std::cell::Cell;
+
     use super::*;
+
+    thread_local! {
+        /// Files of this thread that can still be flushed before one fails; the next ones can again.
+        pub static FLUSHES: Cell<usize> = const { Cell::new(usize::MAX) };
+    }
+
+    /// Fails as a broken disk does, when it is time.
+    pub fn maybe_fail() -> io::Result<()> {
+        let left = FLUSHES.replace(FLUSHES.get().wrapping_sub(1));
+        // EIO
+        if left == 0 { Err(io::Error::from_raw_os_error(5)) } else { Ok(()) }
+    }
 
     #[test]
     fn a_commit_is_all_or_nothing() {

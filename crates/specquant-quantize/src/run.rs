@@ -463,3 +463,6 @@ fn tune(
     };
     output.replace(tensors)
 }
+
+#[cfg(test)]
+mod tests;
