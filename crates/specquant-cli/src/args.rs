@@ -104,7 +104,13 @@ pub struct QuantizeArgs {
     /// Run although the predicted peak memory exceeds what is available
     #[arg(long)]
     pub ignore_memory: bool,
+    /// Keep the hidden states of the calibration text in a mapped file beside DST instead of memory; without the flag, where it would not fit otherwise. The result is the same
+    #[arg(long)]
+    pub spill: bool,
     /// Print the plan and stop
+    #[arg(long, conflicts_with = "dry_run")]
+    pub plan: bool,
+    /// Quantize the first block, print what all of them would take in time, memory and size, and keep nothing; the calibration text is written and rotations are learned as they would be, tuning is left out
     #[arg(long)]
     pub dry_run: bool,
     /// Print the result as JSON on stdout

@@ -72,8 +72,13 @@ fn names(paths: &[PathBuf]) -> Vec<String> {
     names
 }
 
-/// Quantizes the first model by the recipes, except where an earlier run has done so.
-fn quantize_all(args: &CompareArgs, source: &Source, source_sha256: &str) -> anyhow::Result<Vec<PathBuf>> {
+/// Quantizes the first model by the recipes, except where an earlier run has done so. spills: whether hidden states go to the disk, by recipe.
+fn quantize_all(
+    args: &CompareArgs,
+    spills: &[bool],
+    source: &Source,
+    source_sha256: &str,
+) -> anyhow::Result<Vec<PathBuf>> {
     let recipes = args.recipes.iter().map(|name| quantize::recipe(name, &args.overrides));
     let recipes = recipes.collect::<anyhow::Result<Vec<_>>>()?;
     for (i, recipe) in recipes.iter().enumerate() {
@@ -86,7 +91,7 @@ fn quantize_all(args: &CompareArgs, source: &Source, source_sha256: &str) -> any
     }
     let dir = args.output.join(CHECKPOINTS);
     let mut paths = Vec::new();
-    for recipe in &recipes {
+    for (recipe, &spill) in recipes.iter().zip(spills) {
         let path = dir.join(sanitized(&recipe.name));
         let calibration = recipe.calibration.file.as_ref().map(|file| -> anyhow::Result<String> {
             let text = read_text(file).map_err(anyhow::Error::msg);
@@ -113,7 +118,7 @@ fn quantize_all(args: &CompareArgs, source: &Source, source_sha256: &str) -> any
             // Before the checkpoint, which then is never there without it.
             write_whole(&record, |file| writeln!(file, "{identity:#}"))?;
             let destination =
-                q::Destination { unfinished: q::Unfinished::Resume, ..q::Destination::new(&path) };
+                q::Destination { unfinished: q::Unfinished::Resume, spill, ..q::Destination::new(&path) };
             quantize::quantize(source, recipe, &destination, args.json)?;
         }
         paths.push(path);
@@ -274,16 +279,18 @@ pub fn run(args: CompareArgs) -> anyhow::Result<ExitCode> {
     let data = if args.tasks.data.is_some() { tasks::read(&args.tasks)? } else { Vec::new() };
     let text = args.text.text.as_ref().map(|_| eval::read(&args.text)).transpose()?;
     let first = Source::open(&args.models[0])?;
+    let mut spills = Vec::new();
     for recipe in &args.recipes {
         let recipe = quantize::recipe(recipe, &args.overrides)?;
-        quantize::check_resources(&first, &recipe, &args.output, args.ignore_memory)?;
+        let plan = quantize::check_resources(&first, &recipe, &args.output, args.ignore_memory, false)?;
+        spills.push(plan.spill);
     }
     for model in &args.models[1..] {
         Source::open(model)?;
     }
     let _claim = claim_directory(&args.output, MARK, "comparison", args.resume)?;
     let mut paths = args.models.clone();
-    paths.extend(quantize_all(&args, &first, &first.fingerprint()?)?);
+    paths.extend(quantize_all(&args, &spills, &first, &first.fingerprint()?)?);
     let mut entries: Vec<Entry> = Vec::new();
     for (name, path) in names(&paths).into_iter().zip(paths) {
         let model = name.clone();

@@ -107,7 +107,7 @@ pub fn run(args: DemoArgs) -> anyhow::Result<ExitCode> {
     let recipe = recipe(&args.recipe, &args.overrides)?;
     system::set_threads(recipe.threads)?;
     let source = Source::open(&args.model)?;
-    let plan = check_resources(&source, &recipe, &args.output, args.ignore_memory)?;
+    let plan = check_resources(&source, &recipe, &args.output, args.ignore_memory, false)?;
     let c = source.config();
     note!(
         "quantizing {} ({} blocks, {:.0} M weights in linear layers) to {} by recipe {}",
@@ -119,7 +119,7 @@ pub fn run(args: DemoArgs) -> anyhow::Result<ExitCode> {
     );
     let quantizing = Instant::now();
     // A demo that was interrupted goes on, unless it was another.
-    let replacing = q::Destination::replacing(&args.output);
+    let replacing = q::Destination { spill: plan.spill, ..q::Destination::replacing(&args.output) };
     let resuming = q::Destination { unfinished: q::Unfinished::Resume, ..replacing.clone() };
     let report = match quantize(&source, &recipe, &resuming, false) {
         Err(e) if matches!(e.downcast_ref(), Some(q::Error::Differs { .. })) => {

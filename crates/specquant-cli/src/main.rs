@@ -24,6 +24,7 @@ use std::process::ExitCode;
 
 use args::{Args, Command};
 use clap::Parser;
+use interrupt::After;
 use specquant_kernels::Isa;
 use ui::note;
 
@@ -63,8 +64,12 @@ fn check_isa() -> anyhow::Result<()> {
 fn run(args: Args) -> anyhow::Result<ExitCode> {
     check_isa()?;
     match &args.command {
-        Command::Quantize(_) | Command::Compare(_) | Command::Reproduce(_) => interrupt::explain(true),
-        Command::Demo(_) => interrupt::explain(false),
+        // It knows what it writes.
+        Command::Quantize(a) if a.dry_run => {}
+        Command::Quantize(_) | Command::Compare(_) | Command::Reproduce(_) => {
+            interrupt::explain(After::Resume)
+        }
+        Command::Demo(_) => interrupt::explain(After::Again),
         _ => {}
     }
     match args.command {

@@ -11,6 +11,7 @@ use specquant_quantize as q;
 use specquant_quantize::{Embeddings, Event, LayerReport, Overhead, Plan, Recipe, Report, Rounding, Smooth};
 
 use crate::args::{EmbeddingsArg, OverheadArg, Overrides, QuantizeArgs, ScoreArg, Strength};
+use crate::interrupt::{self, After};
 use crate::system::{self, human};
 use crate::ui::{Progress, note};
 
@@ -165,7 +166,7 @@ fn describe(plan: &Plan, recipe: &Recipe) -> String {
     };
     format!(
         "plan: {} {}: {rotate}{smooth}{branch}{rounding}{tuned}\n  {} blocks, {} linear layers, {:.1} M weights at {:.3} bits\n  \
-         calibration {} tokens, predicted peak memory {}, output about {}",
+         calibration {} tokens, predicted peak memory {}{}, output about {}",
         recipe.name,
         recipe.scheme,
         plan.blocks,
@@ -174,6 +175,7 @@ fn describe(plan: &Plan, recipe: &Recipe) -> String {
         plan.bits_per_weight,
         plan.calibration_tokens,
         human(plan.peak_bytes),
+        if plan.spill { " (hidden states on the disk)" } else { "" },
         human(plan.output_bytes),
     )
 }
@@ -199,6 +201,17 @@ pub fn quantize(
     destination: &q::Destination,
     quiet: bool,
 ) -> anyhow::Result<Report> {
+    let texts = prepare(source, recipe, destination, quiet)?;
+    Ok(q::run(source, recipe, texts.as_deref(), destination, &mut bars(source, quiet))?)
+}
+
+/// The calibration sequences of the recipe's file, if it has one and everything else is there as well.
+fn prepare(
+    source: &Source,
+    recipe: &Recipe,
+    destination: &q::Destination,
+    quiet: bool,
+) -> anyhow::Result<Option<Vec<Vec<u32>>>> {
     let tokenizer = source.tokenizer()?;
     let (have, known) = (tokenizer.vocab_size(), source.config().vocab_size);
     anyhow::ensure!(
@@ -207,13 +220,17 @@ pub fn quantize(
         source.path().display()
     );
     q::check_output(destination)?;
-    let texts = match recipe.scheme.weight_bits {
-        16 => None,
-        _ => texts(&tokenizer, recipe, quiet)?,
-    };
+    match recipe.scheme.weight_bits {
+        16 => Ok(None),
+        _ => texts(&tokenizer, recipe, quiet),
+    }
+}
+
+/// Shows what happens.
+fn bars(source: &Source, quiet: bool) -> impl FnMut(Event) + use<> {
     let blocks = source.config().num_layers as u64;
     let (mut bars, mut skipped) = ([const { None::<Progress> }; 3], (0, 0));
-    let report = q::run(source, recipe, texts.as_deref(), destination, &mut |event| {
+    move |event| {
         let [writing, block, learning] = &mut bars;
         match event {
             Event::Resumed { blocks, steps } => skipped = (blocks as u64, steps as u64),
@@ -233,8 +250,56 @@ pub fn quantize(
                 block.step(index as u64 + 1, &news(layers));
             }
         }
-    })?;
-    Ok(report)
+    }
+}
+
+/// Quantizes the first block, and says what all of them would take.
+fn dry_run(
+    source: &Source,
+    recipe: &Recipe,
+    destination: &q::Destination,
+    plan: &Plan,
+    json: bool,
+) -> anyhow::Result<()> {
+    interrupt::explain(After::Remove(destination.trial()?.partial()?));
+    let watch = system::Watch::new();
+    let texts = prepare(source, recipe, destination, json)?;
+    let trial = q::first_block(source, recipe, texts.as_deref(), destination, &mut bars(source, json))?;
+    let peak = watch.peak();
+    let tuned = matches!(recipe.learn, Some(q::Learn::Tune(_)));
+    if json {
+        let result = json!({ "plan": plan, "recipe": recipe, "first_block": trial,
+            "peak_anonymous_bytes": peak, "includes_tuning": !tuned });
+        writeln!(std::io::stdout(), "{result:#}")?;
+        return Ok(());
+    }
+    writeln!(
+        std::io::stdout(),
+        "first block: {}, and {} for what is done once\nall {} blocks, extrapolated: {}, peak memory {} (predicted {}), {} of tensors (predicted {})",
+        seconds(trial.block_seconds),
+        seconds(trial.once_seconds),
+        plan.blocks,
+        seconds(trial.seconds),
+        peak.map_or("unknown".to_owned(), human),
+        human(plan.peak_bytes),
+        human(trial.tensor_bytes),
+        human(plan.output_bytes),
+    )?;
+    if tuned {
+        let text = "not in the time and the memory measured: tuning of the whole model at the end, which takes most of the time; its memory is in the prediction";
+        writeln!(std::io::stdout(), "{text}")?;
+    }
+    Ok(())
+}
+
+/// A time for people.
+fn seconds(seconds: f64) -> String {
+    match seconds {
+        s if s < 10.0 => format!("{s:.1} s"),
+        s if s < 600.0 => format!("{s:.0} s"),
+        s if s < 36000.0 => format!("{:.0} min", s / 60.0),
+        s => format!("{:.0} h", s / 3600.0),
+    }
 }
 
 /// Tells a bar, once, what an earlier run has done.
@@ -270,22 +335,27 @@ impl Free {
     }
 }
 
-/// The plan, if the memory and the disk space that it needs are there. ignore: whether memory does not matter.
+/// The plan, if the memory and the disk space that it needs are there; with hidden states on the disk if that is asked for (`spill`), or makes it
+/// fit. ignore: whether memory does not matter.
 pub fn check_resources(
     source: &Source,
     recipe: &Recipe,
     output: &Path,
     ignore: bool,
+    spill: bool,
 ) -> anyhow::Result<Plan> {
     let plan = q::plan(source, recipe)?;
+    let plan = if spill { plan.spilled() } else { plan };
     // What an earlier run has written needs no more room.
     let begun = q::Destination::new(output).partial().is_ok_and(|partial| partial.exists());
     let free = Free {
         memory: system::available_memory().filter(|_| !ignore),
         disk: system::free_disk(output).filter(|_| !begun),
     };
-    if free.holds(&plan) {
-        return Ok(plan);
+    for plan in [plan.clone(), plan.clone().spilled()] {
+        if free.holds(&plan) {
+            return Ok(plan);
+        }
     }
     let mut lines = Vec::new();
     if let Some(memory) = free.memory.filter(|memory| *memory < plan.peak_bytes) {
@@ -308,7 +378,8 @@ pub fn check_resources(
 
 /// Flags under which the run would fit, each by itself; if none does, those of the calibration together.
 fn remedies(source: &Source, recipe: &Recipe, free: &Free) -> Vec<String> {
-    let fits = |r: &Recipe| q::plan(source, r).is_ok_and(|plan| free.holds(&plan));
+    let fits =
+        |r: &Recipe| q::plan(source, r).is_ok_and(|plan| free.holds(&plan) || free.holds(&plan.spilled()));
     let with = |samples: usize, length: usize| {
         let mut r = recipe.clone();
         (r.calibration.samples, r.calibration.sequence_length) = (samples, length);
@@ -357,23 +428,30 @@ pub fn run(args: QuantizeArgs) -> anyhow::Result<ExitCode> {
     system::set_threads(recipe.threads)?;
     let source = Source::open(&args.model)?;
     let plan = q::plan(&source, &recipe)?;
-    if !args.json {
-        note!("{}", describe(&plan, &recipe));
-    }
-    check_resources(&source, &recipe, &args.output, args.ignore_memory)?;
+    let describe = |plan: &Plan| (!args.json).then(|| note!("{}", describe(plan, &recipe)));
+    // Said before it is refused, too.
+    let checked = check_resources(&source, &recipe, &args.output, args.ignore_memory, args.spill);
+    describe(checked.as_ref().unwrap_or(&plan));
+    let plan = checked?;
     let unfinished = match (args.resume, args.overwrite) {
         (true, _) => q::Unfinished::Resume,
         (false, true) => q::Unfinished::Discard,
         (false, false) => q::Unfinished::Keep,
     };
-    let destination = q::Destination { path: args.output.clone(), overwrite: args.overwrite, unfinished };
+    let (path, overwrite, spill) = (args.output.clone(), args.overwrite, plan.spill);
+    let destination = q::Destination { path, overwrite, unfinished, spill };
     q::check_output(&destination)?;
-    if args.dry_run {
+    if args.plan {
         if args.json {
             writeln!(std::io::stdout(), "{:#}", json!({ "plan": plan, "recipe": recipe }))?;
         }
         return Ok(ExitCode::SUCCESS);
     }
+    if args.dry_run {
+        dry_run(&source, &recipe, &destination, &plan, args.json)?;
+        return Ok(ExitCode::SUCCESS);
+    }
+    let watch = system::Watch::new();
     let started = Instant::now();
     let report = quantize(&source, &recipe, &destination, args.json)?;
     let seconds = started.elapsed().as_secs_f64();
@@ -386,7 +464,7 @@ pub fn run(args: QuantizeArgs) -> anyhow::Result<ExitCode> {
     }
     let peak = system::peak_rss();
     if args.json {
-        let result = json!({ "output": args.output, "seconds": seconds, "peak_rss_bytes": peak, "plan": plan, "report": report });
+        let result = json!({ "output": args.output, "seconds": seconds, "peak_rss_bytes": peak, "peak_anonymous_bytes": watch.peak(), "plan": plan, "report": report });
         writeln!(std::io::stdout(), "{result:#}")?;
     } else {
         writeln!(

@@ -1,6 +1,9 @@
 //! What the operating system says: memory, threads, terminals.
 
 use std::path::Path;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::time::Duration;
 
 use anyhow::Context;
 
@@ -19,6 +22,31 @@ pub fn peak_rss() -> Option<u64> {
 /// Resident memory of this process.
 pub fn rss() -> Option<u64> {
     proc_bytes("/proc/self/status", "VmRSS:")
+}
+
+/// The largest anonymous memory (without mapped files) that this process has from now on, read every 10 ms.
+pub struct Watch(Arc<AtomicU64>);
+
+impl Watch {
+    /// Begins to look.
+    pub fn new() -> Watch {
+        let watch = Watch(Arc::new(AtomicU64::new(0)));
+        let most = Arc::downgrade(&watch.0);
+        std::thread::spawn(move || {
+            while let (Some(most), Some(now)) = (most.upgrade(), proc_bytes("/proc/self/status", "RssAnon:"))
+            {
+                most.fetch_max(now, Ordering::Relaxed);
+                drop(most);
+                std::thread::sleep(Duration::from_millis(10));
+            }
+        });
+        watch
+    }
+
+    /// The largest so far; `None` where the system does not say.
+    pub fn peak(&self) -> Option<u64> {
+        Some(self.0.load(Ordering::Relaxed)).filter(|bytes| *bytes > 0)
+    }
 }
 
 /// Memory of the machine.

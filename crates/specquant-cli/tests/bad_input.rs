@@ -518,7 +518,7 @@ fn too_little_memory() {
     // What it names fits: the same run with that many samples is planned without complaint.
     let samples =
         message.split("fit: --samples ").nth(1).unwrap().split([';', '\n']).next().unwrap().to_owned();
-    let fitting = ["--dry-run", "--samples", &samples, "--sequence-length", "512", "--calibration", text];
+    let fitting = ["--plan", "--samples", &samples, "--sequence-length", "512", "--calibration", text];
     specquant().args(quantize.iter().chain(&fitting)).assert().success();
     let demo = ["demo", "-r", "rtn", "-m", model, "-o", out.to_str().unwrap()];
     refuse(&lab, demo.iter().chain(&many), &words);

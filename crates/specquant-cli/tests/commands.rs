@@ -181,17 +181,43 @@ fn quantize_reports_and_a_dry_run_writes_nothing() {
         command
     };
     let before = tree(lab.path());
-    let plan = json_of(&mut run(&["--dry-run", "--json"]));
+    let plan = json_of(&mut run(&["--plan", "--json"]));
     assert_eq!((&plan["plan"]["blocks"], &plan["plan"]["layers"]), (&json!(2), &json!(14)));
     assert_eq!(plan["recipe"]["branch"]["mean_k"], 4);
-    let stderr = run(&["--dry-run"]).assert().success().stdout("").get_output().stderr.clone();
+    let stderr = run(&["--plan"]).assert().success().stdout("").get_output().stderr.clone();
     let stderr = String::from_utf8(stderr).unwrap();
     assert!(stderr.contains("2 blocks, 14 linear layers") && stderr.contains("peak memory"), "{stderr}");
+    let spilled = json_of(&mut run(&["--plan", "--spill", "--json"]))["plan"].take();
+    let states = 2 * 64 * 96 * 4;
+    for (key, more, less) in
+        [("peak_bytes", &plan["plan"], &spilled), ("disk_bytes", &spilled, &plan["plan"])]
+    {
+        assert_eq!(more[key].as_u64().unwrap() - less[key].as_u64().unwrap(), states, "{key}");
+    }
+    let trial = json_of(&mut run(&["--dry-run", "--json"]));
+    assert_eq!((&trial["plan"], &trial["recipe"]), (&plan["plan"], &plan["recipe"]));
+    assert_eq!(trial["includes_tuning"], true);
+    let said = |command: &mut assert_cmd::Command| {
+        let output = command.assert().success().get_output().stdout.clone();
+        String::from_utf8(output).unwrap()
+    };
+    let text = said(&mut run(&["--dry-run"]));
+    assert!(text.contains("all 2 blocks, extrapolated: ") && !text.contains("tuning"), "{text}");
+    let mut tuned = specquant();
+    tuned.args(["quantize", "--dry-run", "--spill", "--keep", "8", "-m"]).arg(&model).arg("-o").arg(&out);
+    let text = said(tuned.args(QUICK));
+    assert!(text.contains("tuning of the whole model"), "{text}");
     assert!(before == tree(lab.path()));
 
     let result = json_of(&mut run(&["--json"]));
     assert_eq!(result["report"]["layers"].as_array().unwrap().len(), 14);
     assert_eq!(result["plan"], plan["plan"]);
+    let bytes = |from: &Value, key: &str| from[key].as_u64().unwrap();
+    assert_eq!(bytes(&trial["first_block"], "tensor_bytes"), bytes(&result["report"], "tensor_bytes"));
+    // Where hidden states lie changes no byte of the result.
+    let spilled = lab.quantized(&model, "spilled", &[&FIXED[..], &["--spill"]].concat());
+    assert_same(&out, &spilled);
+    fs::remove_dir_all(spilled).unwrap();
     for key in ["output", "seconds", "peak_rss_bytes"] {
         assert!(!result[key].is_null(), "{key}");
     }
@@ -388,4 +414,37 @@ fn chat_answers_lines() {
     let mut command = specquant();
     command.args(["chat", "--temperature", "0", "--max-new-tokens", "6", "-m"]).arg(&out);
     command.write_stdin("Good morning\n").assert().success();
+}
+
+/// A model of random weights can be quantized like any other.
+#[test]
+fn synth_writes_models() {
+    let lab = Lab::new();
+    let out = lab.path().join("synth");
+    let synth = |flags: &[&str]| {
+        let mut command = specquant();
+        command.arg("synth").args(flags).arg("-o").arg(&out);
+        command
+    };
+    for (flags, word) in [
+        (
+            &["--arch", "gpt5"][..],
+            "--arch gpt5: choose one of llama2-7b, llama2-13b, llama2-70b, llama3-8b, tiny",
+        ),
+        (&["--arch", "tiny", "--layers", "0"], "--layers 0"),
+    ] {
+        let output = synth(flags).assert().code(2).get_output().clone();
+        assert!(String::from_utf8_lossy(&output.stderr).contains(word), "{output:?}");
+        assert!(!out.exists());
+    }
+    let tiny = ["--arch", "tiny", "--layers", "3"];
+    let said = synth(&tiny).assert().success().get_output().stdout.clone();
+    assert!(String::from_utf8(said).unwrap().contains("3 layers"));
+    let again = synth(&tiny).assert().code(2).get_output().stderr.clone();
+    assert!(String::from_utf8(again).unwrap().contains("exists already"));
+    let text = lab.file("text.txt", TEXT);
+    let quantized =
+        lab.quantized(&out, "quantized", &["-r", "gptq", "--calibration", text.to_str().unwrap()]);
+    let report: Value = serde_json::from_slice(&fs::read(quantized.join("report.json")).unwrap()).unwrap();
+    assert_eq!(report["layers"].as_array().unwrap().len(), 21);
 }

@@ -125,9 +125,14 @@ fn killed_at_random_moments() {
     println!("{hit} kills in {round} runs of {took:?}");
 }
 
+/// Where a run says what it has reached.
+fn progress(out: &Path) -> PathBuf {
+    partial(out).join(".specquant-unfinished/progress.json")
+}
+
 /// Waits until something is committed.
 fn wait_for_progress(out: &Path) {
-    let progress = partial(out).join(".specquant-unfinished/progress.json");
+    let progress = progress(out);
     let started = Instant::now();
     while !progress.exists() {
         assert!(started.elapsed() < Duration::from_secs(60), "no progress");
@@ -200,6 +205,94 @@ fn refused_by_the_disk() {
         let kept = partial(&out).exists();
         assert_eq!(kept, message.contains("add --resume"), "{message}");
         assert!(runs.command(&out, &["--resume"]).status().unwrap().success());
+        assert_same(&out, &whole);
+    }
+}
+
+/// A file system in memory; none without the right to mount one.
+struct Tmpfs(PathBuf);
+
+impl Tmpfs {
+    const BYTES: usize = 64 << 20;
+
+    fn mount(at: PathBuf) -> Option<Tmpfs> {
+        fs::create_dir(&at).unwrap();
+        let size = format!("size={}", Tmpfs::BYTES);
+        let mounted = Command::new("mount").args(["-t", "tmpfs", "-o", &size, "tmpfs"]).arg(&at).output();
+        mounted.is_ok_and(|output| output.status.success()).then_some(Tmpfs(at))
+    }
+}
+
+impl Drop for Tmpfs {
+    fn drop(&mut self) {
+        let _ = Command::new("umount").arg(&self.0).status();
+    }
+}
+
+/// A file system that is really full, at four stages of the run.
+#[test]
+fn no_space_left() {
+    let runs = Runs::new();
+    let Some(disk) = Tmpfs::mount(runs.lab.path().join("disk")) else {
+        println!("skipped: no tmpfs can be mounted; run this as root");
+        return;
+    };
+    let (whole, _) = runs.whole();
+    let total: usize = tree(&whole).iter().map(|(_, bytes)| bytes.len().next_multiple_of(4096)).sum();
+    for (i, free) in [16384, total / 3, total * 2 / 3, total - 4096].into_iter().enumerate() {
+        let (out, filler) = (disk.0.join(format!("full{i}")), disk.0.join("filler"));
+        // It is there, as if begun: the room is not looked at again.
+        fs::create_dir(partial(&out)).unwrap();
+        fs::write(&filler, vec![0; Tmpfs::BYTES - free]).unwrap();
+        let output = runs.command(&out, &["--resume"]).output().unwrap();
+        let message = String::from_utf8(output.stderr).unwrap();
+        assert_eq!(output.status.code(), Some(2), "{message}");
+        assert!(message.contains("No space left on device"), "{message}");
+        assert!(message.matches("error:").count() == 1, "{message}");
+        assert_whole_or_unfinished(&out, &whole);
+        assert!(!out.exists());
+        assert_eq!(partial(&out).exists(), message.contains("add --resume"), "{message}");
+        fs::remove_file(&filler).unwrap();
+        assert!(runs.command(&out, &["--resume"]).status().unwrap().success());
+        assert_same(&out, &whole);
+        fs::remove_dir_all(&out).unwrap();
+    }
+}
+
+/// `compare --resume` and `demo` continue the quantization that they were killed in.
+#[test]
+fn compare_and_demo_resume() {
+    let runs = Runs::new();
+    let (whole, _) = runs.whole();
+    let text = runs.lab.file("text.txt", TEXT);
+    let (model, text, dir) = (runs.model.to_str().unwrap(), text.to_str().unwrap(), runs.lab.out("compared"));
+    let (compared, demo) = (dir.to_str().unwrap(), runs.lab.out("demo"));
+    let compare = ["compare", model, "--text", text, "--window", "96", "-o", compared, "--recipes", FLAGS[1]];
+    let demo_args = ["demo", "-m", model, "-o", demo.to_str().unwrap(), "--recipe", FLAGS[1]];
+    for (args, resume, out) in
+        [(&compare[..], "--resume", dir.join("checkpoints/tuned")), (&demo_args[..], "", demo.clone())]
+    {
+        let command = |more: &str| {
+            let mut command = Command::new(env!("CARGO_BIN_EXE_specquant"));
+            command.current_dir(runs.lab.path()).args(args).args(&FLAGS[2..]);
+            command.args((!more.is_empty()).then_some(more)).stdout(Stdio::null()).stderr(Stdio::piped());
+            command
+        };
+        let mut child = command("").spawn().unwrap();
+        wait_for_progress(&out);
+        child.kill().unwrap();
+        let (status, message) = stderr(child);
+        assert_eq!(status.signal(), Some(9), "{message}");
+        assert!(!out.exists() && progress(&out).exists());
+        // It is read, and not begun anew: damaged, it is refused.
+        let reached = fs::read(progress(&out)).unwrap();
+        fs::write(progress(&out), "{").unwrap();
+        let refused = command(resume).output().unwrap();
+        let message = String::from_utf8(refused.stderr).unwrap();
+        assert!(refused.status.code() == Some(2) && message.contains("cannot be read"), "{message}");
+        fs::write(progress(&out), reached).unwrap();
+        let output = command(resume).output().unwrap();
+        assert!(output.status.success(), "{}", String::from_utf8_lossy(&output.stderr));
         assert_same(&out, &whole);
     }
 }

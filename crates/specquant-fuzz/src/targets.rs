@@ -13,7 +13,7 @@ use tempfile::TempDir;
 use crate::{files, seeds};
 
 /// What became of an input that the target survived: it ran to its end, or was refused with this message.
-pub type Outcome = Result<(), Box<dyn Error>>;
+pub type Outcome = Result<(), Box<dyn Error + Send + Sync>>;
 
 /// A kind of input.
 pub struct Target {

@@ -238,7 +238,8 @@ fn odd_shapes() {
         assert_eq!(want.len(), texts().len() * vocab);
         for method in RECIPES {
             let mut recipe = recipe(method);
-            if inner > 1000 {
+            // A Hessian 11008 wide takes its time: by one recipe.
+            if inner > 1000 && method != "gptq" {
                 recipe.rounding = Recipe::load("rtn").unwrap().rounding;
                 if method == "spectral" {
                     recipe.input.as_mut().unwrap().keep = 0;

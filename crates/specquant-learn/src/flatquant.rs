@@ -156,7 +156,7 @@ pub fn flatquant(
     weights: &BlockWeights,
     model: &ModelConfig,
     layer: usize,
-    inputs: &[Vec<f32>],
+    inputs: &[impl AsRef<[f32]>],
     act_max: [&[f32]; 4],
     config: &FlatQuantConfig,
     progress: &mut dyn FnMut(usize, f64),
@@ -202,9 +202,10 @@ pub fn flatquant(
 }
 
 /// The sequences to learn from, `[tokens, hidden]`.
-fn samples(inputs: &[Vec<f32>], hidden: usize, config: &FlatQuantConfig) -> Result<Vec<Tensor>> {
+fn samples(inputs: &[impl AsRef<[f32]>], hidden: usize, config: &FlatQuantConfig) -> Result<Vec<Tensor>> {
     let mut all = Vec::new();
     for (i, x) in inputs.iter().take(config.samples).enumerate() {
+        let x = x.as_ref();
         let tokens = x.len() / hidden;
         check_len(format!("input {i}"), x.len(), &[tokens, hidden])?;
         let tokens = tokens.min(config.sequence_length);

@@ -156,8 +156,8 @@ pub fn omniquant(
     weights: &BlockWeights,
     model: &ModelConfig,
     layer: usize,
-    fp_inputs: &[Vec<f32>],
-    quant_inputs: &[Vec<f32>],
+    fp_inputs: &[impl AsRef<[f32]>],
+    quant_inputs: &[impl AsRef<[f32]>],
     act_max: [&[f32]; 3],
     config: &OmniQuantConfig,
     progress: &mut dyn FnMut(usize, f64),
@@ -195,14 +195,15 @@ pub fn omniquant(
 
 /// The sequences to learn from: inputs in full precision and quantized, `[tokens, hidden]`.
 fn samples(
-    fp: &[Vec<f32>],
-    quantized: &[Vec<f32>],
+    fp: &[impl AsRef<[f32]>],
+    quantized: &[impl AsRef<[f32]>],
     hidden: usize,
     config: &OmniQuantConfig,
 ) -> Result<Vec<(Tensor, Tensor)>> {
     check_len("the list of quantized inputs", quantized.len(), &[fp.len()])?;
     let mut all = Vec::new();
     for (i, (fp, quantized)) in fp.iter().zip(quantized).take(config.samples).enumerate() {
+        let (fp, quantized) = (fp.as_ref(), quantized.as_ref());
         let tokens = fp.len() / hidden;
         check_len(format!("input {i} in full precision"), fp.len(), &[tokens, hidden])?;
         check_len(format!("quantized input {i}"), quantized.len(), &[tokens, hidden])?;

@@ -208,24 +208,31 @@ pub fn quantize_block(
     let strengths = smooth_block(block, stats, recipe, config).map_err(|e| e.within(prefix))?;
     let (mut done, mut bases, mut act_clips) = (Vec::new(), [const { None }; 4], [None; 4]);
     for (i, site) in Site::ALL.into_iter().enumerate() {
-        let whole = &stats[i];
         let names: Vec<String> = site.layers().iter().map(|name| format!("{prefix}.{name}")).collect();
         let names: Vec<&str> = names.iter().map(String::as_str).collect();
         let linears = block.site(site);
-        let sample = whole.input(&[]);
-        let full_outputs = outputs(&linears, &sample)?;
-        let change = match (&learned.inputs[i], &recipe.input) {
-            (Some(transform), _) => Some((transform.clone(), whole.transformed(transform))),
-            (None, Some(change)) => Some(whole.transform(change)),
+        let full_outputs = outputs(&linears, &stats[i].input(&[]))?;
+        let mut change = match (&learned.inputs[i], &recipe.input) {
+            (Some(transform), _) => Some((transform.clone(), stats[i].transformed(transform))),
+            (None, Some(change)) => Some(stats[i].transform(change)),
             (None, None) => None,
         };
-        let stats = change.as_ref().map_or(whole, |(_, rest)| rest);
-        let mean_abs = stats.mean_abs();
-        let input = stats.input(&mean_abs);
-        let factor: Option<Factor> = match (&recipe.rounding, input.hessian) {
-            (Rounding::Gptq(gptq), Some(hessian)) => Some(factorize(hessian, gptq)),
-            _ => None,
+        let rest = change.as_mut().map_or(&mut stats[i], |(_, rest)| rest);
+        let factor: Option<Factor> = match &recipe.rounding {
+            Rounding::Gptq(gptq) => {
+                // A branch looks at the second moment again.
+                let hessian = match recipe.branch.is_some() {
+                    true => rest.input(&[]).hessian.cloned(),
+                    false => rest.take_hessian(),
+                };
+                hessian.map(|hessian| factorize(hessian, gptq))
+            }
+            Rounding::Rtn {} => None,
         };
+        let sample = stats[i].input(&[]);
+        let rest = change.as_ref().map_or(&stats[i], |(_, rest)| rest);
+        let mean_abs = rest.mean_abs();
+        let input = rest.input(&mean_abs);
         let mut weights = weights(&linears, &names);
         weights.iter_mut().for_each(|w| w.clip = learned.clips.get(w.name).map(Vec::as_slice));
         let mut parts = Vec::new();
@@ -302,6 +309,8 @@ pub fn quantize_block(
         block.site_mut(site).into_iter().zip(quantized).for_each(|(to, linear)| *to = linear);
         block.inputs[i] = change.map(|(transform, _)| transform);
         bases[i] = basis;
+        // Nobody asks for it again, and the sites to come need the room.
+        stats[i].take_hessian();
     }
     Ok(QuantizedBlock { layers: done, bases, act_clips })
 }

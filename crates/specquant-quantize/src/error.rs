@@ -30,6 +30,16 @@ pub enum Error {
         /// What is wrong, and the remedy.
         why: String,
     },
+    /// Memory for the hidden states cannot be had.
+    #[error(
+        "hidden states of {bytes} bytes do not fit into memory ({cause}); --spill keeps them on the disk, lower --samples makes them fewer"
+    )]
+    Memory {
+        /// Bytes asked for.
+        bytes: usize,
+        /// What the system says.
+        cause: std::io::Error,
+    },
     /// A run that cannot be continued, because it would become another.
     #[error(
         "{path} is of a run that differs in {fields}; give what it was begun with, or start anew with --overwrite"
@@ -97,7 +107,9 @@ impl Error {
     /// Whether the same run may get further the next time: it was not the model, the recipe or the text that stopped it.
     pub(crate) fn may_pass(&self) -> bool {
         match self {
-            Error::Output { .. } | Error::Model(specquant_model::Error::Io { .. }) => true,
+            Error::Output { .. } | Error::Memory { .. } | Error::Model(specquant_model::Error::Io { .. }) => {
+                true
+            }
             #[cfg(feature = "learn")]
             Error::Learn(_) => true,
             _ => false,

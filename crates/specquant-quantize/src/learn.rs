@@ -151,12 +151,12 @@ mod run {
     };
 
     use super::{FlatQuantConfig, Learned, OmniQuantConfig, SpinQuantConfig, Step, TuneConfig};
-    use crate::Result;
     use crate::block::{apply_scales, round_kept};
     use crate::pipeline::observe;
     use crate::recipe::{Recipe, Rounding};
     use crate::transforms::flat;
     use crate::transforms::rotate::Orthogonal;
+    use crate::{Result, States};
 
     /// The learned rotations: of the residual stream, `[hidden, hidden]`, and of the heads of v of every layer, `[head_dim, head_dim]`.
     /// `progress` is told step, number of steps and loss.
@@ -223,11 +223,11 @@ mod run {
         index: usize,
         recipe: &Recipe,
         config: &OmniQuantConfig,
-        full: &mut [Vec<f32>],
-        states: &[Vec<f32>],
+        full: &mut States,
+        states: &States,
     ) -> Result<Learned> {
-        let before = full.to_vec();
-        let (full_stats, _) = observe(block, model, index, full, 1, false)?;
+        let before = full.copy()?;
+        let (full_stats, _) = observe(block, model, index, full, true, 1, false)?;
         let scheme = &recipe.scheme;
         let config = OmniQuantConfig {
             weight_bits: scheme.weight_bits,
@@ -239,7 +239,16 @@ mod run {
         };
         let maxima = [Site::Qkv, Site::O, Site::GateUp].map(|site| full_stats[site as usize].max.as_slice());
         let weights = block_weights(block);
-        let learned = omniquant(&weights, model, index, &before, states, maxima, &config, &mut |_, _| ())?;
+        let learned = omniquant(
+            &weights,
+            model,
+            index,
+            &before.sequences(),
+            &states.sequences(),
+            maxima,
+            &config,
+            &mut |_, _| (),
+        )?;
         for (site, scales) in Site::ALL.into_iter().zip(&learned.scales) {
             if let Some(scales) = scales {
                 apply_scales(block, site, scales, model);
@@ -258,10 +267,10 @@ mod run {
         index: usize,
         recipe: &Recipe,
         config: &FlatQuantConfig,
-        full: &mut [Vec<f32>],
+        full: &mut States,
     ) -> Result<Learned> {
-        let before = full.to_vec();
-        let (stats, _) = observe(block, model, index, full, 1, false)?;
+        let before = full.copy()?;
+        let (stats, _) = observe(block, model, index, full, true, 1, false)?;
         let scheme = &recipe.scheme;
         let config = FlatQuantConfig {
             seed: recipe.seed,
@@ -272,7 +281,15 @@ mod run {
             ..config.clone()
         };
         let maxima = stats.each_ref().map(|stats| stats.max.as_slice());
-        let flat = flatquant(&block_weights(block), model, index, &before, maxima, &config, &mut |_, _| ())?;
+        let flat = flatquant(
+            &block_weights(block),
+            model,
+            index,
+            &before.sequences(),
+            maxima,
+            &config,
+            &mut |_, _| (),
+        )?;
         let clips = named(block, index, flat.weight_clip.clone());
         let act_clips = flat.act_clip.map_or([None; 4], |clips| clips.map(Some));
         let inputs = flat::apply(block, model, index, flat)?;
@@ -336,7 +353,7 @@ mod run {
 
     use super::{FlatQuantConfig, Learned, NOT_BUILT, OmniQuantConfig, SpinQuantConfig, Step, TuneConfig};
     use crate::recipe::Recipe;
-    use crate::{Error, Result};
+    use crate::{Error, Result, States};
 
     pub fn rotations(
         _: &Source,
@@ -355,8 +372,8 @@ mod run {
         _: usize,
         _: &Recipe,
         _: &OmniQuantConfig,
-        _: &mut [Vec<f32>],
-        _: &[Vec<f32>],
+        _: &mut States,
+        _: &States,
     ) -> Result<Learned> {
         Err(Error::Recipe(NOT_BUILT.to_owned()))
     }
@@ -367,7 +384,7 @@ mod run {
         _: usize,
         _: &Recipe,
         _: &FlatQuantConfig,
-        _: &mut [Vec<f32>],
+        _: &mut States,
     ) -> Result<Learned> {
         Err(Error::Recipe(NOT_BUILT.to_owned()))
     }

@@ -5,12 +5,13 @@ use std::fs::{self, File, TryLockError};
 use std::io::Write;
 use std::path::{Path, PathBuf};
 
+use memmap2::Mmap;
 use safetensors::SafeTensors;
 use safetensors::tensor::TensorView;
 use serde_json::{Map, Value, json};
 use specquant_model::{StoredTensor, sha256};
 
-use crate::progress::{Named, Progress, STATE, differing, remove_others, unwritten};
+use crate::progress::{Named, PART, Progress, STATE, differing, flush, remove_others, unwritten};
 use crate::{Error, Result};
 
 /// Where a checkpoint goes, and what becomes of what lies there.
@@ -22,6 +23,8 @@ pub struct Destination {
     pub overwrite: bool,
     /// What becomes of an unfinished run to the same place.
     pub unfinished: Unfinished,
+    /// Whether the hidden states of the calibration text go to a mapped file there, and not into memory. The result is the same.
+    pub spill: bool,
 }
 
 /// What becomes of an unfinished run.
@@ -38,12 +41,12 @@ pub enum Unfinished {
 impl Destination {
     /// A directory that does not exist yet.
     pub fn new(path: impl Into<PathBuf>) -> Self {
-        Destination { path: path.into(), overwrite: false, unfinished: Unfinished::Keep }
+        Destination { path: path.into(), overwrite: false, unfinished: Unfinished::Keep, spill: false }
     }
 
     /// A directory in which everything of ours is replaced.
     pub fn replacing(path: impl Into<PathBuf>) -> Self {
-        Destination { path: path.into(), overwrite: true, unfinished: Unfinished::Discard }
+        Destination { path: path.into(), overwrite: true, unfinished: Unfinished::Discard, spill: false }
     }
 
     /// Where the checkpoint lies until it is finished.
@@ -57,6 +60,15 @@ impl Destination {
             .to_owned();
         name.push(".partial");
         Ok(self.path.with_file_name(name))
+    }
+
+    /// Where a trial of the same run may write.
+    ///
+    /// # Errors
+    /// As [`Destination::partial`].
+    pub fn trial(&self) -> Result<Destination> {
+        let path = self.partial()?.with_extension("dry-run");
+        Ok(Destination { path, overwrite: false, unfinished: Unfinished::Discard, spill: self.spill })
     }
 
     fn refusal(&self, why: String) -> Error {
@@ -140,12 +152,17 @@ impl Drop for Claim {
     }
 }
 
+/// Bytes of a shard's tensors at most, as transformers has it; a larger tensor has a file of its own.
+const SHARD_BYTES: usize = 5_000_000_000;
+
 /// A checkpoint in the making. Everything goes to `NAME.partial` beside the destination; [`Output::finish`] renames it. What is on
 /// disk at a [`Output::commit`] stays until then, whatever happens, for a run that resumes.
 pub(crate) struct Output {
     destination: Destination,
     claim: Claim,
     shards: usize,
+    /// [`SHARD_BYTES`], but in tests.
+    shard_bytes: usize,
     /// As it will be committed.
     pub progress: Progress,
     index: BTreeMap<String, String>,
@@ -153,7 +170,7 @@ pub(crate) struct Output {
 }
 
 impl Output {
-    /// Prepares `destination` for `shards` safetensors files of a run that `identity` describes, or finds them in part.
+    /// Prepares `destination` for `shards` safetensors files, not counting further parts of large ones, of a run that `identity` describes, or finds them in part.
     ///
     /// # Errors
     /// [`Error::Output`] when the destination is taken or nothing can be written there; [`Error::Differs`] when an unfinished run
@@ -184,7 +201,8 @@ impl Output {
             }
         };
         let (destination, index) = (destination.clone(), BTreeMap::new());
-        let mut output = Output { destination, claim, shards, progress, index, bytes: 0 };
+        let mut output =
+            Output { destination, claim, shards, shard_bytes: SHARD_BYTES, progress, index, bytes: 0 };
         for shard in output.progress.shards.clone() {
             let bytes = shard.read(&output.claim.partial)?;
             let tensors = SafeTensors::deserialize(&bytes).map_err(|e| output.fail(&shard.file, e))?;
@@ -199,6 +217,11 @@ impl Output {
     /// Where the checkpoint lies until it is finished.
     pub fn path(&self) -> &Path {
         &self.claim.partial
+    }
+
+    /// Where hidden states are spilled, if they shall be.
+    pub fn spill(&self) -> Option<PathBuf> {
+        self.destination.spill.then(|| self.claim.partial.join(STATE))
     }
 
     /// From now on a later run continues from here.
@@ -225,7 +248,7 @@ impl Output {
     ///
     /// # Errors
     /// [`Error::Output`] when it is damaged.
-    pub fn kept(&self, what: &str) -> Result<Option<Vec<u8>>> {
+    pub fn kept(&self, what: &str) -> Result<Option<Mmap>> {
         self.progress.kept(&self.claim.partial, what)
     }
 
@@ -234,17 +257,20 @@ impl Output {
         let _ = clear(&self.claim.partial);
     }
 
-    /// Writes the next shard.
+    /// Writes the next shard, in several files where it is larger than one may be.
     ///
     /// # Errors
     /// [`Error::Output`] when the disk refuses.
     pub fn write_shard(&mut self, tensors: &[StoredTensor]) -> Result<()> {
-        let number = self.progress.shards.len() + 1;
-        let file = format!("model-{number:05}-of-{:05}.safetensors", self.shards);
-        let bytes = self.serialized(&file, tensors)?;
-        self.progress.shards.push(Named { file: file.clone(), sha256: vec![sha256(&bytes)] });
-        self.write(&file, &bytes)?;
-        self.add(&file, tensors);
+        let number = self.progress.blocks_and_ends() + 1;
+        for (i, part) in parts(tensors, self.shard_bytes).into_iter().enumerate() {
+            let part_number = if i > 0 { format!("{PART}{}", i + 1) } else { String::new() };
+            let file = format!("model-{number:05}-of-{:05}{part_number}.safetensors", self.shards);
+            let bytes = self.serialized(&file, part)?;
+            self.progress.shards.push(Named { file: file.clone(), sha256: vec![sha256(&bytes)] });
+            self.write(&file, &bytes)?;
+            self.add(&file, part);
+        }
         Ok(())
     }
 
@@ -278,7 +304,10 @@ impl Output {
                     *tensor = new;
                 }
             }
-            let (before, bytes) = (sha256(&bytes), self.serialized(&file, &tensors)?);
+            let before = sha256(&bytes);
+            // Not every system lets a file be replaced that is mapped.
+            drop(bytes);
+            let bytes = self.serialized(&file, &tensors)?;
             // One of the two will be found by a run that continues.
             self.progress.shards[i].sha256 = vec![before, sha256(&bytes)];
             self.commit()?;
@@ -308,7 +337,7 @@ impl Output {
         let write = || -> std::io::Result<()> {
             let mut file = File::create(&new)?;
             file.write_all(bytes)?;
-            file.sync_all()?;
+            flush(&file)?;
             fs::rename(&new, &path)
         };
         write().map_err(|e| self.fail(name, e))
@@ -337,7 +366,7 @@ impl Output {
     /// # Errors
     /// [`Error::Output`] when the disk refuses; then the old destination, if any, is still there.
     pub fn finish(mut self) -> Result<()> {
-        debug_assert_eq!(self.progress.shards.len(), self.shards);
+        debug_assert_eq!(self.progress.blocks_and_ends(), self.shards);
         self.write_index()?;
         // The last of a shard's sums is of what it is now.
         let shards = self.progress.shards.iter();
@@ -375,6 +404,20 @@ impl Output {
         }
         Ok(())
     }
+}
+
+/// Tensors in files of at most `most` bytes, in order.
+fn parts(tensors: &[StoredTensor], most: usize) -> Vec<&[StoredTensor]> {
+    let (mut parts, mut first, mut bytes) = (Vec::new(), 0, 0);
+    for (i, tensor) in tensors.iter().enumerate() {
+        if i > first && bytes + tensor.bytes.len() > most {
+            parts.push(&tensors[first..i]);
+            (first, bytes) = (i, 0);
+        }
+        bytes += tensor.bytes.len();
+    }
+    parts.push(&tensors[first..]);
+    parts
 }
 
 /// The tensors of a safetensors file, by name.
@@ -428,100 +471,4 @@ fn is_ours(path: &Path) -> bool {
 }
 
 #[cfg(test)]
-mod tests {
-    use super::*;
-
-    fn open(destination: &Destination, shards: usize) -> Result<Output> {
-        Output::open(destination, Map::new(), shards)
-    }
-
-    fn one(name: &str, values: &[f32]) -> [StoredTensor; 1] {
-        [StoredTensor::f32(name.into(), vec![values.len()], values)]
-    }
-
-    #[test]
-    fn nothing_is_left_of_an_output_without_a_commit() {
-        let dir = tempfile::tempdir().unwrap();
-        let mut output = open(&Destination::new(dir.path().join("out")), 1).unwrap();
-        output.write_shard(&one("a", &[1.0])).unwrap();
-        drop(output);
-        assert_eq!(fs::read_dir(dir.path()).unwrap().count(), 0);
-    }
-
-    #[test]
-    fn an_existing_directory_is_kept_unless_told_otherwise() {
-        let dir = tempfile::tempdir().unwrap();
-        let dst = dir.path().join("out");
-        fs::create_dir(&dst).unwrap();
-        fs::write(dst.join("precious"), "x").unwrap();
-        let error = open(&Destination::new(&dst), 0).err().unwrap().to_string();
-        assert!(error.contains("--overwrite"), "{error}");
-        let replacing = Destination::replacing(&dst);
-        let error = open(&replacing, 0).err().unwrap().to_string();
-        assert!(error.contains("not a SpecQuant checkpoint") && dst.join("precious").exists(), "{error}");
-        fs::write(dst.join("config.json"), r#"{"quantization_config": {"quant_method": "specquant"}}"#)
-            .unwrap();
-        open(&replacing, 0).unwrap().finish().unwrap();
-        assert!(!dst.join("precious").exists() && dst.join("model.safetensors.index.json").exists());
-        assert_eq!(fs::read_dir(dir.path()).unwrap().count(), 1);
-    }
-
-    #[test]
-    fn shards_read_back_through_the_index() {
-        let dir = tempfile::tempdir().unwrap();
-        let dst = dir.path().join("out");
-        let mut output = open(&Destination::new(&dst), 2).unwrap();
-        output.write_shard(&one("a", &[1.0, 2.0])).unwrap();
-        output.write_shard(&one("b", &[3.0])).unwrap();
-        assert_eq!(output.bytes(), 12);
-        output.finish().unwrap();
-        let index: serde_json::Value =
-            serde_json::from_slice(&fs::read(dst.join("model.safetensors.index.json")).unwrap()).unwrap();
-        assert_eq!(index["weight_map"]["b"], "model-00002-of-00002.safetensors");
-        let bytes = fs::read(dst.join("model-00001-of-00002.safetensors")).unwrap();
-        let tensors = SafeTensors::deserialize(&bytes).unwrap();
-        assert_eq!(tensors.tensor("a").unwrap().data(), [0, 0, 128, 63, 0, 0, 0, 64]);
-    }
-
-    #[test]
-    fn a_later_run_finds_what_was_committed() {
-        let dir = tempfile::tempdir().unwrap();
-        let fresh = Destination::new(dir.path().join("out"));
-        let resumed = Destination { unfinished: Unfinished::Resume, ..fresh.clone() };
-        let error = |destination: &Destination| open(destination, 2).err().unwrap().to_string();
-        // There is nothing to resume: it begins.
-        let mut output = open(&resumed, 2).unwrap();
-        output.write_shard(&one("a", &[1.0, 2.0])).unwrap();
-        output.commit().unwrap();
-        output.write_shard(&one("b", &[3.0])).unwrap();
-        for destination in [&fresh, &resumed, &Destination::replacing(&fresh.path)] {
-            assert!(error(destination).contains("another run"), "{}", error(destination));
-        }
-        drop(output);
-        assert!(error(&fresh).contains("--resume"), "{}", error(&fresh));
-
-        let other = Map::from_iter([("model_sha256".to_owned(), json!("x"))]);
-        let differs = Output::open(&resumed, other, 2).err().unwrap().to_string();
-        assert!(differs.contains("model_sha256"), "{differs}");
-
-        // The second shard was written and never committed; of the first, a tensor is being replaced.
-        let mut output = open(&resumed, 2).unwrap();
-        assert_eq!((output.progress.shards.len(), output.bytes()), (1, 8));
-        output.write_shard(&one("b", &[4.0])).unwrap();
-        output.commit().unwrap();
-        output.replace(one("a", &[5.0, 6.0]).into()).unwrap();
-        drop(output);
-        let shard = dir.path().join("out.partial/model-00001-of-00002.safetensors");
-        let intact = fs::read(&shard).unwrap();
-        fs::write(&shard, [&intact[..intact.len() - 1], &[9]].concat()).unwrap();
-        assert!(error(&resumed).contains("has changed"), "{}", error(&resumed));
-        fs::write(&shard, intact).unwrap();
-        let output = open(&resumed, 2).unwrap();
-        assert_eq!((output.progress.shards.len(), output.bytes()), (2, 12));
-        output.finish().unwrap();
-        assert_eq!(fs::read_dir(dir.path()).unwrap().count(), 1);
-        // Two shards, the index, and the checksums.
-        assert_eq!(fs::read_dir(&fresh.path).unwrap().count(), 4);
-        assert!(error(&resumed).contains("nothing is left to resume"), "{}", error(&resumed));
-    }
-}
+mod tests;

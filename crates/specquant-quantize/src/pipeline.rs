@@ -1,5 +1,7 @@
 //! One block from the source to tensors to be stored: rotated, calibrated on the outputs of the quantized blocks before it, quantized.
 
+use std::ops::Range;
+
 use specquant_kernels::{KvCache, KvFormat, KvSide};
 use specquant_model::{
     Block, KvCenter, Linear, ModelConfig, OnlineRotations, RopeTable, Site, Source, Span, StoredTensor,
@@ -14,7 +16,7 @@ use crate::recipe::Recipe;
 use crate::run::Event;
 use crate::transforms::rotate::{self, Orthogonal};
 use crate::vocabulary::HalfType;
-use crate::{Result, SiteStats};
+use crate::{Result, SiteStats, States};
 
 /// Rows that run through a block together.
 pub(crate) const BATCH_ROWS: usize = 2048;
@@ -83,8 +85,8 @@ pub(crate) fn one_block(
     index: usize,
     recipe: &Recipe,
     rotation: Option<&Rotation>,
-    states: &mut [Vec<f32>],
-    full: Option<&mut [Vec<f32>]>,
+    states: &mut States,
+    full: Option<&mut States>,
     half: HalfType,
 ) -> Result<(Vec<StoredTensor>, Vec<LayerReport>)> {
     let config = source.config();
@@ -109,7 +111,7 @@ pub(crate) fn one_block(
         // Statistics come from the full-precision block on the quantized blocks' outputs; the states themselves stay.
         let sampled = recipe.calibration.search_tokens;
         let (mut stats, center) =
-            observe(&block, config, index, &mut states.to_vec(), sampled, recipe.needs_hessian())?;
+            observe(&block, config, index, states, false, sampled, recipe.needs_hessian())?;
         block.kv_center = recipe.kv_center.then_some(center);
         let done = quantize_block(&mut block, &prefix, &mut stats, &learned, recipe, config)?;
         for (report, stored) in done.layers {
@@ -139,7 +141,7 @@ pub(crate) fn one_block(
             }
         }
     }
-    run_block(&block, config, recipe.scheme.kv_format(), states, &mut |_, _| (), &mut |_| ())?;
+    run_block(&block, config, recipe.scheme.kv_format(), states, true, &mut |_, _| (), &mut |_| ())?;
     if let Some(KvCenter { keys, values }) = &block.kv_center {
         for (name, center) in [("k_center", keys), ("v_center", values)] {
             tensors.push(StoredTensor::f32(format!("{prefix}.self_attn.{name}"), vec![center.len()], center));
@@ -151,8 +153,9 @@ pub(crate) fn one_block(
     Ok((tensors, reports))
 }
 
-/// Moves whole sequences through block `index` in full precision, and returns what its inputs were like, and its mean key and value. states: `[tokens, hidden]` each;
-/// sampled: tokens to keep.
+/// Runs whole sequences through block `index` in full precision, and returns what its inputs were like, and its mean key and value.
+///
+/// states: `[tokens, hidden]` each; moves: whether they become what the block puts out; sampled: tokens to keep.
 ///
 /// # Errors
 /// When an input is not finite.
@@ -160,11 +163,12 @@ pub fn observe(
     block: &Block,
     config: &ModelConfig,
     index: usize,
-    states: &mut [Vec<f32>],
+    states: &mut States,
+    moves: bool,
     sampled: usize,
     with_hessian: bool,
 ) -> Result<([SiteStats; 4], KvCenter)> {
-    let rows = states.iter().map(|s| s.len() / config.hidden_size).sum();
+    let rows = states.values().len() / config.hidden_size;
     let mut stats =
         Site::ALL.map(|site| SiteStats::new(config.site_width(site), rows, sampled, with_hessian));
     let mut observed = Ok(());
@@ -175,7 +179,7 @@ pub fn observe(
     };
     let width = config.num_kv_heads * config.head_dim;
     let (mut keys, mut values) = (vec![0.0f64; width], vec![0.0f64; width]);
-    run_block(block, config, KvFormat::F32, states, &mut observe, &mut |cache| {
+    run_block(block, config, KvFormat::F32, states, moves, &mut observe, &mut |cache| {
         for (side, sums) in [(KvSide::Keys, &mut keys), (KvSide::Values, &mut values)] {
             for (head, sums) in sums.chunks_exact_mut(config.head_dim).enumerate() {
                 let mut buffer = Vec::new();
@@ -190,34 +194,34 @@ pub fn observe(
     Ok((stats, KvCenter { keys: mean(keys), values: mean(values) }))
 }
 
-/// Runs whole sequences through one block, a few at a time, each with a fresh cache, which `finished` sees at the end. states: `[tokens, hidden]`
-/// each.
+/// Runs whole sequences through one block, a few at a time, each with a fresh cache, which `finished` sees at the end. states, moves: as in
+/// [`observe`].
 fn run_block(
     block: &Block,
     config: &ModelConfig,
     kv: KvFormat,
-    states: &mut [Vec<f32>],
+    states: &mut States,
+    moves: bool,
     observe: &mut dyn FnMut(Site, &[f32]),
     finished: &mut dyn FnMut(&KvCache),
 ) -> Result<()> {
     let hidden = config.hidden_size;
-    let longest = states.iter().map(|s| s.len() / hidden).max().unwrap_or(1).max(1);
+    let ranges: Vec<Range<usize>> = (0..states.len()).map(|i| states.range(i)).collect();
+    let longest = ranges.iter().map(|range| range.len() / hidden).max().unwrap_or(1).max(1);
     let inv_freq = config.inv_freq(block.window.is_some());
-    for batch in states.chunks_mut((BATCH_ROWS / longest).max(1)) {
-        let rows: Vec<usize> = batch.iter().map(|s| s.len() / hidden).collect();
+    for batch in ranges.chunks((BATCH_ROWS / longest).max(1)) {
+        let rows: Vec<usize> = batch.iter().map(|range| range.len() / hidden).collect();
+        let all = batch[0].start..batch[batch.len() - 1].end;
         let rope = RopeTable::new(&inv_freq, rows.iter().flat_map(|&n| 0..n));
-        let mut x = batch.concat();
+        let mut x = states.values()[all.clone()].to_vec();
         let mut caches: Vec<KvCache> =
             rows.iter().map(|_| KvCache::new(kv, config.num_kv_heads, config.head_dim)).collect();
         let mut spans: Vec<Span> =
             rows.iter().zip(&mut caches).map(|(&rows, cache)| Span { rows, cache }).collect();
         block.forward(config, &rope, &mut x, &mut spans, observe)?;
         caches.iter().for_each(&mut *finished);
-        let mut rest = x.as_slice();
-        for state in batch {
-            let (head, tail) = rest.split_at(state.len());
-            state.copy_from_slice(head);
-            rest = tail;
+        if moves {
+            states.values_mut()[all].copy_from_slice(&x);
         }
     }
     Ok(())
@@ -237,7 +241,9 @@ mod tests {
             let embedding = specquant_model::Embedding::read(&source).unwrap();
             let mut plain = embedding.lookup(&ids(config), config).unwrap();
             let (mut block, mut centered) = (dense_block(&source, 0), plain.clone());
-            let (_, center) = observe(&block, config, 0, &mut [plain.clone()], 1, false).unwrap();
+            let mut states = States::from_sequences(std::slice::from_ref(&plain)).unwrap();
+            let (_, center) = observe(&block, config, 0, &mut states, false, 1, false).unwrap();
+            assert_eq!(states.values(), plain);
             assert!(center.keys.iter().chain(&center.values).any(|v| v.abs() > 1e-4), "{name}");
             forward(&block, config, &mut plain, &mut |_, _| ());
             block.kv_center = Some(center);

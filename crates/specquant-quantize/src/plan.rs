@@ -2,16 +2,11 @@
 
 use serde::Serialize;
 use specquant_kernels::Kronecker;
-use specquant_model::{BranchBasis, Site, Source};
+use specquant_model::{Site, Source};
 
-use crate::calibration::GENERATION_BATCH;
 use crate::learn::Learn;
-use crate::pipeline::BATCH_ROWS;
 use crate::recipe::{Embeddings, Overhead, Recipe, Rounding};
-use crate::{Error, Result, branch, layer};
-
-/// Memory that does not depend on the model: code, tokenizer, allocator.
-const BASE_BYTES: usize = 100 << 20;
+use crate::{Error, Result, branch, layer, memory};
 
 /// What will happen, known before a weight is read.
 #[derive(Debug, Clone, PartialEq, Serialize)]
@@ -24,14 +19,37 @@ pub struct Plan {
     pub weights: usize,
     /// Calibration tokens asked for.
     pub calibration_tokens: usize,
-    /// Peak memory in bytes, estimated, without the pages of the source file that the system keeps mapped.
+    /// Peak memory in bytes, estimated, without the pages of files that the system keeps mapped.
     pub peak_bytes: u64,
+    /// Whether the hidden states of the calibration text lie in a mapped file, and not in memory.
+    pub spill: bool,
     /// Bytes of the checkpoint's tensors, estimated.
     pub output_bytes: u64,
     /// Peak bytes on disk: the checkpoint, and what a run that continues it would need.
     pub disk_bytes: u64,
     /// Estimated bits per weight of the linear layers.
     pub bits_per_weight: f64,
+    /// Bytes of the hidden states.
+    #[serde(skip)]
+    states_bytes: u64,
+    /// Peak memory without them.
+    #[serde(skip)]
+    spilled_peak_bytes: u64,
+}
+
+impl Plan {
+    /// The same run with hidden states on the disk.
+    pub fn spilled(self) -> Plan {
+        match self.spill {
+            true => self,
+            false => Plan {
+                peak_bytes: self.spilled_peak_bytes,
+                disk_bytes: self.disk_bytes + self.states_bytes,
+                spill: true,
+                ..self
+            },
+        }
+    }
 }
 
 /// What keeps the recipe from this model, a line each.
@@ -178,86 +196,14 @@ pub fn plan(source: &Source, recipe: &Recipe) -> Result<Plan> {
     let tokens = recipe.calibration.samples * recipe.calibration.sequence_length;
     let text = recipe.text();
 
-    // The largest of three moments: the model writing text, the embeddings on their way to the disk, a block at work.
-    let generation = match recipe.calibration.file {
-        Some(_) => 0,
-        None => {
-            let cached = GENERATION_BATCH.min(text.samples) * text.sequence_length;
-            let kv = 2 * config.num_layers * config.num_kv_heads * config.head_dim * cached;
-            // The model that writes is the source, tied as it is.
-            let copies = if config.tie_word_embeddings { 1 } else { 2 };
-            // And the head as it was read, while it is packed.
-            let vocabulary = (copies + 1) * config.vocab_size * config.hidden_size;
-            4 * (config.num_layers * block_weights + vocabulary) + 2 * kv
-        }
-    };
-    let vocabulary = config.vocab_size * config.hidden_size * 6 + if tied { 0 } else { vocab_bytes / 2 };
-    let hessians: usize = match recipe.needs_hessian() {
-        false => 0,
-        true => {
-            let squares = Site::ALL.map(|s| config.site_width(s).pow(2));
-            // Factorized, or rotated: then a copy more.
-            let copies = 2 + usize::from(recipe.input.is_some());
-            8 * (squares.iter().sum::<usize>() + copies * squares.iter().max().unwrap_or(&0))
-        }
-    };
-    let widest = shapes.iter().map(|(_, [out, inp])| out * inp).max().unwrap_or(0);
-    // Copies of the widest layer: measured for rounding alone; what a search or a transform takes at most.
-    let plain = recipe.smooth.is_none()
-        && recipe.branch.is_none()
-        && recipe.input.is_none()
-        && recipe.rotate.is_none();
-    let copies = if plain && !recipe.needs_hessian() { 3 } else { 8 };
-    let wide = 4 * config.hidden_size + 3 * config.intermediate_size + 3 * config.num_heads * config.head_dim;
-    let work = 4
-        * (block_weights + copies * widest + 2 * tokens * config.hidden_size + BATCH_ROWS.min(tokens) * wide);
-    let branches = recipe.branch.as_ref().map_or(0, |b| {
-        let bytes = |site: Site| {
-            let (outs, inp) = (site_outputs(&shapes, site), config.site_width(site));
-            match b.basis {
-                // A fit in f64, of the layers of a site together; weighted, by a second moment that was scaled.
-                BranchBasis::Svd => 8 * outs * inp,
-                BranchBasis::Wsvd => 8 * inp * (outs + inp),
-                // A transform without a fast form at run time is a matrix.
-                BranchBasis::FourierTop => 4 * inp * inp,
-                _ => 0,
-            }
-        };
-        Site::ALL.into_iter().map(bytes).max().unwrap_or(0)
-    });
-    // The quantized model and what is learned of it, with the moments of Adam; both heads and the embeddings; every block's input; and one block at work, of the source or of
-    // the quantized model, with what its backward pass needs.
-    let tuning = match recipe.learn {
-        Some(Learn::Tune(_)) => {
-            let length = recipe.calibration.sequence_length;
-            let learned: usize = shapes.iter().map(|(_, [out, _])| out * (1 + keep)).sum();
-            let outs: usize = shapes.iter().map(|(_, [out, _])| out).sum();
-            let norms = config.norm_shapes().len();
-            let passed = length
-                * ((6 + 2 * norms) * config.hidden_size + 4 * config.intermediate_size + 2 * outs)
-                + 4 * length * length * config.num_heads.min(rayon::current_num_threads());
-            let reading = block_weights + BATCH_ROWS.max(length) * wide;
-            let all = config.num_layers * (7 * learned + length * config.hidden_size)
-                + 3 * config.vocab_size * config.hidden_size;
-            (config.num_layers as f64 * block_bits / 8.0) as usize + 4 * (all + passed.max(reading))
-        }
-        _ => 0,
-    };
-    // Of a step over the sequences of a batch: the weights transformed, rounded and the gradients of each; what a block's backward pass needs, the scores of attention
-    // among it; and the states in full precision beside the others.
-    let learning = match recipe.learn {
-        Some(Learn::FlatQuant(_)) => {
-            let (batch, length) = batch(recipe);
-            let scores = 3 * config.num_heads * length;
-            4 * (8 * block_weights + batch * length * (8 * wide + scores) + tokens * config.hidden_size)
-        }
-        _ => 0,
-    };
     let output = (config.num_layers as f64 * block_bits / 8.0) as u64 + vocab_bytes as u64;
     // Hidden states behind two blocks, with those in full precision where a method compares with them; or the state of tuning, twice, and
     // a shard that is replaced.
     let streams = if matches!(recipe.learn, Some(Learn::OmniQuant(_) | Learn::FlatQuant(_))) { 2 } else { 1 };
-    let states = 2 * streams * 4 * tokens * config.hidden_size;
+    let stream = 4 * tokens * config.hidden_size;
+    let states = 2 * streams * stream;
+    // As they are held; a method that compares has a copy more of what full precision makes of them, from before the block.
+    let held = if streams > 1 { 3 } else { 1 } * stream;
     let tuned = match recipe.learn {
         Some(Learn::Tune(_)) => {
             let learned: usize = shapes.iter().map(|(_, [out, _])| out * (1 + keep)).sum();
@@ -265,31 +211,24 @@ pub fn plan(source: &Source, recipe: &Recipe) -> Result<Plan> {
         }
         _ => 0,
     };
-    let peak = BASE_BYTES + generation.max(vocabulary).max(hessians + work + branches + learning).max(tuning);
+    let peak = |states| memory::peak(config, recipe, &shapes, (block_bits / 8.0) as usize, states);
     Ok(Plan {
         blocks: config.num_layers,
         layers: config.num_layers * shapes.len(),
         weights: config.num_layers * block_weights,
         calibration_tokens: text.samples * text.sequence_length,
-        peak_bytes: peak as u64,
+        peak_bytes: peak(held) as u64,
+        spill: false,
         output_bytes: output,
         disk_bytes: output + states.max(tuned) as u64,
         bits_per_weight: block_bits / block_weights as f64,
+        states_bytes: held as u64,
+        spilled_peak_bytes: peak(0) as u64,
     })
 }
 
-/// Sequences of a step of FlatQuant's learning, and the tokens of each.
-fn batch(recipe: &Recipe) -> (usize, usize) {
-    let longest = recipe.calibration.sequence_length;
-    #[cfg(feature = "learn")]
-    if let Some(Learn::FlatQuant(settings)) = &recipe.learn {
-        return (settings.batch_size.min(settings.samples), settings.sequence_length.min(longest));
-    }
-    (0, longest)
-}
-
 /// Output channels of all layers that read a site. shapes: of one block's layers.
-fn site_outputs(shapes: &[(String, [usize; 2])], site: Site) -> usize {
+pub(crate) fn site_outputs(shapes: &[(String, [usize; 2])], site: Site) -> usize {
     let of_site = |name: &str| site.layers().iter().any(|layer| name.ends_with(layer));
     shapes.iter().filter(|(name, _)| of_site(name)).map(|(_, [out, _])| out).sum()
 }

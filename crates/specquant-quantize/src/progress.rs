@@ -10,6 +10,7 @@ use std::fs::{self, File};
 use std::io::{self, BufWriter, Write};
 use std::path::{Path, PathBuf};
 
+use memmap2::Mmap;
 use serde::{Deserialize, Serialize};
 use serde_json::{Map, Value, json};
 use specquant_kernels::Isa;
@@ -17,11 +18,14 @@ use specquant_model::{FORMAT_VERSION, Hashing, Source, sha256};
 
 use crate::block::LayerReport;
 use crate::recipe::Recipe;
+use crate::states::map;
 use crate::{Error, Result};
 
 /// Tells an unfinished checkpoint of ours from somebody's directory of that name.
 pub(crate) const STATE: &str = ".specquant-unfinished";
 const FILE: &str = "progress.json";
+/// In the names of the second and further files of a shard.
+pub(crate) const PART: &str = ".part";
 
 /// A file and what it holds.
 #[derive(Debug, Clone, Serialize, Deserialize)]
@@ -36,7 +40,7 @@ pub(crate) struct Named {
 pub(crate) struct Progress {
     /// What the result depends on.
     pub identity: Map<String, Value>,
-    /// Finished safetensors files, in order.
+    /// Finished safetensors files, in order: one for a block, more for a very large one.
     pub shards: Vec<Named>,
     /// Files in [`STATE`], by purpose.
     pub kept: BTreeMap<String, Named>,
@@ -111,7 +115,12 @@ impl Progress {
 
     /// Finished blocks; the first shard is of no block.
     pub fn blocks(&self) -> usize {
-        self.shards.len().saturating_sub(1)
+        self.blocks_and_ends().saturating_sub(1)
+    }
+
+    /// Finished shards, of whatever number of files each.
+    pub fn blocks_and_ends(&self) -> usize {
+        self.shards.iter().filter(|shard| !shard.file.contains(PART)).count()
     }
 
     /// Whether there is something to read.
@@ -138,7 +147,7 @@ impl Progress {
             let mut to = BufWriter::with_capacity(1 << 20, Hashing::new(File::create(&path)?));
             write(&mut to)?;
             let (file, sha256) = to.into_inner()?.finish();
-            file.sync_all()?;
+            flush(&file)?;
             Ok(sha256)
         };
         let sha256 = finish().map_err(|e| unwritten(&path, e))?;
@@ -150,7 +159,7 @@ impl Progress {
     ///
     /// # Errors
     /// [`Error::Output`] when the file is damaged.
-    pub fn kept(&self, partial: &Path, what: &str) -> Result<Option<Vec<u8>>> {
+    pub fn kept(&self, partial: &Path, what: &str) -> Result<Option<Mmap>> {
         self.kept.get(what).map(|named| named.read(&partial.join(STATE))).transpose()
     }
 
@@ -168,7 +177,7 @@ impl Progress {
             }
             let mut file = File::create(&new)?;
             file.write_all(json!(self).to_string().as_bytes())?;
-            file.sync_all()?;
+            flush(&file)?;
             fs::rename(&new, &path)?;
             let _ = File::open(&state).and_then(|d| d.sync_all());
             Ok(())
@@ -180,17 +189,17 @@ impl Progress {
 }
 
 impl Named {
-    /// The file's bytes.
+    /// The file's bytes, mapped.
     ///
     /// # Errors
     /// [`Error::Output`] when they are not what was written.
-    pub fn read(&self, dir: &Path) -> Result<Vec<u8>> {
+    pub fn read(&self, dir: &Path) -> Result<Mmap> {
         let path = dir.join(&self.file);
         let damaged = |why: String| Error::Output {
             path: path.clone(),
             why: format!("{why}, so that the run cannot be continued; start anew with --overwrite"),
         };
-        let bytes = fs::read(&path).map_err(|e| damaged(format!("cannot be read: {e}")))?;
+        let bytes = map(&path).map_err(|e| damaged(format!("cannot be read: {e}")))?;
         match self.sha256.contains(&sha256(&bytes)) {
             true => Ok(bytes),
             false => Err(damaged("has changed since it was written".to_owned())),
@@ -210,6 +219,13 @@ pub(crate) fn remove_others(dir: &Path, named: &[&str]) -> Result<()> {
         removed.map_err(|e| Error::Output { path: path.clone(), why: format!("cannot be removed: {e}") })?;
     }
     Ok(())
+}
+
+/// Waits until a file is on the disk.
+pub(crate) fn flush(file: &File) -> io::Result<()> {
+    #[cfg(test)]
+    tests::maybe_fail()?;
+    file.sync_all()
 }
 
 pub(crate) fn unwritten(path: impl Into<PathBuf>, why: impl std::fmt::Display) -> Error {
@@ -237,8 +253,22 @@ pub(crate) fn read_numbers<T, const N: usize>(bytes: &[u8], number: fn([u8; N]) 
 }
 
 #[cfg(test)]
-mod tests {
+pub(crate) mod tests {
+    use std::cell::Cell;
+
     use super::*;
+
+    thread_local! {
+        /// Files of this thread that can still be flushed before one fails; the next ones can again.
+        pub static FLUSHES: Cell<usize> = const { Cell::new(usize::MAX) };
+    }
+
+    /// Fails as a broken disk does, when it is time.
+    pub fn maybe_fail() -> io::Result<()> {
+        let left = FLUSHES.replace(FLUSHES.get().wrapping_sub(1));
+        // EIO
+        if left == 0 { Err(io::Error::from_raw_os_error(5)) } else { Ok(()) }
+    }
 
     #[test]
     fn a_commit_is_all_or_nothing() {
@@ -255,7 +285,7 @@ mod tests {
         keep(&mut progress, "two");
         let read = || {
             let progress = Progress::read(dir.path()).unwrap().unwrap();
-            progress.kept(dir.path(), "states").map(Option::unwrap).map_err(|e| e.to_string())
+            progress.kept(dir.path(), "states").map(|map| map.unwrap().to_vec()).map_err(|e| e.to_string())
         };
         assert_eq!(read().unwrap(), b"one");
         progress.commit(dir.path()).unwrap();

@@ -7,7 +7,7 @@ use std::path::Path;
 use std::time::{Duration, Instant};
 
 use serde::{Deserialize, Serialize};
-use serde_json::json;
+use serde_json::{Map, json};
 use specquant_model::{
     FORMAT_VERSION, InputRotation, Model, OnlineRotations, QuantizationConfig, Source, StoredTensor, sha256,
 };
@@ -19,6 +19,7 @@ use crate::output::{self, Destination, Output};
 use crate::pipeline::{Rotation, one_block};
 use crate::progress::{Progress, identity, read_numbers, write_numbers};
 use crate::recipe::Recipe;
+use crate::states::States;
 use crate::transforms::rotate;
 use crate::vocabulary::{HalfType, round_row, vocabulary_tensors};
 use crate::{Error, Result, calibration, card, plan};
@@ -110,14 +111,7 @@ pub fn run(
     destination: &Destination,
     progress: &mut dyn FnMut(Event),
 ) -> Result<Report> {
-    plan(source, recipe)?;
-    let keeps_weights = recipe.scheme.weight_bits == 16;
-    if !keeps_weights && texts.is_some_and(|texts| texts.iter().all(Vec::is_empty)) {
-        return Err(Error::Recipe(
-            "calibration: no tokens were given; give at least one sequence".to_owned(),
-        ));
-    }
-    let texts = if keeps_weights { Some(&[][..]) } else { texts };
+    let texts = check(source, recipe, texts)?;
     let identity = identity(source, recipe, texts.map(|texts| sha256(json!(texts).to_string().as_bytes())))?;
     if output::finished(destination, &identity)? {
         return Report::read(&destination.path);
@@ -144,6 +138,105 @@ pub fn run(
     })
 }
 
+/// What a run would take, by its first block.
+#[derive(Debug, Clone, PartialEq, Serialize)]
+pub struct Trial {
+    /// Seconds of what is done once: writing text, learning rotations, embeddings and head.
+    pub once_seconds: f64,
+    /// Seconds of the first block.
+    pub block_seconds: f64,
+    /// Seconds of all that, and of the other blocks if they take as long; not of tuning, which comes at the end.
+    pub seconds: f64,
+    /// Bytes of all tensors, if the other blocks have as many.
+    pub tensor_bytes: u64,
+}
+
+/// Does what [`run`] would do up to the end of the first block, in a directory beside `destination` that is removed.
+///
+/// # Errors
+/// As [`run`].
+pub fn first_block(
+    source: &Source,
+    recipe: &Recipe,
+    texts: Option<&[Vec<u32>]>,
+    destination: &Destination,
+    progress: &mut dyn FnMut(Event),
+) -> Result<Trial> {
+    let texts = check(source, recipe, texts)?;
+    let of = source.config().num_layers;
+    let mut output = Output::open(&destination.trial()?, Map::new(), of + 1)?;
+    let mut work = || -> Result<Trial> {
+        let started = Instant::now();
+        let begun = begin(source, recipe, texts, &mut output, progress)?;
+        let (once, once_bytes) = (started.elapsed(), output.bytes());
+        let started = Instant::now();
+        blocks(source, recipe, &begun, 1, &mut output, progress)?;
+        let block = started.elapsed();
+        Ok(Trial {
+            once_seconds: once.as_secs_f64(),
+            block_seconds: block.as_secs_f64(),
+            seconds: once.as_secs_f64() + of as f64 * block.as_secs_f64(),
+            tensor_bytes: once_bytes + of as u64 * (output.bytes() - once_bytes),
+        })
+    };
+    let trial = work();
+    output.discard();
+    trial
+}
+
+/// The calibration sequences, if they and the recipe fit the model.
+fn check<'a>(
+    source: &Source,
+    recipe: &Recipe,
+    texts: Option<&'a [Vec<u32>]>,
+) -> Result<Option<&'a [Vec<u32>]>> {
+    plan(source, recipe)?;
+    let keeps_weights = recipe.scheme.weight_bits == 16;
+    if !keeps_weights && texts.is_some_and(|texts| texts.iter().all(Vec::is_empty)) {
+        return Err(Error::Recipe(
+            "calibration: no tokens were given; give at least one sequence".to_owned(),
+        ));
+    }
+    Ok(if keeps_weights { Some(&[]) } else { texts })
+}
+
+/// What all blocks need.
+struct Begun {
+    /// All calibration sequences.
+    texts: Vec<Vec<u32>>,
+    /// The first so many are what blocks are calibrated on.
+    calibrating: usize,
+    rotation: Option<Rotation>,
+    /// Whether the checkpoint's head is its embedding.
+    tied: bool,
+    half: HalfType,
+}
+
+/// What is done before the first block, except where an earlier run has done it.
+fn begin(
+    source: &Source,
+    recipe: &Recipe,
+    texts: Option<&[Vec<u32>]>,
+    output: &mut Output,
+    progress: &mut dyn FnMut(Event),
+) -> Result<Begun> {
+    let texts = match texts {
+        Some(texts) => texts.to_vec(),
+        None => written_text(source, recipe, output, progress)?,
+    };
+    let half = HalfType::of(source.tensor("model.embed_tokens.weight")?.dtype);
+    let rotation = Rotation::new(source, recipe, &texts, output, progress)?;
+    // A rotated head has the final norm folded in, so it is no longer the embedding.
+    let tied = source.config().tie_word_embeddings && rotation.as_ref().is_none_or(|r| r.residual.is_none());
+    if output.progress.shards.is_empty() {
+        output.write_shard(&ends(source, recipe, rotation.as_ref(), tied, half)?)?;
+        output.commit()?;
+        source.release();
+    }
+    let calibrating = texts.len().min(recipe.calibration.samples);
+    Ok(Begun { texts, calibrating, rotation, tied, half })
+}
+
 /// What [`run`] does, from where an earlier run has stopped.
 fn work(
     source: &Source,
@@ -152,24 +245,8 @@ fn work(
     output: &mut Output,
     progress: &mut dyn FnMut(Event),
 ) -> Result<Report> {
-    let config = source.config();
-    let written = match texts {
-        Some(_) => Vec::new(),
-        None => written_text(source, recipe, output, progress)?,
-    };
-    let texts = texts.unwrap_or(&written);
-    let half_dtype = HalfType::of(source.tensor("model.embed_tokens.weight")?.dtype);
-    let rotation = Rotation::new(source, recipe, texts, output, progress)?;
-    // A rotated head has the final norm folded in, so it is no longer the embedding.
-    let tied = config.tie_word_embeddings && rotation.as_ref().is_none_or(|r| r.residual.is_none());
-    if output.progress.shards.is_empty() {
-        output.write_shard(&ends(source, recipe, rotation.as_ref(), tied, half_dtype)?)?;
-        output.commit()?;
-        source.release();
-    }
-
-    let calibrating = &texts[..texts.len().min(recipe.calibration.samples)];
-    blocks(source, recipe, calibrating, rotation.as_ref(), half_dtype, output, progress)?;
+    let begun = begin(source, recipe, texts, output, progress)?;
+    blocks(source, recipe, &begun, source.config().num_layers, output, progress)?;
 
     let layers = output.progress.layers.clone();
     let weights: f64 = layers.iter().map(|l| (l.shape[0] * l.shape[1]) as f64).sum();
@@ -177,7 +254,7 @@ fn work(
     let mut report = Report {
         specquant_version: env!("CARGO_PKG_VERSION").to_owned(),
         scheme: recipe.scheme.to_string(),
-        calibration_tokens: calibrating.iter().map(Vec::len).sum(),
+        calibration_tokens: begun.texts[..begun.calibrating].iter().map(Vec::len).sum(),
         bits_per_weight: if weights > 0.0 { bits / weights } else { 16.0 },
         tensor_bytes: 0,
         tuning_losses: Vec::new(),
@@ -194,18 +271,18 @@ fn work(
             Some(Learn::FlatQuant(_)) => Some(InputRotation::Kronecker),
             _ => recipe.input.map(|input| input.rotation.into()),
         },
-        online_rotations: rotation.as_ref().map_or_else(OnlineRotations::default, |r| r.online),
+        online_rotations: begun.rotation.as_ref().map_or_else(OnlineRotations::default, |r| r.online),
         recipe: json!(recipe),
     };
     let mut config_json = source.config_json().clone();
     config_json["quantization_config"] = json!(quantization);
-    config_json["tie_word_embeddings"] = json!(tied);
+    config_json["tie_word_embeddings"] = json!(begun.tied);
     for (name, bytes) in source.side_files()? {
         output.write(&name, &bytes)?;
     }
     output.write("config.json", format!("{config_json:#}\n").as_bytes())?;
     if let Some(Learn::Tune(settings)) = &recipe.learn {
-        tune(source, settings, texts, output, progress)?;
+        tune(source, settings, &begun.texts, output, progress)?;
         report.tuning_losses.clone_from(&output.progress.losses);
     }
     report.tensor_bytes = output.bytes();
@@ -270,71 +347,62 @@ fn ends(
     Ok(ends)
 }
 
-/// Every block that is not finished yet, and with each the hidden states behind it.
+/// Every block up to `until` that is not finished yet, and with each the hidden states behind it.
 fn blocks(
     source: &Source,
     recipe: &Recipe,
-    texts: &[Vec<u32>],
-    rotation: Option<&Rotation>,
-    half_dtype: HalfType,
+    begun: &Begun,
+    until: usize,
     output: &mut Output,
     progress: &mut dyn FnMut(Event),
 ) -> Result<()> {
     const KEPT: &str = "states";
     let (config, of) = (source.config(), source.config().num_layers);
     let done = output.progress.blocks();
-    if done == of {
+    if done >= until {
         return Ok(());
     }
+    let (texts, rotation) = (&begun.texts[..begun.calibrating], begun.rotation.as_ref());
     // What full precision makes of the same texts, for methods that compare with it, is kept behind the states.
     let compares = matches!(recipe.learn, Some(Learn::OmniQuant(_) | Learn::FlatQuant(_)));
-    let (mut states, mut full) = match output.kept(KEPT)? {
-        Some(bytes) => {
-            let values = read_numbers(&bytes, f32::from_le_bytes);
-            drop(bytes);
-            let mut rest = values.as_slice();
-            let mut split = || -> Result<Vec<Vec<f32>>> {
-                let state = |text: &Vec<u32>| {
-                    let (state, after) = rest.split_at_checked(text.len() * config.hidden_size)?;
-                    rest = after;
-                    Some(state.to_vec())
-                };
+    let spill = output.spill();
+    let mut states = States::new(texts.iter().map(|ids| ids.len() * config.hidden_size), spill.as_deref())?;
+    let mut full;
+    if let Some(bytes) = output.kept(KEPT)? {
+        full = compares.then(|| states.copy()).transpose()?;
+        let mut rest = bytes.as_chunks::<4>().0;
+        for values in [Some(&mut states), full.as_mut()].into_iter().flatten().map(States::values_mut) {
+            let Some((numbers, after)) = rest.split_at_checked(values.len()) else {
                 let why = "the hidden states are not those of this text; start anew with --overwrite";
-                let path = output.path().to_owned();
-                texts
-                    .iter()
-                    .map(state)
-                    .collect::<Option<_>>()
-                    .ok_or(Error::Output { path, why: why.to_owned() })
+                return Err(Error::Output { path: output.path().to_owned(), why: why.to_owned() });
             };
-            (split()?, compares.then(split).transpose()?)
+            values.iter_mut().zip(numbers).for_each(|(value, bytes)| *value = f32::from_le_bytes(*bytes));
+            rest = after;
         }
-        None => {
-            let embedding = specquant_model::Embedding::read(source)?;
-            let embed = |ids: &Vec<u32>| {
-                let mut x = embedding.rows(ids, config.hidden_size)?;
-                rotation.and_then(|r| r.residual.as_ref()).iter().for_each(|r| r.rotate_rows(&mut x));
-                x.chunks_exact_mut(config.hidden_size)
-                    .for_each(|row| round_row(row, recipe.embeddings, half_dtype));
-                config.scale_embeddings(&mut x);
-                Ok(x)
-            };
-            let states = texts.iter().map(embed).collect::<Result<Vec<_>>>()?;
-            source.release();
-            let full = compares.then(|| states.clone());
-            (states, full)
+    } else {
+        let embedding = specquant_model::Embedding::read(source)?;
+        for (i, ids) in texts.iter().enumerate() {
+            let mut x = embedding.rows(ids, config.hidden_size)?;
+            rotation.and_then(|r| r.residual.as_ref()).iter().for_each(|r| r.rotate_rows(&mut x));
+            x.chunks_exact_mut(config.hidden_size)
+                .for_each(|row| round_row(row, recipe.embeddings, begun.half));
+            config.scale_embeddings(&mut x);
+            let range = states.range(i);
+            states.values_mut()[range].copy_from_slice(&x);
         }
-    };
-    for index in done..of {
+        source.release();
+        full = compares.then(|| states.copy()).transpose()?;
+    }
+    for index in done..until {
         let (tensors, layers) =
-            one_block(source, index, recipe, rotation, &mut states, full.as_deref_mut(), half_dtype)?;
+            one_block(source, index, recipe, rotation, &mut states, full.as_mut(), begun.half)?;
         output.write_shard(&tensors)?;
         drop(tensors);
         source.release();
         if index + 1 < of {
             output.keep(KEPT, |to| {
-                let all = states.iter().chain(full.iter().flatten());
-                all.into_iter().try_for_each(|state| write_numbers(to, state, f32::to_le_bytes))
+                let all = [Some(&states), full.as_ref()].into_iter().flatten();
+                all.into_iter().try_for_each(|states| write_numbers(to, states.values(), f32::to_le_bytes))
             })?;
         } else {
             output.progress.kept.remove(KEPT);
@@ -395,3 +463,6 @@ fn tune(
     };
     output.replace(tensors)
 }
+
+#[cfg(test)]
+mod tests;

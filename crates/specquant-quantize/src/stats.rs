@@ -102,14 +102,20 @@ impl SiteStats {
         }
     }
 
-    /// The transform of this input that `change` asks for, and the statistics of what it does not keep.
-    pub fn transform(&self, change: &InputChange) -> (InputTransform, SiteStats) {
+    /// Hands the second moment over: it takes as much memory as a layer's weights and more.
+    pub(crate) fn take_hessian(&mut self) -> Option<Hessian> {
+        self.hessian.take()
+    }
+
+    /// The transform of this input that `change` asks for, and the statistics of what it does not keep, the second moment among them, which is
+    /// then no longer here.
+    pub fn transform(&mut self, change: &InputChange) -> (InputTransform, SiteStats) {
         let n = self.max.len();
         let rotation = InputTransform::new(Reflections::new(n, Vec::new()), Vec::new(), change.rotation);
-        let hessian = self.hessian.as_ref().map(|h| h.rotated(|x| rotation.apply(&x, n).rest));
+        let hessian = self.take_hessian().map(|h| h.rotated(|x| rotation.apply(&x, n).rest));
         let (vectors, norms, hessian) = match (hessian, change.keep.min(n - 1)) {
             (Some(hessian), r @ 1..) => {
-                let keep::Fit { vectors, kept, rest } = keep::fit(hessian.normalized(), n, r);
+                let keep::Fit { vectors, kept, rest } = keep::fit(hessian.into_normalized(), n, r);
                 // H is twice the second moment. A coordinate that this text hardly uses must not become the largest on another.
                 let norm = |h: f64| (h.max(0.0) / 2.0).sqrt() as f32;
                 let largest = kept.iter().fold(0.0f32, |m, &h| m.max(norm(h)));
@@ -124,10 +130,11 @@ impl SiteStats {
         (transform, stats)
     }
 
-    /// The statistics of the transformed input. transform: one that keeps nothing.
-    pub fn transformed(&self, transform: &InputTransform) -> SiteStats {
+    /// The statistics of the transformed input; the second moment goes there. transform: one that keeps nothing.
+    pub fn transformed(&mut self, transform: &InputTransform) -> SiteStats {
         let n = self.max.len();
-        self.behind(transform, self.hessian.as_ref().map(|h| h.rotated(|x| transform.apply(&x, n).rest)))
+        let hessian = self.take_hessian().map(|h| h.rotated(|x| transform.apply(&x, n).rest));
+        self.behind(transform, hessian)
     }
 
     /// The statistics of what `transform` does not keep, which has this second moment; the others come from the sample.
@@ -179,7 +186,7 @@ mod tests {
         stats.add(&x, "test").unwrap();
         for (keep, rotation) in [(0, RotationKind::Dct), (6, RotationKind::Dct), (8, RotationKind::Hadamard)]
         {
-            let (transform, rest) = stats.transform(&InputChange { rotation, keep });
+            let (transform, rest) = stats.trial(true).transform(&InputChange { rotation, keep });
             let split = transform.apply(&x, rows);
             let mut seen = SiteStats::new(n - keep, rows, rows, true);
             seen.add(&split.rest, "test").unwrap();
@@ -211,7 +218,7 @@ mod tests {
         let transform = InputTransform::kronecker(kronecker).unwrap();
         let mut seen = SiteStats::new(n, rows, rows, true);
         seen.add(&transform.apply(&x, rows).rest, "test").unwrap();
-        let got = stats.transformed(&transform);
+        let got = stats.trial(true).transformed(&transform);
         assert_eq!((&got.sample, &got.max), (&seen.sample, &seen.max));
         let [got, want] = [&got, &seen].map(|s| s.hessian.as_ref().unwrap().normalized());
         let size = want.iter().step_by(n + 1).sum::<f64>() / n as f64;

@@ -161,7 +161,7 @@ fn gptq_with_the_identity_rounds_a_residual_to_nearest() {
     for (name, [out, inp]) in source.config().linear_shapes(0) {
         let values = source.tensor(&format!("{name}.weight")).unwrap().to_f32().unwrap();
         let weight = Weight { name: &name, out, inp, values: &values, bias: None, clip: None };
-        let factor = factorize(&Hessian::identity(inp), &GptqConfig::default());
+        let factor = factorize(Hessian::identity(inp), &GptqConfig::default());
         let stored = branch::truncate(&values, out, inp, &vec![5; out]).unwrap();
         let low = LayerBranch { weight: branch::reconstruct(&stored, out, inp), stored };
         let (input, clip) =

@@ -55,8 +55,10 @@ fn every_recipe_goes_on_where_it_stopped() {
         let mut events = 0;
         let texts = texts(1);
         run(&source, &recipe, Some(&texts), &whole, &mut |_| events += 1).unwrap();
+        // The one holds its hidden states in memory, the other on the disk.
         let stopped = Destination {
             unfinished: Unfinished::Resume,
+            spill: true,
             ..Destination::new(dir.path().join(format!("{name}-stopped")))
         };
         // Unwinding leaves no more behind than a killed process does, for nothing is written on the way out.

@@ -9,7 +9,7 @@ use specquant_quantize::rounding::{
     ClipObjective, ClipSearch, Grid, dequantize, round_to_nearest, weight_scales,
 };
 use specquant_quantize::transforms::smooth;
-use specquant_quantize::{Branch, SiteStats, observe};
+use specquant_quantize::{Branch, SiteStats, States, observe};
 
 use crate::allocation::Allocation;
 use crate::lab::Lab;
@@ -238,12 +238,13 @@ impl Layers {
             specquant_quantize::calibration::from_file(&settings.calibration, &tokenizer, &calibration, 0)?;
         let embedding = Embedding::read(source)?;
         let states = texts.iter().map(|ids| embedding.lookup(ids, config));
-        let mut states = states.collect::<specquant_model::Result<Vec<_>>>()?;
+        let states = states.collect::<specquant_model::Result<Vec<_>>>()?;
+        let mut states = States::from_sequences(&states)?;
         let Some(&last) = blocks.last() else { return Ok(()) };
         for index in 0..=last {
             let mut block = Block::read(source, index, None)?;
             block.linears_mut().into_iter().try_for_each(Linear::widen)?;
-            let (stats, _) = observe(&block, config, index, &mut states, 1, true)?;
+            let (stats, _) = observe(&block, config, index, &mut states, true, 1, true)?;
             if !blocks.contains(&index) {
                 continue;
             }

@@ -283,7 +283,7 @@ mod tests {
         let (out, inp, grid) = (45, 200, Grid { bits: 4, group_size: 50, ..Grid::default() });
         let w = gaussian(out * inp, 1);
         let scales = weight_scales(&w, out, inp, &grid, &ClipSearch::default());
-        let factor = factorize(&Hessian::identity(inp), &GptqConfig { block_size: 32, ..Default::default() });
+        let factor = factorize(Hessian::identity(inp), &GptqConfig { block_size: 32, ..Default::default() });
         let got = gptq(&w, out, inp, &scales, &grid, &factor);
         assert_eq!(got.codes, round_to_nearest(&w, out, inp, &scales, &grid));
         assert_eq!((got.fallback, got.dead_columns), (None, 0));
@@ -306,11 +306,45 @@ mod tests {
                 order.sort_by(|&a, &b| h.diagonal()[b].total_cmp(&h.diagonal()[a]));
             }
             let (want, want_loss) = naive_gptq(&w, out, inp, &scales, &grid, &h.normalized(), &order);
-            let got = gptq(&w, out, inp, &scales, &grid, &factorize(&h, &cfg));
+            let got = gptq(&w, out, inp, &scales, &grid, &factorize(h.clone(), &cfg));
             // A tie that rounds the other way changes the rest of its row.
             let other_rows = got.codes.chunks(inp).zip(want.chunks(inp)).filter(|(a, b)| a != b).count();
             assert!(other_rows <= 1, "case {case}: {other_rows} rows differ");
             assert!((got.loss / want_loss - 1.0).abs() < 1e-2, "case {case}: {} {want_loss}", got.loss);
+        }
+    }
+
+    /// The widths of down_proj in Qwen2-0.5B and LLaMA-2-7B: outputs on the inputs themselves, computed without a Hessian.
+    #[test]
+    fn wide_layers_beat_round_to_nearest() {
+        for inp in [4864, 11008] {
+            let (out, rows, grid) = (16, 64, Grid::default());
+            // Eight directions that all channels share, and channels of different sizes.
+            let (along, of, own) = (gaussian(rows * 8, 1), gaussian(8 * inp, 2), gaussian(rows * inp, 3));
+            let value = |at: usize| {
+                let (row, j) = (at / inp, at % inp);
+                let shared: f32 = (0..8).map(|k| along[row * 8 + k] * of[k * inp + j]).sum();
+                (shared + own[at]) * (1.0 + (j % 5) as f32)
+            };
+            let x: Vec<f32> = (0..rows * inp).map(value).collect();
+            let w = gaussian(out * inp, 4);
+            let scales = weight_scales(&w, out, inp, &grid, &ClipSearch::default());
+            let mut h = Hessian::new(inp);
+            h.add(&x);
+            let got = gptq(&w, out, inp, &scales, &grid, &factorize(h, &GptqConfig::default()));
+            assert_eq!((got.dampening_frac, got.dead_columns, got.fallback), (0.01, 0, None));
+            let error = |codes: &[i8]| -> f64 {
+                let q = dequantize(codes, out, inp, &scales, &grid);
+                let rows =
+                    x.chunks(inp).flat_map(|x| w.chunks(inp).zip(q.chunks(inp)).map(move |wq| (x, wq)));
+                let output = |(x, (w, q)): (&[f32], (&[f32], &[f32]))| -> f64 {
+                    x.iter().zip(w.iter().zip(q)).map(|(x, (w, q))| f64::from(x * (w - q))).sum()
+                };
+                rows.map(|row| output(row).powi(2)).sum()
+            };
+            let (gptq, nearest) = (error(&got.codes), error(&round_to_nearest(&w, out, inp, &scales, &grid)));
+            println!("{inp} wide: {gptq:.3e}, nearest {nearest:.3e}");
+            assert!(gptq < 0.2 * nearest, "{inp} wide: {gptq} {nearest}");
         }
     }
 
@@ -321,7 +355,7 @@ mod tests {
             let w = gaussian(out * inp, 30 + seed);
             let scales = weight_scales(&w, out, inp, &grid, &ClipSearch::default());
             let h = hessian(64, inp, 40 + seed); // fewer inputs than channels: singular without damping
-            let got = gptq(&w, out, inp, &scales, &grid, &factorize(&h, &GptqConfig::default()));
+            let got = gptq(&w, out, inp, &scales, &grid, &factorize(h.clone(), &GptqConfig::default()));
             let loss = |codes: &[i8], h: &[f64]| {
                 proxy_loss(&w, &dequantize(codes, out, inp, &scales, &grid), inp, h)
             };
@@ -344,7 +378,7 @@ mod tests {
         h.add(&x);
         let w = gaussian(out * inp, 51);
         let scales = weight_scales(&w, out, inp, &grid, &ClipSearch::default());
-        let got = gptq(&w, out, inp, &scales, &grid, &factorize(&h, &GptqConfig::default()));
+        let got = gptq(&w, out, inp, &scales, &grid, &factorize(h.clone(), &GptqConfig::default()));
         assert_eq!((got.dead_columns, got.dampening_frac), (2, 0.01));
         assert!(got.codes.chunks(inp).all(|c| c[3] == 0 && c[11] == 0 && c.iter().any(|&c| c != 0)));
     }
@@ -356,7 +390,7 @@ mod tests {
         h.add(&[f32::INFINITY; 8]);
         let w = gaussian(out * inp, 60);
         let scales = weight_scales(&w, out, inp, &grid, &ClipSearch::default());
-        let got = gptq(&w, out, inp, &scales, &grid, &factorize(&h, &GptqConfig::default()));
+        let got = gptq(&w, out, inp, &scales, &grid, &factorize(h.clone(), &GptqConfig::default()));
         assert_eq!(got.codes, round_to_nearest(&w, out, inp, &scales, &grid));
         assert!(got.fallback.unwrap().contains("not finite") && got.loss > 0.0);
     }
@@ -366,7 +400,7 @@ mod tests {
         let (out, inp, grid) = (100, 160, Grid { bits: 3, group_size: 32, ..Grid::default() });
         let w = gaussian(out * inp, 70);
         let scales = weight_scales(&w, out, inp, &grid, &ClipSearch::default());
-        let factor = factorize(&hessian(400, inp, 71), &GptqConfig { block_size: 48, ..Default::default() });
+        let factor = factorize(hessian(400, inp, 71), &GptqConfig { block_size: 48, ..Default::default() });
         let run = || gptq(&w, out, inp, &scales, &grid, &factor);
         assert_eq!(with_threads(1, run), with_threads(2, run));
     }

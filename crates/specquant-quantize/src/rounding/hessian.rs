@@ -91,12 +91,17 @@ impl Hessian {
     }
 
     /// The Hessian of inputs `x Q`, for a `rotate` that takes rows `[rows, dim]` to rows Q, in f32.
-    pub fn rotated(&self, rotate: impl Fn(Vec<f32>) -> Vec<f32>) -> Self {
+    pub fn rotated(self, rotate: impl Fn(Vec<f32>) -> Vec<f32>) -> Self {
         let n = self.dim;
-        let rows: Vec<f32> = self.normalized().into_iter().map(|v| v as f32).collect();
+        let whole = self.into_normalized();
+        // A matrix at a time: of wide layers each takes hundreds of megabytes.
+        let rows: Vec<f32> = whole.iter().map(|&v| v as f32).collect();
+        drop(whole);
         let once = rotate(rows); // H Q
-        let twice = rotate((0..n * n).map(|at| once[at % n * n + at / n]).collect()); // Qᵀ H Q, transposed
-        Self::from_matrix(n, twice.into_iter().map(f64::from).collect())
+        let transposed = (0..n * n).map(|at| once[at % n * n + at / n]).collect();
+        drop(once);
+        let twice = rotate(transposed); // Qᵀ H Q, transposed
+        Self::from_matrix(n, twice.iter().map(|&v| f64::from(v)).collect())
     }
 
     /// Input channels.
@@ -111,8 +116,15 @@ impl Hessian {
 
     /// H as a whole, `[dim, dim]`.
     pub fn normalized(&self) -> Vec<f64> {
-        let (n, scale) = (self.dim, self.scale());
-        (0..n * n).map(|at| scale * self.sums[(at / n).max(at % n) * n + (at / n).min(at % n)]).collect()
+        self.clone().into_normalized()
+    }
+
+    /// [`Hessian::normalized`] in the memory of its sums.
+    pub fn into_normalized(self) -> Vec<f64> {
+        let (n, scale, mut h) = (self.dim, self.scale(), self.sums);
+        h.par_iter_mut().for_each(|v| *v *= scale);
+        mirror(&mut h, n);
+        h
     }
 
     /// The diagonal of H: twice the mean square of every input channel.
@@ -147,11 +159,24 @@ pub struct Factor {
     pub fallback: Option<String>,
 }
 
-/// Factorizes a Hessian by f64 Cholesky.
+/// Copies the triangle below the diagonal of `a: [n, n]` onto the other.
+fn mirror(a: &mut [f64], n: usize) {
+    // In tiles, as one of the two is walked down its columns.
+    const TILE: usize = 32;
+    for (first_i, first_j) in (0..n).step_by(TILE).flat_map(|i| (0..=i).step_by(TILE).map(move |j| (i, j))) {
+        for i in first_i..n.min(first_i + TILE) {
+            for j in first_j..i.min(first_j + TILE) {
+                a[j * n + i] = a[i * n + j];
+            }
+        }
+    }
+}
+
+/// Factorizes a Hessian by f64 Cholesky, in its memory.
 ///
 /// The damping begins at `dampening_frac` times the mean diagonal and grows tenfold after every failure, up to 1; should
 /// that fail too, or H be unusable, [`Factor::fallback`] says why. The mean is taken over the channels that are alive.
-pub fn factorize(h: &Hessian, cfg: &GptqConfig) -> Factor {
+pub fn factorize(h: Hessian, cfg: &GptqConfig) -> Factor {
     let n = h.dim;
     let mut factor = Factor {
         dim: n,
@@ -181,19 +206,29 @@ pub fn factorize(h: &Hessian, cfg: &GptqConfig) -> Factor {
         factor.order.sort_by(|&a, &b| diagonal[b].total_cmp(&diagonal[a])); // stable: ties keep their order
     }
 
-    // Reversing rows and columns turns the upper factor that is wanted into the lower one that Cholesky gives.
-    let reversed: Vec<usize> = factor.order.iter().rev().copied().collect();
+    // Reversing rows and columns turns the upper factor that is wanted into the lower one that Cholesky gives: [c * n + r], c <= r, is column-major.
     let scale = h.scale();
-    let mut lower = vec![0.0f64; n * n]; // column-major
+    let mut lower = match cfg.actorder {
+        false => {
+            let mut sums = h.sums;
+            sums.reverse();
+            sums
+        }
+        true => {
+            let reversed: Vec<usize> = factor.order.iter().rev().copied().collect();
+            let at = |i: usize, j: usize| h.sums[i.max(j) * n + i.min(j)];
+            (0..n * n).map(|k| at(reversed[k % n], reversed[k / n])).collect()
+        }
+    };
+    lower.par_iter_mut().for_each(|v| *v *= scale);
+    // An attempt that fails destroys what it was made from. Of wide layers this takes hundreds of megabytes, and what a vector grows by more.
+    let mut triangle = Vec::with_capacity(n * (n + 1) / 2);
+    lower.chunks_exact(n).enumerate().for_each(|(c, column)| triangle.extend_from_slice(&column[c..]));
     let mut frac = cfg.dampening_frac.max(0.0);
     loop {
-        lower.par_chunks_exact_mut(n).enumerate().for_each(|(c, column)| {
-            let j = reversed[c];
-            for (v, &i) in column.iter_mut().zip(&reversed).skip(c) {
-                *v = scale * h.sums[i.max(j) * n + i.min(j)];
-            }
-            column[c] = diagonal[j] + frac * mean;
-        });
+        for (c, &j) in factor.order.iter().rev().enumerate() {
+            lower[c * (n + 1)] = diagonal[j] + frac * mean;
+        }
         if cholesky(&mut lower, n) {
             break;
         }
@@ -203,7 +238,14 @@ pub fn factorize(h: &Hessian, cfg: &GptqConfig) -> Factor {
             return factor;
         }
         frac = (10.0 * frac.max(1e-4)).min(1.0);
+        let mut rest = triangle.as_slice();
+        for (c, column) in lower.chunks_exact_mut(n).enumerate() {
+            let (head, tail) = rest.split_at(n - c);
+            column[c..].copy_from_slice(head);
+            rest = tail;
+        }
     }
+    drop(triangle);
 
     factor.feedback = vec![0.0; n * n];
     factor.feedback.par_chunks_exact_mut(n).enumerate().for_each(|(j, row)| {
@@ -261,7 +303,7 @@ mod tests {
         let run = || {
             let mut h = Hessian::new(150);
             h.add(&x);
-            factorize(&h, &GptqConfig::default())
+            factorize(h.clone(), &GptqConfig::default())
         };
         let (one, two) = (with_threads(1, run), with_threads(2, run));
         assert_eq!(one.feedback, two.feedback);
@@ -287,7 +329,7 @@ mod tests {
         let dim = 40;
         let mut h = Hessian::new(dim);
         h.add(&correlated(200, dim, 4));
-        let f = factorize(&h, &GptqConfig::default());
+        let f = factorize(h.clone(), &GptqConfig::default());
         let (matrix, diagonal) = (h.normalized(), h.diagonal());
         let mean = diagonal.iter().sum::<f64>() / dim as f64;
         let unit = |i: usize, j: usize| if i == j { 1.0 } else { f64::from(f.feedback[j * dim + i]) };
@@ -307,13 +349,13 @@ mod tests {
     fn damping_escalates_until_the_factorization_succeeds() {
         // Eigenvalues 1 + 1.05 and 1 - 1.05: 0.01 is not enough, 0.1 is.
         let h = Hessian::from_matrix(2, vec![1.0, 1.05, 1.05, 1.0]);
-        let f = factorize(&h, &GptqConfig::default());
+        let f = factorize(h.clone(), &GptqConfig::default());
         assert_eq!((f.dampening_frac, f.fallback), (0.1, None));
         // Singular and without damping.
         let h = Hessian::from_matrix(2, vec![1.0; 4]);
-        let f = factorize(&h, &GptqConfig { dampening_frac: 0.0, ..Default::default() });
+        let f = factorize(h.clone(), &GptqConfig { dampening_frac: 0.0, ..Default::default() });
         assert_eq!((f.dampening_frac, f.fallback), (1e-3, None));
-        let f = factorize(&Hessian::from_matrix(2, vec![1.0, 5.0, 5.0, 1.0]), &GptqConfig::default());
+        let f = factorize(Hessian::from_matrix(2, vec![1.0, 5.0, 5.0, 1.0]), &GptqConfig::default());
         assert_eq!(f.dampening_frac, 1.0);
         assert!(f.fallback.unwrap().contains("no Cholesky factor"));
     }
@@ -321,8 +363,30 @@ mod tests {
     #[test]
     fn unusable_hessians_are_reported() {
         let mut h = Hessian::new(3);
-        assert!(factorize(&h, &GptqConfig::default()).fallback.unwrap().contains("zero"));
+        assert!(factorize(h.clone(), &GptqConfig::default()).fallback.unwrap().contains("zero"));
         h.add(&[1.0, f32::NAN, 2.0]);
-        assert!(factorize(&h, &GptqConfig::default()).fallback.unwrap().contains("not finite at [1, 0]"));
+        assert!(
+            factorize(h.clone(), &GptqConfig::default()).fallback.unwrap().contains("not finite at [1, 0]")
+        );
+    }
+
+    /// An attempt that fails leaves nothing behind: the next is as if it were the first.
+    #[test]
+    fn damping_is_raised_from_the_same_matrix() {
+        let n = 150;
+        let mut h = Hessian::new(n);
+        h.add(&correlated(90, n, 4)); // of rank 90
+        let mut h = h.into_normalized();
+        let mean = h.iter().step_by(n + 1).sum::<f64>() / n as f64;
+        h.iter_mut().step_by(n + 1).for_each(|v| *v -= 0.05 * mean);
+        for actorder in [false, true] {
+            let with = |dampening_frac| {
+                let cfg = GptqConfig { dampening_frac, actorder, ..Default::default() };
+                factorize(Hessian::from_matrix(n, h.clone()), &cfg)
+            };
+            let (raised, at_once) = (with(0.01), with(0.1));
+            assert_eq!((raised.dampening_frac, &raised.fallback), (0.1, &None));
+            assert!(raised.feedback == at_once.feedback && raised.pivots == at_once.pivots);
+        }
     }
 }

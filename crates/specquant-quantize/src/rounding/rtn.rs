@@ -95,7 +95,7 @@ mod tests {
         let w = gaussian(out * inp, 1);
         let mut hessian = Hessian::new(inp);
         hessian.add(&correlated(600, inp, 2));
-        let factor = factorize(&hessian, &GptqConfig::default());
+        let factor = factorize(hessian.clone(), &GptqConfig::default());
         let results = [Levels::Uniform, Levels::Gaussian].map(|levels| {
             let grid = Grid { levels, ..Grid::default() };
             let scales = weight_scales(&w, out, inp, &grid, &ClipSearch { norm: 2.0, ..Default::default() });

@@ -35,8 +35,11 @@ pub fn fit(mut h: Vec<f64>, n: usize, r: usize) -> Fit {
         reflect(&mut h, n, i, &v);
     }
     let kept = (0..r).map(|i| h[i * (n + 1)]).collect();
-    let rest = (r..n).flat_map(|row| h[row * n + r..(row + 1) * n].iter().copied()).collect();
-    Fit { vectors, kept, rest }
+    for row in r..n {
+        h.copy_within(row * n + r..(row + 1) * n, (row - r) * (n - r));
+    }
+    h.truncate((n - r) * (n - r));
+    Fit { vectors, kept, rest: h }
 }
 
 /// The leading eigenvector, about, of the block of h behind row and column `first`.

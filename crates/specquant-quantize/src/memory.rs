@@ -1,0 +1,162 @@
+//! Peak memory of a run, predicted: the largest of the moments at which much is held at once. docs/reliability.md compares it with measurements.
+
+use specquant_model::{BranchBasis, ModelConfig, Site};
+
+use crate::calibration::GENERATION_BATCH;
+use crate::learn::Learn;
+use crate::pipeline::BATCH_ROWS;
+use crate::plan::site_outputs;
+use crate::recipe::{Embeddings, Recipe, Rounding, Searched};
+
+/// Memory that does not depend on the model: code, tokenizer, allocator.
+const BASE_BYTES: usize = 100 << 20;
+
+/// Peak bytes. shapes: of one block's layers; block_bytes: of a quantized block; states: bytes of hidden states in memory.
+pub(crate) fn peak(
+    config: &ModelConfig,
+    recipe: &Recipe,
+    shapes: &[(String, [usize; 2])],
+    block_bytes: usize,
+    states: usize,
+) -> usize {
+    let moments = [
+        generation(config, recipe, shapes),
+        vocabulary(config, recipe),
+        block(config, recipe, shapes) + states,
+        tuning(config, recipe, shapes, block_bytes),
+    ];
+    let most = moments.into_iter().max().unwrap_or(0);
+    // The allocator holds on to some of what was freed.
+    BASE_BYTES + most + most / 20
+}
+
+/// f32 values of a row on its way through a block.
+fn wide(config: &ModelConfig) -> usize {
+    4 * config.hidden_size + 3 * config.intermediate_size + 3 * config.num_heads * config.head_dim
+}
+
+fn weights(shapes: &[(String, [usize; 2])]) -> usize {
+    shapes.iter().map(|(_, [out, inp])| out * inp).sum()
+}
+
+/// The model writes text.
+fn generation(config: &ModelConfig, recipe: &Recipe, shapes: &[(String, [usize; 2])]) -> usize {
+    if recipe.calibration.file.is_some() {
+        return 0;
+    }
+    let text = recipe.text();
+    let cached = GENERATION_BATCH.min(text.samples) * text.sequence_length;
+    let kv = 2 * config.num_layers * config.num_kv_heads * config.head_dim * cached;
+    // The model that writes is the source, tied as it is; and the head as it was read, while it is packed.
+    let copies = if config.tie_word_embeddings { 2 } else { 3 };
+    4 * (config.num_layers * weights(shapes) + copies * config.vocab_size * config.hidden_size) + 2 * kv
+}
+
+/// Embeddings and head on their way to the disk: as f32 and in 16 bits, or in 16 bits twice.
+fn vocabulary(config: &ModelConfig, recipe: &Recipe) -> usize {
+    let tied = config.tie_word_embeddings && recipe.rotate.is_none_or(|r| !r.residual);
+    let stored = if recipe.embeddings == Embeddings::Int8 { 1 } else { 2 };
+    config.vocab_size * config.hidden_size * (6 + if tied { 0 } else { stored })
+}
+
+/// A block is calibrated and quantized.
+fn block(config: &ModelConfig, recipe: &Recipe, shapes: &[(String, [usize; 2])]) -> usize {
+    let rows = recipe.calibration.samples * recipe.calibration.sequence_length;
+    let searched = rows.min(recipe.calibration.search_tokens);
+    let second_moments = recipe.needs_hessian();
+    let whole = 4 * weights(shapes);
+    let square = |site: Site| config.site_width(site).pow(2);
+    let hessian = |site: Site| if second_moments { 8 * square(site) } else { 0 };
+    let all_hessians: usize = Site::ALL.into_iter().map(hessian).sum();
+    // What a row leaves behind at every site, and what it takes on its way.
+    let kept = 4 * searched * Site::ALL.map(|site| config.site_width(site)).iter().sum::<usize>();
+    let observing = whole + all_hessians + kept + 4 * BATCH_ROWS.min(rows) * wide(config);
+
+    let of_site = |site: Site| 4 * site_outputs(shapes, site) * config.site_width(site);
+    let widest = |site: Site| {
+        let of = shapes.iter().filter(|(name, _)| site.layers().iter().any(|layer| name.ends_with(layer)));
+        of.map(|(_, [out, inp])| 4 * out * inp).max().unwrap_or(0)
+    };
+    // A layer that is rounded: what is left to round, its codes, and its two packed forms.
+    let rounding = |site: Site| 2 * widest(site);
+    let branch = |site: Site| {
+        let (outs, inp) = (site_outputs(shapes, site), config.site_width(site));
+        recipe.branch.as_ref().map_or(0, |b| {
+            of_site(site)
+                + match b.basis {
+                    // A fit in f64, of the layers of a site together; weighted, by a second moment that was scaled.
+                    BranchBasis::Svd => 8 * outs * inp,
+                    BranchBasis::Wsvd => 8 * inp * (outs + inp),
+                    // A transform without a fast form at run time is a matrix.
+                    BranchBasis::FourierTop => 4 * inp * inp,
+                    _ => 0,
+                }
+        })
+    };
+    // A trial of a migration strength: the site's layers scaled, one of them rounded, a branch.
+    let searches = recipe.smooth.is_some_and(|s| matches!(s.smoothing_strength, Searched::Search(_)));
+    let trial = |site: Site| {
+        let copied = if recipe.branch_needs_hessian() { hessian(site) } else { 0 };
+        whole + all_hessians + copied + of_site(site) + rounding(site) + branch(site)
+    };
+    let searching = Site::ALL.into_iter().map(|site| if searches { trial(site) } else { 0 }).max();
+
+    // Sites that are done hold codes and packed weights, and no second moment; the others wait as they are.
+    let (mut done, mut waiting, mut most) = (0, whole + all_hessians, 0);
+    for site in Site::ALL {
+        let gptq = matches!(recipe.rounding, Rounding::Gptq(_));
+        let kept = if recipe.branch.is_some() { hessian(site) } else { 0 };
+        // In the place of the second moment: its factor in f64, and half as much again.
+        let factor = if gptq { kept + 4 * square(site) } else { 0 };
+        let transformed = if recipe.input.is_some() { of_site(site) } else { 0 };
+        most = most.max(done + waiting + factor.max(transformed + rounding(site) + branch(site) + kept));
+        done += of_site(site) * 3 / 8;
+        waiting -= of_site(site) + hessian(site);
+    }
+    most.max(observing).max(searching.unwrap_or(0)) + learning(config, recipe, shapes)
+}
+
+/// Of a step of FlatQuant over the sequences of a batch: the weights transformed, rounded and the gradients of each; what a block's backward pass
+/// needs, the scores of attention among it.
+fn learning(config: &ModelConfig, recipe: &Recipe, shapes: &[(String, [usize; 2])]) -> usize {
+    let Some(Learn::FlatQuant(_)) = recipe.learn else { return 0 };
+    let (batch, length) = batch(recipe);
+    let scores = 3 * config.num_heads * length;
+    4 * (8 * weights(shapes) + batch * length * (8 * wide(config) + scores))
+}
+
+/// Sequences of a step of FlatQuant's learning, and the tokens of each.
+fn batch(recipe: &Recipe) -> (usize, usize) {
+    let longest = recipe.calibration.sequence_length;
+    #[cfg(feature = "learn")]
+    if let Some(Learn::FlatQuant(settings)) = &recipe.learn {
+        return (settings.batch_size.min(settings.samples), settings.sequence_length.min(longest));
+    }
+    (0, longest)
+}
+
+/// The quantized model and what is learned of it, with the moments of Adam; the heads: the source's, and ours as it was read, packed, and packed
+/// transposed; every block's input; logits; and one block at work, of the source or of the quantized model, with what its backward pass needs.
+fn tuning(
+    config: &ModelConfig,
+    recipe: &Recipe,
+    shapes: &[(String, [usize; 2])],
+    block_bytes: usize,
+) -> usize {
+    let Some(Learn::Tune(_)) = recipe.learn else { return 0 };
+    let keep = recipe.input.map_or(0, |input| input.keep);
+    let length = recipe.calibration.sequence_length;
+    let learned: usize = shapes.iter().map(|(_, [out, _])| out * (1 + keep)).sum();
+    let outs: usize = shapes.iter().map(|(_, [out, _])| out).sum();
+    let norms = config.norm_shapes().len();
+    let passed = length * ((6 + 2 * norms) * config.hidden_size + 4 * config.intermediate_size + 2 * outs)
+        + 4 * length * length * config.num_heads.min(rayon::current_num_threads());
+    let reading = weights(shapes) + BATCH_ROWS.max(length) * wide(config);
+    let all = config.num_layers * (7 * learned + length * config.hidden_size)
+        + 4 * config.vocab_size * config.hidden_size
+        + 2 * LOGIT_ROWS * config.vocab_size;
+    config.num_layers * block_bytes + 4 * (all + passed.max(reading))
+}
+
+/// Rows of logits that tuning has at a time, from either model.
+const LOGIT_ROWS: usize = 64;
