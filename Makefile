@@ -30,7 +30,7 @@ build: ## Build the release binary, target/release/specquant.
 model: ## Download the demo model into the cache (once) and print its path.
 	@$(FETCH)
 
-test: model lint ## All that CI runs: formatting, clippy, tests, documentation.
+test: model lint ## Formatting, clippy, tests, documentation: with `make arm` all that CI runs.
 	SPECQUANT_SMOLLM2="$$($(FETCH))" cargo test --workspace
 	cargo test -p specquant-eval --features hub --test parquet
 	$(MAKE) docs

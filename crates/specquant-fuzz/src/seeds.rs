@@ -229,8 +229,8 @@ const RECIPES: [&str; 9] = [
     "name = \"svdquant\"\n[smooth]\nsmoothing_strength = 0.5\n[branch]\nbasis = \"svd\"\nrank = 3\niterations = 3\n[rounding]\nkind = \"gptq\"\n",
     "name = \"matched\"\n[branch]\nbasis = \"rows\"\nrank = 1\noverhead = \"matched\"\n[rounding]\nkind = \"gptq\"\n",
     "name = \"quarot\"\n[rotate]\nkind = \"hadamard\"\nresidual = true\n[rounding]\nkind = \"gptq\"\n",
-    "name = \"spectral\"\nkv_center = true\nsearch_act_clip = true\n[scheme]\nweight_bits = 4\nact_bits = 4\nkv_bits = 4\nlevels = \"gaussian\"\n\
-     kv_intact = 4\n[rotate]\nkind = \"hadamard\"\nresidual = false\n[input]\nrotation = \"dct\"\nkeep = 4\n[rounding]\nkind = \"gptq\"\n",
+    "name = \"spectral\"\nembeddings = \"int8\"\nkv_center = true\nsearch_act_clip = true\n[scheme]\nweight_bits = 4\nact_bits = 4\nkv_bits = 4\nlevels = \"gaussian\"\n\
+     kv_intact = 4\n[rotate]\nkind = \"hadamard\"\nresidual = false\n[input]\nrotation = \"hadamard\"\nkeep = 4\n[rounding]\nkind = \"gptq\"\n",
 ];
 
 /// The directory of the model that recipes are tried on.

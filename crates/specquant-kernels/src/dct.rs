@@ -74,7 +74,7 @@ impl Dct {
     fn apply_with(&self, isa: Isa, x: &mut [f32], rows: usize) {
         assert_eq!(x.len(), rows * self.n, "cosine transform: x is not [{rows}, {}]", self.n);
         let task = |x: &mut [f32]| with_token!(isa, k => self.rows(k, x));
-        let at_once = (CHUNK / self.n).next_multiple_of(ROWS);
+        let at_once = (CHUNK / self.n).max(1).next_multiple_of(ROWS);
         for_each_chunk(x, at_once * self.n, |_, x| task(x));
     }
 

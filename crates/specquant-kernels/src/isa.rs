@@ -165,7 +165,7 @@ macro_rules! with_token {
 }
 pub(crate) use with_token;
 
-/// As [`with_token`] with the token of every instruction set, for integer products.
+/// As [`with_token`] with the token of every instruction set, for products with quantized weights and what limits them.
 macro_rules! with_every_token {
     ($isa:expr, $k:ident => $body:expr) => {{
         let isa = $isa;

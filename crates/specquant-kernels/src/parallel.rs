@@ -56,7 +56,7 @@ pub fn for_each_chunk<T: Send>(x: &mut [T], len: usize, task: impl Fn(usize, &mu
 /// As [`for_each_chunk`] for chunks of two slices that belong together, `a_len` elements of one and `b_len` of the other.
 ///
 /// # Panics
-/// If the slices do not have as many chunks as each other, and when a task does.
+/// If a length is 0 or the slices do not have as many chunks as each other, and when a task does.
 pub fn for_each_chunk_pair<A: Send, B: Send>(
     (a, a_len): (&mut [A], usize),
     (b, b_len): (&mut [B], usize),

@@ -20,7 +20,7 @@ pub enum DenseWeight {
     Mapped(MappedMatrix),
     /// Widened once.
     Owned(Vec<f32>),
-    /// Widened once and packed for products: what a model that runs for long has.
+    /// Packed once for products: what a model that runs for long has.
     Packed(PackedDense),
 }
 

@@ -4,8 +4,8 @@ use std::ops::Range;
 
 use specquant_kernels::PackedDense;
 
-use crate::stored_linear::StoredLinear;
-use crate::{Error, Levels, Result, Scheme, Source, TensorView};
+use crate::stored_linear::Reader;
+use crate::{Dtype, Error, Result, Source, TensorView};
 
 /// A matrix, `[rows, cols]`, widened to f32 where it is used.
 pub enum MappedMatrix {
@@ -20,28 +20,23 @@ pub enum MappedMatrix {
     },
 }
 
-/// The form of [`MappedMatrix::Int8`].
-const INT8_ROWS: Scheme = Scheme {
-    weight_bits: 8,
-    act_bits: 16,
-    kv_bits: 16,
-    levels: Levels::Uniform,
-    group_size: 0,
-    act_clip: 1.0,
-    kv_clip: None,
-    kv_intact: 0,
-};
-
 impl MappedMatrix {
     /// The embedding or head called `name`: int8 rows where there are any, a float type otherwise.
     ///
     /// # Errors
     /// When the tensor is missing or has another shape.
     pub fn read(source: &Source, name: &str, shape: [usize; 2]) -> Result<Self> {
-        let packed = format!("{name}.weight_packed");
-        if source.has(&packed) {
-            let StoredLinear { scales, .. } = StoredLinear::read(source, name, shape, 0, &INT8_ROWS, None)?;
-            return Ok(MappedMatrix::Int8 { codes: source.tensor(&packed)?, scales });
+        let reader = Reader { source, prefix: name };
+        if source.has(&reader.name("weight_packed")) {
+            let codes = reader.tensor("weight_packed")?;
+            reader.expect(&codes, "weight_packed", Dtype::I8, &shape)?;
+            let scales = reader.scales("weight_scale", [shape[0], 1])?;
+            if let Some(row) = scales.iter().position(|s| *s < 0.0 || !(128.0 * s).is_finite()) {
+                let why = format!("is {} in row {row}, where codes cannot stand for numbers", scales[row]);
+                return Err(reader.fail("weight_scale", why));
+            }
+            reader.branch(shape[0], None)?; // there is none, or it is refused
+            return Ok(MappedMatrix::Int8 { codes, scales });
         }
         let view = source.tensor(&format!("{name}.weight"))?;
         if view.shape != shape {

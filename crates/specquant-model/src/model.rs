@@ -260,7 +260,7 @@ impl Model {
         Ok(model)
     }
 
-    /// Widens every dense weight to f32 now instead of at each use, and packs it: faster for 4 bytes a weight.
+    /// Packs every dense weight now instead of widening it at each use: faster, for 4 bytes a weight while that is done, of int8 ones 1.
     ///
     /// # Errors
     /// When a weight is not finite.
@@ -273,6 +273,12 @@ impl Model {
     pub fn widened_bytes(&self) -> usize {
         let linears = self.blocks.iter().flat_map(|b| b.linears().map(|(_, l)| l)).chain([&self.head.linear]);
         let bytes = |l: &Linear| match l {
+            Linear::Dense(DenseLinear {
+                weight: DenseWeight::Mapped(MappedMatrix::Int8 { .. }),
+                out,
+                inp,
+                ..
+            }) => out * inp,
             Linear::Dense(d) => 4 * d.out * d.inp,
             Linear::Quantized(_) => 0,
         };

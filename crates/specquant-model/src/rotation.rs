@@ -5,7 +5,7 @@ use specquant_kernels::{Dct, Hadamard, Kronecker, Reflections, for_each_chunk, f
 
 use crate::{ModelConfig, Workspace};
 
-/// Values that go through all steps of an input's transform together: 256 KiB, which stay in a core's L2.
+/// Values that go through all steps of an input's transform together, but 16 rows at least: 256 KiB, which stay in a core's L2, as 16 rows of 11008 do.
 const BLOCK_VALUES: usize = 1 << 16;
 
 /// Kind of a rotation.
@@ -117,10 +117,10 @@ impl From<RotationKind> for InputRotation {
 /// coordinates whose first few carry most of the energy and are quantized to more bits than the others; or a learned matrix in place of both. The weights went
 /// through the same, or through the matrix's inverse transpose, so that nothing changes but the rounding.
 ///
-/// The rotation comes first because it then has the model's width, for which there is a fast one, and not that of what is not kept.
-///
 /// Without it those few directions would set the range, and so the step, of all others (ResQ, arXiv 2412.14363, which folds such a change of
 /// coordinates into the residual stream; here every input has its own, fitted behind its norm).
+///
+/// The rotation comes first because it then has the model's width, for which there is a fast one, and not that of what is not kept.
 #[derive(Debug, Clone)]
 pub struct InputTransform {
     /// What comes first.
@@ -219,13 +219,19 @@ pub struct SplitInput {
 }
 
 impl InputTransform {
-    /// A rotation, then the reflections, whose first coordinates are kept. norms: what the kept ones are divided by, `[r]`, positive.
+    /// A rotation, then the reflections, whose first coordinates are kept. norms: what the kept ones are divided by, `[r]`, positive. Where no Hadamard
+    /// matrix of this width is known, which would mix in blocks only, it is the cosine transform. (So another known order changes the format.)
     ///
     /// # Panics
     /// If there is not one norm for every reflection.
     pub fn new(reflections: Reflections, norms: Vec<f32>, rotation: RotationKind) -> Self {
         assert_eq!(norms.len(), reflections.len(), "a norm for every kept coordinate");
-        let mix = Mix::Rotation(Rotation::new(rotation, reflections.width()));
+        let n = reflections.width();
+        let rotation = match Rotation::new(rotation, n) {
+            Rotation::Hadamard(h) if h.block() < n => Rotation::new(RotationKind::Dct, n),
+            rotation => rotation,
+        };
+        let mix = Mix::Rotation(rotation);
         InputTransform { mix, reflections, norms }
     }
 
@@ -344,8 +350,10 @@ impl InputTransform {
     ) -> SplitInput {
         let (n, r) = (self.width(), self.kept());
         assert_eq!(x.len(), rows * n, "input transform: x is not [{rows}, {n}]");
-        let (mut kept, mut rest) = (workspace.take(rows * r), workspace.take(rows * (n - r)));
-        let block = (BLOCK_VALUES / n).next_multiple_of(16);
+        let mut kept = if r > 0 { workspace.take(rows * r) } else { Vec::new() };
+        let mut rest = workspace.take(rows * (n - r));
+        let share = rows.div_ceil(rayon::current_num_threads());
+        let block = (BLOCK_VALUES / n).min(share).max(1).next_multiple_of(16);
         if r == 0 {
             for_each_chunk(&mut rest, block * n, |i, rest| {
                 rest.copy_from_slice(&x[i * block * n..][..rest.len()]);
@@ -372,6 +380,26 @@ impl InputTransform {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn widths_that_are_large_or_have_no_hadamard_matrix() {
+        for (n, keep, cosine) in
+            [(70_000, 0, true), (70_000, 2, true), (1 << 17, 1, false), (13_696, 1, true), (4096, 32, false)]
+        {
+            let vectors = (0..keep * n).map(|i| (i % 7) as f32 - 3.0).collect();
+            let transform =
+                InputTransform::new(Reflections::new(n, vectors), vec![1.0; keep], RotationKind::Hadamard);
+            assert_eq!(matches!(transform.mix, Mix::Rotation(Rotation::Dct(_))), cosine, "{n}");
+            let x: Vec<f32> = (0..2 * n).map(|i| ((i * 7919) % 1009) as f32 / 504.5 - 1.0).collect();
+            let split = transform.apply(&x, 2);
+            assert_eq!((split.kept.len(), split.rest.len()), (2 * keep, 2 * (n - keep)));
+            // A row alone gives the same bits.
+            let alone = transform.apply(&x[n..], 1);
+            assert_eq!((&alone.kept[..], &alone.rest[..]), (&split.kept[keep..], &split.rest[n - keep..]));
+            let back = transform.undo(split, 2);
+            assert!(back.iter().zip(&x).all(|(a, b)| (a - b).abs() < 1e-4), "{n} {keep}");
+        }
+    }
 
     /// Whatever is kept and however the rest is rotated, inputs and weights that went through it multiply to what they did.
     #[test]

@@ -320,7 +320,7 @@ impl Reader<'_> {
         Err(self.fail(suffix, format!("is {got} {:?} instead of {want} {shape:?}", view.shape)))
     }
 
-    fn scales(&self, suffix: &str, shape: [usize; 2]) -> Result<Vec<f32>> {
+    pub(crate) fn scales(&self, suffix: &str, shape: [usize; 2]) -> Result<Vec<f32>> {
         let view = self.tensor(suffix)?;
         if view.shape != shape {
             return Err(self.fail(suffix, format!("has shape {:?} instead of {shape:?}", view.shape)));

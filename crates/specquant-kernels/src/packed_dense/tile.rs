@@ -109,11 +109,11 @@ pub(super) trait Tile: Copy + Sync {
     /// Heights that there is code for, the largest first; the last is 1.
     const HEIGHTS: [usize; 5];
 
-    /// Adds the product of `rows` (one of [`Tile::HEIGHTS`]) rows and `panels` panels (one or all of a tile's; of one row's a power of two) to
-    /// `y`, or writes it there.
+    /// Adds the product of some rows and panels to `y`, or writes it there.
     ///
     /// # Safety
-    /// `to` must be valid for reading and writing `rows` rows.
+    /// `to` must be valid for reading and writing `rows` rows. `rows` must be one of [`Tile::HEIGHTS`], and `panels` 1 or [`Tile::PANELS`], of one
+    /// row a power of two up to [`Tile::WIDE`].
     unsafe fn tile<W: Weight>(self, part: &Part<W>, rows: usize, panels: usize, to: Place);
 }
 
@@ -157,7 +157,7 @@ macro_rules! x86_tile {
                 let mut side = [0.0f32; 12 * 2 * PANEL];
                 let (to, ld) = if whole { (y, ldy) } else { (side.as_mut_ptr(), panels * PANEL) };
                 // SAFETY: the token proves the instruction set; `check` has proved x and w; y is the caller's, and the side has room for 12
-                // rows of two panels.
+                // rows of two panels, or one of eight.
                 unsafe {
                     if !whole && !part.begin {
                         (0..rows).for_each(|r| {
