@@ -19,6 +19,7 @@ const DECODED: usize = 32;
 #[derive(Debug, Clone, Serialize)]
 pub struct ModelRow {
     /// Where it lies.
+    #[serde(serialize_with = "file_name")]
     pub path: PathBuf,
     /// Its scheme, or f32.
     pub scheme: String,
@@ -28,6 +29,11 @@ pub struct ModelRow {
     pub prefill: Vec<(usize, f64)>,
     /// Sequences and tokens a second, of all together.
     pub decode: Vec<(usize, f64)>,
+}
+
+/// A result says which model it is of, not where that lies on somebody's machine.
+fn file_name<S: serde::Serializer>(path: &Path, to: S) -> std::result::Result<S::Ok, S::Error> {
+    to.serialize_str(&path.file_name().unwrap_or(path.as_os_str()).to_string_lossy())
 }
 
 pub(crate) fn measure(path: &Path, settings: &Settings) -> Result<ModelRow> {
