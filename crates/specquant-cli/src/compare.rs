@@ -72,17 +72,15 @@ fn names(paths: &[PathBuf]) -> Vec<String> {
     names
 }
 
-/// Quantizes the first model by the recipes, except where an earlier run has done so. spills: whether hidden states go to the disk, by recipe.
+/// Quantizes the first model by the recipes, each with whether hidden states go to the disk, except where an earlier run has done so.
 fn quantize_all(
     args: &CompareArgs,
-    spills: &[bool],
+    recipes: &[(q::Recipe, bool)],
     source: &Source,
     source_sha256: &str,
 ) -> anyhow::Result<Vec<PathBuf>> {
-    let recipes = args.recipes.iter().map(|name| quantize::recipe(name, &args.overrides));
-    let recipes = recipes.collect::<anyhow::Result<Vec<_>>>()?;
-    for (i, recipe) in recipes.iter().enumerate() {
-        let twice = recipes[..i].iter().any(|r| sanitized(&r.name) == sanitized(&recipe.name));
+    for (i, (recipe, _)) in recipes.iter().enumerate() {
+        let twice = recipes[..i].iter().any(|(r, _)| sanitized(&r.name) == sanitized(&recipe.name));
         anyhow::ensure!(
             !twice,
             "--recipes: two of them are called {:?}; give each a name of its own",
@@ -91,7 +89,7 @@ fn quantize_all(
     }
     let dir = args.output.join(CHECKPOINTS);
     let mut paths = Vec::new();
-    for (recipe, &spill) in recipes.iter().zip(spills) {
+    for (recipe, spill) in recipes {
         let path = dir.join(sanitized(&recipe.name));
         let calibration = recipe.calibration.file.as_ref().map(|file| -> anyhow::Result<String> {
             let text = read_text(file).map_err(anyhow::Error::msg);
@@ -117,8 +115,11 @@ fn quantize_all(
             fs::create_dir_all(&dir).with_context(|| format!("cannot create {}", dir.display()))?;
             // Before the checkpoint, which then is never there without it.
             write_whole(&record, |file| writeln!(file, "{identity:#}"))?;
-            let destination =
-                q::Destination { unfinished: q::Unfinished::Resume, spill, ..q::Destination::new(&path) };
+            let destination = q::Destination {
+                unfinished: q::Unfinished::Resume,
+                spill: *spill,
+                ..q::Destination::new(&path)
+            };
             quantize::quantize(source, recipe, &destination, args.json)?;
         }
         paths.push(path);
@@ -279,18 +280,18 @@ pub fn run(args: CompareArgs) -> anyhow::Result<ExitCode> {
     let data = if args.tasks.data.is_some() { tasks::read(&args.tasks)? } else { Vec::new() };
     let text = args.text.text.as_ref().map(|_| eval::read(&args.text)).transpose()?;
     let first = Source::open(&args.models[0])?;
-    let mut spills = Vec::new();
+    let mut recipes = Vec::new();
     for recipe in &args.recipes {
         let recipe = quantize::recipe(recipe, &args.overrides)?;
         let plan = quantize::check_resources(&first, &recipe, &args.output, args.ignore_memory, false)?;
-        spills.push(plan.spill);
+        recipes.push((recipe, plan.spill));
     }
     for model in &args.models[1..] {
         Source::open(model)?;
     }
     let _claim = claim_directory(&args.output, MARK, "comparison", args.resume)?;
     let mut paths = args.models.clone();
-    paths.extend(quantize_all(&args, &spills, &first, &first.fingerprint()?)?);
+    paths.extend(quantize_all(&args, &recipes, &first, &first.fingerprint()?)?);
     let mut entries: Vec<Entry> = Vec::new();
     for (name, path) in names(&paths).into_iter().zip(paths) {
         let model = name.clone();

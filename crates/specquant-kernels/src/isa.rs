@@ -170,9 +170,9 @@ macro_rules! with_every_token {
     ($isa:expr, $k:ident => $body:expr) => {{
         let isa = $isa;
         #[cfg(target_arch = "x86_64")]
-        let own = $crate::isa::AvxVnni::new().filter(|_| isa == $crate::Isa::AvxVnni);
+        let own = if isa == $crate::Isa::AvxVnni { $crate::isa::AvxVnni::new() } else { None };
         #[cfg(target_arch = "aarch64")]
-        let own = $crate::isa::NeonDot::new().filter(|_| isa == $crate::Isa::NeonDot);
+        let own = if isa == $crate::Isa::NeonDot { $crate::isa::NeonDot::new() } else { None };
         #[cfg(not(any(target_arch = "x86_64", target_arch = "aarch64")))]
         let own = None::<$crate::isa::Scalar>;
         if let Some($k) = own { $body } else { $crate::isa::with_token!(isa, $k => $body) }
