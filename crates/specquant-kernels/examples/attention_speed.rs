@@ -39,6 +39,7 @@ fn main() {
         KvFormat::F16,
         KvFormat::Int { bits: 8, clip: 1.0, intact: 0 },
         KvFormat::Int { bits: 4, clip: 1.0, intact: 0 },
+        KvFormat::Gaussian { intact: 4 },
     ] {
         let mut cache = KvCache::new(format, kv_heads, d);
         let append = best(5, || {
@@ -47,14 +48,20 @@ fn main() {
         });
         let prefill = best(7, || attention(&q, len, heads, &cache, 0.125, None, &mut out));
         let step = heads * d;
-        let decode = best(50, || attention(&q[..step], 1, heads, &cache, 0.125, None, &mut out[..step]));
+        let mut decode = |len: usize| {
+            let mut cache = KvCache::new(format, kv_heads, d);
+            cache.append(&k[..len * kv_heads * d], &v[..len * kv_heads * d]);
+            best(200, || attention(&q[..step], 1, heads, &cache, 0.125, None, &mut out[..step])) * 1e6
+        };
+        let decode = [300, 2048].map(&mut decode);
         let flops = 4.0 * (heads * d * len * (len + 1) / 2) as f64;
         println!(
-            "attention {format:?}, {len} tokens: append {:.2} ms, prefill {:.1} ms ({:.1} GFLOP/s), decode {:.3} ms",
+            "attention {format:?}, {len} tokens: append {:.2} ms, prefill {:.1} ms ({:.1} GFLOP/s), decode {:.0} µs, after 300 tokens {:.0} µs",
             append * 1e3,
             prefill * 1e3,
             flops / prefill / 1e9,
-            decode * 1e3
+            decode[1],
+            decode[0]
         );
     }
     let (k, n) = (576, 1536);

@@ -4,10 +4,13 @@
 //! sum of exponentials and the unnormalized output (Dao et al., FlashAttention, arXiv 2205.14135, Algorithm 1). The query heads
 //! that share a kv head are rows of one tile, so that a tile of the cache is widened to f32 once for all of them.
 
-use crate::ops::{exp, exp_sum_body, fold, max_body, twin};
+mod rows;
+
+use crate::ops::{exp, exp_sum_body, max_body, twin};
 use crate::packed_dense::{tile_nn_add, tile_nt};
 use crate::parallel::{Shared, for_each_chunk, for_each_index};
-use crate::{KvCache, KvSide};
+use crate::{Isa, KvCache, KvSide};
+use rows::{add_values, dot_rows};
 use std::ops::Range;
 
 /// Rows (queries times the heads of a group) of one task: tiles of this many rows and [`KEYS`] keys stay in the L2 cache.
@@ -137,6 +140,7 @@ impl Job<'_> {
 
     fn decode_range(&self, q: &[f32], head: usize, keys: Range<usize>) -> State {
         let d = self.cache.head_dim();
+        let isa = Isa::active();
         let mut state = State::new(self.group, d);
         let mut scores = vec![0.0; self.group * KEYS];
         let (mut kbuf, mut vbuf) = (Vec::new(), Vec::new());
@@ -144,11 +148,11 @@ impl Job<'_> {
             let keys = from..(from + KEYS).min(keys.end);
             let scores = &mut scores[..self.group * keys.len()];
             let k = self.cache.tile(KvSide::Keys, head, keys.clone(), &mut kbuf);
-            dot_rows(q, k, scores, d);
+            dot_rows(isa, q, k, scores, d);
             // Every key of the range is visible: the window was cut before.
             absorb(scores, keys.len(), from, self.cache.len() - 1, self.group, usize::MAX, &mut state);
             let v = self.cache.tile(KvSide::Values, head, keys, &mut vbuf);
-            add_values(scores, v, &mut state.out, d);
+            add_values(isa, scores, v, &mut state.out, d);
         }
         state
     }
@@ -230,82 +234,6 @@ twin! {
         scores: &mut [f32], n: usize, from: usize, position: usize, group: usize, window: usize, state: &mut State,
     )
 }
-
-/// scores [rows of q, rows of k] = q · kᵀ.
-#[inline(always)]
-fn dot_rows_body(q: &[f32], k: &[f32], scores: &mut [f32], d: usize) {
-    let n = k.len() / d;
-    for (q, scores) in q.chunks_exact(d).zip(scores.chunks_exact_mut(n)) {
-        // Four keys together: sums across lanes cost more than the products, and four take little longer than one.
-        let (fours, rest) = scores.as_chunks_mut::<4>();
-        let mut keys = k.chunks_exact(d);
-        for scores in fours {
-            let mut lanes = [[0.0f32; 16]; 4];
-            // Loops: a closure that is passed on would not be compiled for the instruction set.
-            for (lanes, k) in lanes.iter_mut().zip(&mut keys) {
-                *lanes = dot_lanes(q, k);
-            }
-            // As `fold` adds them.
-            for width in [8, 4, 2, 1] {
-                for lanes in &mut lanes {
-                    for l in 0..width {
-                        lanes[l] += lanes[l + width];
-                    }
-                }
-            }
-            for i in 0..4 {
-                scores[i] = lanes[i][0];
-            }
-        }
-        for (k, score) in keys.zip(rest) {
-            *score = fold(dot_lanes(q, k));
-        }
-    }
-}
-
-/// Products of two vectors, added up by lanes.
-#[inline(always)]
-fn dot_lanes(q: &[f32], k: &[f32]) -> [f32; 16] {
-    let mut lanes = [0.0f32; 16];
-    let ((qs, q_rest), (ks, k_rest)) = (q.as_chunks::<16>(), k.as_chunks::<16>());
-    for (l, (q, k)) in q_rest.iter().zip(k_rest).enumerate() {
-        lanes[l] = q * k;
-    }
-    for (q, k) in qs.iter().zip(ks) {
-        for l in 0..16 {
-            lanes[l] = q[l].mul_add(k[l], lanes[l]);
-        }
-    }
-    lanes
-}
-
-twin! { fn dot_rows = dot_rows_body(q: &[f32], k: &[f32], scores: &mut [f32], d: usize) }
-
-/// out [rows, d] += p [rows, n] · v [n, d], four values at a time.
-#[inline(always)]
-fn add_values_body(p: &[f32], v: &[f32], out: &mut [f32], d: usize) {
-    let n = v.len() / d;
-    for (p, out) in p.chunks_exact(n).zip(out.chunks_exact_mut(d)) {
-        for (p, v) in p.chunks(4).zip(v.chunks(4 * d)) {
-            if let [p0, p1, p2, p3] = *p {
-                let (v01, v23) = v.split_at(2 * d);
-                let ((v0, v1), (v2, v3)) = (v01.split_at(d), v23.split_at(d));
-                for i in 0..d {
-                    let a = p0.mul_add(v0[i], out[i]);
-                    out[i] = p3.mul_add(v3[i], p2.mul_add(v2[i], p1.mul_add(v1[i], a)));
-                }
-            } else {
-                for (p, v) in p.iter().zip(v.chunks_exact(d)) {
-                    for i in 0..d {
-                        out[i] = p.mul_add(v[i], out[i]);
-                    }
-                }
-            }
-        }
-    }
-}
-
-twin! { fn add_values = add_values_body(p: &[f32], v: &[f32], out: &mut [f32], d: usize) }
 
 #[cfg(test)]
 mod tests {
@@ -453,18 +381,14 @@ mod tests {
     #[test]
     fn twins_agree_bit_for_bit() {
         let (rows, n, d) = (6, 45, 19);
-        let (q, k) = (noise(rows * d, 1), noise(n * d, 2));
-        let (mut a, mut b) = (vec![0.0; rows * n], vec![0.0; rows * n]);
-        dot_rows(&q, &k, &mut a, d);
-        dot_rows_body(&q, &k, &mut b, d);
-        assert_eq!(a, b);
+        let scores = noise(rows * n, 1);
+        let (mut a, mut b) = (scores.clone(), scores);
         let (mut s1, mut s2) = (State::new(rows, d), State::new(rows, d));
+        s1.out.copy_from_slice(&noise(rows * d, 2));
+        s2.out.copy_from_slice(&s1.out);
         absorb(&mut a, n, 10, 30, 2, 15, &mut s1);
         absorb_body(&mut b, n, 10, 30, 2, 15, &mut s2);
-        assert_eq!((&a, &s1.max, &s1.sum), (&b, &s2.max, &s2.sum));
-        add_values(&a, &k, &mut s1.out, d);
-        add_values_body(&b, &k, &mut s2.out, d);
-        assert_eq!(s1.out, s2.out);
+        assert_eq!((&a, &s1.max, &s1.sum, &s1.out), (&b, &s2.max, &s2.sum, &s2.out));
     }
 
     #[test]

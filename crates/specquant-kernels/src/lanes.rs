@@ -3,6 +3,9 @@
 use crate::isa::Scalar;
 #[cfg(target_arch = "x86_64")]
 use crate::isa::{Avx2, Avx512Vnni};
+use crate::ops::fold;
+#[cfg(target_arch = "x86_64")]
+use std::arch::x86_64::*;
 
 /// Arithmetic on vectors of N floats. Each operation is exact or rounds once: all implementations give the same bits.
 pub(crate) trait Lanes<const N: usize>: Copy {
@@ -17,6 +20,26 @@ pub(crate) trait Lanes<const N: usize>: Copy {
     fn scale(self, v: Self::V, factor: f32) -> Self::V;
     /// v + x · factor.
     fn add_scaled(self, v: Self::V, x: Self::V, factor: f32) -> Self::V;
+}
+
+/// What sums of products need besides.
+pub(crate) trait Fold<const N: usize>: Lanes<N> {
+    /// a · b + v.
+    fn mul_add(self, a: Self::V, b: Self::V, v: Self::V) -> Self::V;
+    /// The sum across the lanes of each, as [`fold`] adds them.
+    fn fold_four(self, v: [Self::V; 4]) -> [f32; 4];
+}
+
+impl Fold<16> for Scalar {
+    #[inline(always)]
+    fn mul_add(self, a: Self::V, b: Self::V, v: Self::V) -> Self::V {
+        std::array::from_fn(|l| a[l].mul_add(b[l], v[l]))
+    }
+
+    #[inline(always)]
+    fn fold_four(self, v: [Self::V; 4]) -> [f32; 4] {
+        v.map(fold)
+    }
 }
 
 /// Any number of them; one at a time, where there are too few side by side.
@@ -131,3 +154,55 @@ x86_lanes!(
     Avx512Vnni, 16, __m512 x 1, _mm512_setzero_ps, _mm512_loadu_ps, _mm512_storeu_ps, _mm512_add_ps, _mm512_sub_ps,
     _mm512_mul_ps, _mm512_set1_ps, _mm512_fmadd_ps
 );
+
+/// The sums across the lanes of four vectors of eight, each in the order of [`fold`]: halves, then halves of those.
+#[cfg(target_arch = "x86_64")]
+#[inline(always)]
+fn fold_eights([a, b, c, d]: [__m256; 4]) -> [f32; 4] {
+    let mut sums = [0.0; 4];
+    // SAFETY: only called with the token of an instruction set that has AVX2; the array holds four floats.
+    unsafe {
+        let halves = |v: __m256| _mm_add_ps(_mm256_castps256_ps128(v), _mm256_extractf128_ps::<1>(v));
+        let [a, b, c, d] = [halves(a), halves(b), halves(c), halves(d)];
+        // [a0 + a2, a1 + a3, b0 + b2, b1 + b3], and of c and d.
+        let ab = _mm_add_ps(_mm_movelh_ps(a, b), _mm_movehl_ps(b, a));
+        let cd = _mm_add_ps(_mm_movelh_ps(c, d), _mm_movehl_ps(d, c));
+        let even = _mm_shuffle_ps::<0b10_00_10_00>(ab, cd);
+        let odd = _mm_shuffle_ps::<0b11_01_11_01>(ab, cd);
+        _mm_storeu_ps(sums.as_mut_ptr(), _mm_add_ps(even, odd));
+    }
+    sums
+}
+
+#[cfg(target_arch = "x86_64")]
+impl Fold<16> for Avx2 {
+    #[inline(always)]
+    fn mul_add(self, a: Self::V, b: Self::V, v: Self::V) -> Self::V {
+        // SAFETY: the token proves FMA.
+        std::array::from_fn(|i| unsafe { _mm256_fmadd_ps(a[i], b[i], v[i]) })
+    }
+
+    #[inline(always)]
+    fn fold_four(self, v: [Self::V; 4]) -> [f32; 4] {
+        // SAFETY: the token proves AVX2.
+        fold_eights(v.map(|[low, high]| unsafe { _mm256_add_ps(low, high) }))
+    }
+}
+
+#[cfg(target_arch = "x86_64")]
+impl Fold<16> for Avx512Vnni {
+    #[inline(always)]
+    fn mul_add(self, [a]: Self::V, [b]: Self::V, [v]: Self::V) -> Self::V {
+        // SAFETY: the token proves AVX-512.
+        [unsafe { _mm512_fmadd_ps(a, b, v) }]
+    }
+
+    #[inline(always)]
+    fn fold_four(self, v: [Self::V; 4]) -> [f32; 4] {
+        // SAFETY: the token proves AVX-512 F and DQ.
+        let halves = |[v]: Self::V| unsafe {
+            _mm256_add_ps(_mm512_castps512_ps256(v), _mm512_extractf32x8_ps::<1>(v))
+        };
+        fold_eights(v.map(halves))
+    }
+}
