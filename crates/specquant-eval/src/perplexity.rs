@@ -221,14 +221,13 @@ fn run(
     let (mut window_nll, mut window_tokens) = (Vec::new(), Vec::new());
     let mut tokens: Vec<Vec<Token>> = Vec::new();
     for (i, window) in windows.iter().enumerate() {
-        let mut hidden = model.hidden(&mut [(&mut model.sequence(), &window.ids)])?;
+        let hidden = model.hidden(&mut [(&mut model.sequence(), &window.ids)])?;
         // Row t predicts token t + 1.
-        hidden.truncate((window.ids.len() - 1) * width);
-        let hidden = hidden.split_off((window.first - 1) * width);
+        let hidden = &hidden[(window.first - 1) * width..(window.ids.len() - 1) * width];
         let targets = &window.ids[window.first..];
         let scored = match reference {
-            None => model.map_logits(&hidden, |row, logits| Token::new(targets[row], logits))?,
-            Some(reference) => score_both(model, &hidden, reference, &reference.hidden[i], targets)?,
+            None => model.map_logits(hidden, |row, logits| Token::new(targets[row], logits))?,
+            Some(reference) => score_both(model, hidden, reference, &reference.hidden[i], targets)?,
         };
         if !scored.iter().all(|t| t.nll.is_finite() && t.kl.is_finite()) {
             return Err(Error::NotFinite { place: format!("window {i}") });
@@ -239,7 +238,7 @@ fn run(
             tokens.push(scored);
         }
         if let Some(keep) = &mut keep {
-            keep.push(hidden);
+            keep.push(hidden.to_vec());
         }
         progress(i + 1, windows.len(), weighted(&window_nll, &window_tokens).mean.exp());
     }

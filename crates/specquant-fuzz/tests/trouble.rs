@@ -57,8 +57,11 @@ fn quantize(source: &Path, recipe: &Recipe, texts: &[Vec<u32>], out: &Path) -> R
 /// Logits after each of the texts.
 fn logits(model: &Path) -> Result<Vec<f32>, String> {
     let model = Model::open(model).map_err(|e| e.to_string())?;
-    let next = |ids: &Vec<u32>| model.next_logits(&mut [(&mut model.sequence(), ids)]);
-    Ok(texts().iter().map(next).collect::<Result<Vec<_>, _>>().map_err(|e| e.to_string())?.concat())
+    let next = |ids: &Vec<u32>| {
+        let logits = model.next_logits(&mut [(&mut model.sequence(), ids)]);
+        logits.map(|logits| logits.into_vec()).map_err(|e| e.to_string())
+    };
+    Ok(texts().iter().map(next).collect::<Result<Vec<_>, _>>()?.concat())
 }
 
 fn relative(got: &[f32], want: &[f32]) -> f64 {

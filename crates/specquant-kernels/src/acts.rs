@@ -12,12 +12,12 @@
 //! with rounding half to even: QuaRot's `ActQuantizer` (`quant_utils.py`: `find_params`, `asym_quant`), which SpinQuant shares.
 //! Deviation: where QuaRot replaces the range of an all-zero token by [−1, 1], the scale has a lower bound; both give zeros.
 
-use crate::Isa;
 #[cfg(target_arch = "x86_64")]
 use crate::isa::{Avx2, Avx512Vnni};
 use crate::isa::{Scalar, with_token};
 use crate::parallel::{Shared, for_each_chunk};
 use crate::weights::nearest_levels;
+use crate::{Buffer, Isa};
 
 /// Lower bound of a token's scale, so that an all-zero token quantizes to zeros instead of dividing by zero.
 pub const MIN_SCALE: f32 = 1e-20;
@@ -37,11 +37,11 @@ pub struct QuantizedActs {
     /// Bit width, 2 to 8.
     pub bits: u8,
     /// `[rows, stride]`, each in 0..2^bits.
-    pub codes: Vec<u8>,
+    pub codes: Buffer<u8>,
     /// `[rows]`: value of one step.
-    pub scale: Vec<f32>,
+    pub scale: Buffer<f32>,
     /// `[rows]`: code of the value 0.
-    pub zero: Vec<i32>,
+    pub zero: Buffer<i32>,
 }
 
 impl QuantizedActs {
@@ -136,9 +136,9 @@ fn quantize(
         cols,
         stride,
         bits,
-        codes: vec![0; rows * stride],
-        scale: vec![0.; rows],
-        zero: vec![0; rows],
+        codes: Buffer::new(rows * stride),
+        scale: Buffer::zeros(rows),
+        zero: Buffer::zeros(rows),
     };
     if cols == 0 {
         return a;
@@ -148,6 +148,7 @@ fn quantize(
     with_token!(isa, k => for_each_chunk(&mut a.codes, at_once * stride, |i, codes| {
         for (codes, t) in codes.chunks_exact_mut(stride).zip(i * at_once..) {
             let (scale, zero) = token(&k, &x[t * cols..][..cols], &mut codes[..cols]);
+            codes[cols..].fill(0);
             // SAFETY: there are as many as tokens, and this task alone has token t.
             unsafe {
                 *scales.get().add(t) = scale;
@@ -339,7 +340,7 @@ mod tests {
                 }
             }
         }
-        assert_eq!(quantize_acts_gaussian(&[0.0; 8], 1, 8, 1.0).scale, [MIN_SCALE]);
+        assert_eq!(quantize_acts_gaussian(&[0.0; 8], 1, 8, 1.0).scale[..], [MIN_SCALE]);
     }
 
     /// Less error for Gaussian values, both at their best clip.

@@ -8,8 +8,8 @@ mod rows;
 
 use crate::ops::{exp, exp_sum_body, max_body, twin};
 use crate::packed_dense::{tile_nn_add, tile_nt};
-use crate::parallel::{Shared, for_each_chunk, for_each_index};
-use crate::{Isa, KvCache, KvSide};
+use crate::parallel::{Shared, for_each_chunk_pair, for_each_index};
+use crate::{Buffer, Isa, KvCache, KvSide};
 use rows::{add_values, dot_rows};
 use std::ops::Range;
 
@@ -85,16 +85,18 @@ struct Job<'a> {
 
 impl Job<'_> {
     /// Attention of a block of queries (the first at `position`) of one group: [queries, group, head_dim].
-    fn block(&self, q: &[f32], width: usize, head: usize, position: usize) -> Vec<f32> {
+    fn block(&self, q: &[f32], width: usize, head: usize, position: usize) -> Buffer<f32> {
         let d = self.cache.head_dim();
         let part = self.group * d;
         let tokens = q.chunks_exact(width).map(|token| &token[head * part..][..part]);
-        let q: Vec<f32> = tokens.flatten().map(|v| v * self.scale).collect();
-        let rows = q.len() / d;
+        let rows = tokens.len() * self.group;
+        let mut q = Buffer::new(rows * d);
+        q.iter_mut().zip(tokens.flatten()).for_each(|(to, v)| *to = v * self.scale);
         let end = position + rows / self.group;
-        let mut state = State::new(rows, d);
-        let mut scores = vec![0.0; rows * KEYS];
-        let (mut kbuf, mut vbuf, mut packed) = (Vec::new(), Vec::new(), Vec::new());
+        let (mut out, mut sums) = (Buffer::new(rows * d), Buffer::new(2 * rows));
+        let mut state = State::new(&mut out, &mut sums);
+        let mut scores = Buffer::new(rows * KEYS);
+        let [mut kbuf, mut vbuf] = [(); 2].map(|()| Buffer::new(KEYS * d));
         // Tiles start at multiples of KEYS; the first is the one of the first key that the first query sees.
         let mut from = (position + 1).saturating_sub(self.window) / KEYS * KEYS;
         while from < end {
@@ -102,13 +104,14 @@ impl Job<'_> {
             let n = keys.len();
             let scores = &mut scores[..rows * n];
             let k = self.cache.tile(KvSide::Keys, head, keys.clone(), &mut kbuf);
-            tile_nt(&q, k, scores, rows, d, n, &mut packed);
+            tile_nt(&q, k, scores, rows, d, n);
             absorb(scores, n, from, position, self.group, self.window, &mut state);
             let v = self.cache.tile(KvSide::Values, head, keys, &mut vbuf);
-            tile_nn_add(scores, v, &mut state.out, rows, n, d, &mut packed);
+            tile_nn_add(scores, v, state.out, rows, n, d);
             from += KEYS;
         }
-        state.finish(d)
+        state.finish();
+        out
     }
 
     /// Attention of the last token alone: dot products, in parallel over kv heads and fixed ranges of keys.
@@ -117,33 +120,42 @@ impl Job<'_> {
         let part = self.group * d;
         let first = len.saturating_sub(self.window);
         let ranges = (len - first).div_ceil(DECODE_KEYS);
-        let q: Vec<f32> = q.iter().map(|v| v * self.scale).collect();
-        let task = |i: usize| {
+        let mut scaled = Buffer::from(q);
+        scaled.iter_mut().for_each(|v| *v *= self.scale);
+        let task = |i: usize, state: State| {
             let (head, from) = (i / ranges, first + i % ranges * DECODE_KEYS);
-            self.decode_range(&q[head * part..][..part], head, from..(from + DECODE_KEYS).min(len))
+            self.decode_range(
+                &scaled[head * part..][..part],
+                head,
+                from..(from + DECODE_KEYS).min(len),
+                state,
+            );
         };
         let tasks = self.cache.kv_heads() * ranges;
-        let mut parts: Vec<State> = (0..tasks).map(|_| State::new(self.group, d)).collect();
+        let (mut parts, mut sums) = (Buffer::new(tasks * part), Buffer::new(tasks * 2 * self.group));
         let few = (len - first) * 2 * self.cache.kv_heads() * d < FEW_VALUES;
         let at_once = if few { tasks } else { 1 };
-        for_each_chunk(&mut parts, at_once, |first, parts| {
-            parts.iter_mut().zip(first * at_once..).for_each(|(part, i)| *part = task(i));
+        let chunks = [part, 2 * self.group].map(|len| at_once * len);
+        for_each_chunk_pair((&mut parts, chunks[0]), (&mut sums, chunks[1]), |i, parts, sums| {
+            let states = parts.chunks_exact_mut(part).zip(sums.chunks_exact_mut(2 * self.group));
+            states.zip(i * at_once..).for_each(|((out, sums), i)| task(i, State::new(out, sums)));
         });
-        for (out, parts) in out.chunks_exact_mut(part).zip(parts.chunks_exact(ranges)) {
-            let mut whole = State::new(self.group, d);
-            for part in parts {
-                whole.merge(part, d);
-            }
-            out.copy_from_slice(&whole.finish(d));
+        let parts = parts.chunks_exact_mut(ranges * part).zip(sums.chunks_exact_mut(ranges * 2 * self.group));
+        for (out, (parts, sums)) in out.chunks_exact_mut(part).zip(parts) {
+            let mut states = parts.chunks_exact_mut(part).zip(sums.chunks_exact_mut(2 * self.group));
+            let mut states = states.by_ref().map(|(out, sums)| State::of(out, sums));
+            let Some(mut whole) = states.next() else { continue };
+            states.for_each(|part| whole.merge(&part));
+            whole.finish();
+            out.copy_from_slice(whole.out);
         }
     }
 
-    fn decode_range(&self, q: &[f32], head: usize, keys: Range<usize>) -> State {
+    fn decode_range(&self, q: &[f32], head: usize, keys: Range<usize>, mut state: State) {
         let d = self.cache.head_dim();
         let isa = Isa::active();
-        let mut state = State::new(self.group, d);
-        let mut scores = vec![0.0; self.group * KEYS];
-        let (mut kbuf, mut vbuf) = (Vec::new(), Vec::new());
+        let mut scores = Buffer::new(self.group * KEYS);
+        let [mut kbuf, mut vbuf] = [(); 2].map(|()| Buffer::new(KEYS * d));
         for from in keys.clone().step_by(KEYS) {
             let keys = from..(from + KEYS).min(keys.end);
             let scores = &mut scores[..self.group * keys.len()];
@@ -152,35 +164,46 @@ impl Job<'_> {
             // Every key of the range is visible: the window was cut before.
             absorb(scores, keys.len(), from, self.cache.len() - 1, self.group, usize::MAX, &mut state);
             let v = self.cache.tile(KvSide::Values, head, keys, &mut vbuf);
-            add_values(isa, scores, v, &mut state.out, d);
+            add_values(isa, scores, v, state.out, d);
         }
-        state
     }
 }
 
 /// The running softmax of some query rows.
-struct State {
-    max: Vec<f32>,
-    sum: Vec<f32>,
+struct State<'a> {
+    max: &'a mut [f32],
+    sum: &'a mut [f32],
     /// Unnormalized output, [rows, head_dim].
-    out: Vec<f32>,
+    out: &'a mut [f32],
 }
 
-impl State {
-    fn new(rows: usize, d: usize) -> Self {
-        Self { max: vec![f32::NEG_INFINITY; rows], sum: vec![0.0; rows], out: vec![0.0; rows * d] }
+impl<'a> State<'a> {
+    /// Of no key. out: [rows, head_dim]; sums: [2, rows]; both overwritten.
+    fn new(out: &'a mut [f32], sums: &'a mut [f32]) -> Self {
+        let state = State::of(out, sums);
+        state.max.fill(f32::NEG_INFINITY);
+        state.sum.fill(0.0);
+        state.out.fill(0.0);
+        state
     }
 
-    fn finish(mut self, d: usize) -> Vec<f32> {
-        for (out, sum) in self.out.chunks_exact_mut(d).zip(&self.sum) {
+    /// What another has left.
+    fn of(out: &'a mut [f32], sums: &'a mut [f32]) -> Self {
+        let (max, sum) = sums.split_at_mut(sums.len() / 2);
+        State { max, sum, out }
+    }
+
+    fn finish(&mut self) {
+        let d = self.out.len() / self.max.len();
+        for (out, sum) in self.out.chunks_exact_mut(d).zip(&*self.sum) {
             let inverse = 1.0 / sum;
             out.iter_mut().for_each(|v| *v *= inverse);
         }
-        self.out
     }
 
     /// Adds the state of the same rows over other keys.
-    fn merge(&mut self, other: &State, d: usize) {
+    fn merge(&mut self, other: &State) {
+        let d = self.out.len() / self.max.len();
         for r in 0..self.max.len() {
             let max = if other.max[r] > self.max[r] { other.max[r] } else { self.max[r] };
             let (a, b) = (exp(self.max[r] - max), exp(other.max[r] - max));
@@ -251,7 +274,7 @@ mod tests {
         window: Option<usize>,
     ) -> Vec<f64> {
         let (d, group, len) = (cache.head_dim(), heads / cache.kv_heads(), cache.len());
-        let (mut kb, mut vb) = (Vec::new(), Vec::new());
+        let [mut kb, mut vb] = [(); 2].map(|()| vec![0.0; len * d]);
         let mut out = vec![0.0; q.len()];
         for h in 0..heads {
             let k = cache.tile(KvSide::Keys, h / group, 0..len, &mut kb).to_vec();
@@ -383,9 +406,11 @@ mod tests {
         let (rows, n, d) = (6, 45, 19);
         let scores = noise(rows * n, 1);
         let (mut a, mut b) = (scores.clone(), scores);
-        let (mut s1, mut s2) = (State::new(rows, d), State::new(rows, d));
-        s1.out.copy_from_slice(&noise(rows * d, 2));
-        s2.out.copy_from_slice(&s1.out);
+        let mut memory = [(); 2].map(|()| (noise(rows * d, 2), vec![0.0; 2 * rows]));
+        let [(o1, m1), (o2, m2)] = &mut memory;
+        let (mut s1, mut s2) = (State::new(o1, m1), State::new(o2, m2));
+        s1.out.copy_from_slice(&noise(rows * d, 3));
+        s2.out.copy_from_slice(s1.out);
         absorb(&mut a, n, 10, 30, 2, 15, &mut s1);
         absorb_body(&mut b, n, 10, 30, 2, 15, &mut s2);
         assert_eq!((&a, &s1.max, &s1.sum, &s1.out), (&b, &s2.max, &s2.sum, &s2.out));

@@ -14,6 +14,7 @@
 //! 2/n elsewhere; the orthonormal basis carries them. The cosine transform, single inputs and stored directions (low-rank
 //! branches) are other bases of the same product.
 
+use crate::buffer::Buffer;
 use crate::dense::matmul_nt;
 use crate::ops::{twin, widen_f16};
 use crate::{KernelError, for_each_chunk};
@@ -89,19 +90,18 @@ impl Basis {
     ///
     /// # Panics
     /// If x is not [rows, n], or there are fewer than r rows.
-    pub fn project(&self, x: &[f32], rows: usize, r: usize) -> Vec<f32> {
+    pub fn project(&self, x: &[f32], rows: usize, r: usize) -> Buffer<f32> {
         let n = self.in_features();
         assert_eq!(x.len(), rows * n, "project: x is not [{rows}, {n}]");
         assert!(r <= self.len(), "project: {r} of {} basis rows", self.len());
-        if let Basis::Inputs { indices, .. } = self {
-            return x
-                .chunks_exact(n.max(1))
-                .flat_map(|x| indices[..r].iter().map(|&i| x[i as usize]))
-                .collect();
-        }
-        let mut p = vec![0.0; rows * r];
+        let mut p = Buffer::new(rows * r);
         match self {
             _ if r == 0 => {}
+            Basis::Inputs { indices, .. } => {
+                for (p, x) in p.chunks_exact_mut(r).zip(x.chunks_exact(n)) {
+                    p.iter_mut().zip(indices).for_each(|(p, i)| *p = x[*i as usize]);
+                }
+            }
             Basis::Dense { rows: basis, .. } => matmul_nt(x, &basis[..r * n], &mut p, rows, n, r, false),
             _ => matmul_nt(x, &self.computed(r)[..r * n], &mut p, rows, n, r, false),
         }
@@ -235,12 +235,12 @@ impl BranchCoeffs {
         size_of_val(&self.data[..]) + size_of_val(&self.starts[..])
     }
 
-    /// The panel's coefficients [rows, 16] in f32, written over `buf`.
-    fn expand<'a>(&self, panel: usize, buf: &'a mut Vec<f32>) -> &'a [f32] {
+    /// The panel's coefficients [rows, 16] in f32.
+    fn expand(&self, panel: usize) -> Buffer<f32> {
         let c = &self.data[self.starts[panel]..self.starts[panel + 1]];
-        buf.resize(c.len(), 0.0);
-        widen_f16(c, buf);
-        buf
+        let mut wide = Buffer::new(c.len());
+        widen_f16(c, &mut wide);
+        wide
     }
 }
 
@@ -285,12 +285,11 @@ fn add_panels(
     y: &mut [f32],
     width: usize,
 ) {
-    let mut buf = Vec::new();
     let first = panels.start;
     for panel in panels {
-        let coeffs = c.expand(panel, &mut buf);
+        let coeffs = c.expand(panel);
         let at = (panel - first) * PANEL;
-        add_panel(p, rows, p_stride, coeffs, &mut y[at..], width, PANEL.min(width - at));
+        add_panel(p, rows, p_stride, &coeffs, &mut y[at..], width, PANEL.min(width - at));
     }
 }
 
@@ -424,8 +423,8 @@ mod tests {
     fn inputs_and_stored_directions_are_taken_as_they_are() {
         let x = [1.0, 2.0, 3.0, 4.0, 5.0, 6.0];
         let inputs = Basis::Inputs { n: 3, indices: vec![2, 0] };
-        assert_eq!(inputs.project(&x, 2, 2), [3.0, 1.0, 6.0, 4.0]);
-        assert_eq!(inputs.project(&x, 2, 1), [3.0, 6.0]);
+        assert_eq!(inputs.project(&x, 2, 2)[..], [3.0, 1.0, 6.0, 4.0]);
+        assert_eq!(inputs.project(&x, 2, 1)[..], [3.0, 6.0]);
         let dense = Basis::Dense { n: 3, rows: inputs.rows(2).into_owned() };
         assert_eq!((dense.len(), dense.project(&x, 2, 2)), (2, inputs.project(&x, 2, 2)));
     }
@@ -505,11 +504,10 @@ mod tests {
             }
             // The scalar twin.
             let mut twin = y0.clone();
-            let mut buf = Vec::new();
             for panel in 0..out.div_ceil(PANEL) {
                 let lanes = PANEL.min(out - panel * PANEL);
-                let coeffs = c.expand(panel, &mut buf);
-                add_panel_body(&p, t, stride, coeffs, &mut twin[panel * PANEL..], out, lanes);
+                let coeffs = c.expand(panel);
+                add_panel_body(&p, t, stride, &coeffs, &mut twin[panel * PANEL..], out, lanes);
             }
             assert_eq!(y, twin);
         }

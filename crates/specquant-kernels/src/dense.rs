@@ -4,7 +4,7 @@
 //! reading the weights once, to dot products. Neither depends on the number of threads.
 
 use crate::ops::fold;
-use crate::{PackedDense, add_matmul_packed, for_each_chunk, matmul_packed};
+use crate::{Buffer, PackedDense, add_matmul_packed, for_each_chunk, matmul_packed};
 use rayon::prelude::*;
 
 /// Up to this many rows go to dot products.
@@ -65,7 +65,7 @@ const FEW_COLS: usize = 128;
 
 fn few_rows(x: &[f32], w: &[f32], y: &mut [f32], m: usize, k: usize, n: usize, accumulate: bool) {
     // Computed as [n, m], whose chunks of columns are contiguous, then transposed.
-    let mut yt = vec![0.0f32; m * n];
+    let mut yt = Buffer::new(m * n);
     if m * k * n < SMALL {
         dots(x, w, &mut yt, m, k);
     } else {

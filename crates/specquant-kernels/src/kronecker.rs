@@ -8,7 +8,7 @@
 //! With x as a matrix X `[n₁, n₂]` that is Aᵀ X B: n (n₁ + n₂) multiplications. What reads the transformed input is multiplied by the inverse transpose,
 //! `(A ⊗ B)⁻ᵀ = A⁻ᵀ ⊗ B⁻ᵀ`.
 
-use crate::{PackedDense, for_each_chunk, matmul_packed, transposed};
+use crate::{Buffer, PackedDense, for_each_chunk, matmul_packed, transposed};
 
 /// Values per task; fewer are not worth a second thread.
 const CHUNK: usize = 1 << 14;
@@ -126,7 +126,7 @@ impl Kronecker {
     /// Whole rows.
     fn task(&self, x: &mut [f32]) {
         let (n, n1, n2) = (self.width(), self.left.n, self.right.n);
-        let mut other = vec![0.0; x.len()];
+        let mut other = Buffer::new(x.len());
         if let Some(right) = &self.right.packed {
             matmul_packed(x, right, &mut other, x.len() / n2);
             x.copy_from_slice(&other);
@@ -134,7 +134,7 @@ impl Kronecker {
         if let Some(left) = &self.left.packed {
             // Xᵀ A is the transpose of Aᵀ X.
             x.chunks_exact(n).zip(other.chunks_exact_mut(n)).for_each(|(x, t)| transpose(x, t, n1, n2));
-            let mut product = vec![0.0; x.len()];
+            let mut product = Buffer::new(x.len());
             matmul_packed(&other, left, &mut product, x.len() / n1);
             product.chunks_exact(n).zip(x.chunks_exact_mut(n)).for_each(|(t, x)| transpose(t, x, n2, n1));
         }

@@ -16,8 +16,8 @@
 
 mod gaussian;
 
-use crate::for_each_chunk;
 use crate::ops::{twin, widen_f16};
+use crate::{Buffer, for_each_chunk_pair};
 use half::f16;
 use half::slice::HalfFloatSliceExt;
 use std::ops::Range;
@@ -144,17 +144,13 @@ impl KvCache {
             "KV cache: {} is not whole tokens of {width}",
             k.len()
         );
-        let mut heads: Vec<_> = self
-            .keys
-            .iter_mut()
-            .enumerate()
-            .map(|(h, head)| (head, k, h))
-            .chain(self.values.iter_mut().enumerate().map(|(h, head)| (head, v, h)))
-            .collect();
-        let at_once = if k.len() < 1 << 14 { heads.len() } else { 1 };
-        for_each_chunk(&mut heads, at_once, |_, heads| {
-            for (to, x, head) in heads {
-                to.append(format, x, width, *head, head_dim);
+        let few = k.len() < 1 << 14;
+        let at_once = if few { heads } else { 1 };
+        for_each_chunk_pair((&mut self.keys, at_once), (&mut self.values, at_once), |i, keys, values| {
+            for (to, x) in [(keys, k), (values, v)] {
+                to.iter_mut()
+                    .zip(i * at_once..)
+                    .for_each(|(to, head)| to.append(format, x, width, head, head_dim));
             }
         });
         self.len += k.len() / width;
@@ -218,20 +214,20 @@ impl KvCache {
         self.format
     }
 
-    /// Some tokens of one head as f32, [tokens, head_dim]: borrowed from an f32 cache, else dequantized into `buf`.
+    /// Some tokens of one head as f32, [tokens, head_dim]: borrowed from an f32 cache, else dequantized into `buf`, which has room for them.
     ///
     /// # Panics
-    /// If there is no such head or token.
+    /// If there is no such head or token, or too little room.
     pub fn tile<'a>(
         &'a self,
         side: KvSide,
         head: usize,
         tokens: Range<usize>,
-        buf: &'a mut Vec<f32>,
+        buf: &'a mut [f32],
     ) -> &'a [f32] {
         let Head { plane, intact } = if side == KvSide::Keys { &self.keys[head] } else { &self.values[head] };
         let elements = tokens.start * self.head_dim..tokens.end * self.head_dim;
-        buf.resize(elements.len(), 0.0);
+        let buf = &mut buf[..elements.len()];
         match plane {
             Plane::F32(x) => return &x[elements],
             Plane::F16(x) => widen_f16(&x[elements], buf),
@@ -285,7 +281,7 @@ impl Plane {
                 let t = x.len() / width;
                 codes.resize(at + t * bytes, 0);
                 zero.resize(old + t, 0);
-                let mut scales = vec![0.0; t];
+                let mut scales = Buffer::zeros(t);
                 quantize(
                     x,
                     width,
@@ -297,7 +293,7 @@ impl Plane {
                     &mut scales,
                     &mut zero[old..],
                 );
-                scale.extend(scales.into_iter().map(f16::from_f32));
+                scale.extend(scales.iter().copied().map(f16::from_f32));
             }
             Plane::Gaussian { codes, scale } => {
                 let (bytes, at) = (format.code_bytes(head_dim), codes.len());
@@ -476,7 +472,7 @@ mod tests {
                 cache.append(&k[..width], &v[..width]);
                 cache.append(&k[width..], &v[width..]);
                 assert_eq!(cache.len(), t);
-                let mut buf = Vec::new();
+                let mut buf = vec![0.0; t * head_dim];
                 for (side, x) in [(KvSide::Keys, &k), (KvSide::Values, &v)] {
                     for head in 0..heads {
                         let got = cache.tile(side, head, 5..t, &mut buf).to_vec();
@@ -558,7 +554,7 @@ mod tests {
             [-3e38, 3e38, 0.0, 1.0],
         ];
         cache.append(rows.as_flattened(), rows.as_flattened());
-        let mut buf = Vec::new();
+        let mut buf = [0.0; 24];
         let mut gaussian = KvCache::new(KvFormat::Gaussian { intact: 0 }, 1, 4);
         gaussian.append(rows.as_flattened(), rows.as_flattened());
         let got = gaussian.tile(KvSide::Values, 0, 0..6, &mut buf);

@@ -15,6 +15,7 @@
 mod acts;
 mod attention;
 mod branch;
+mod buffer;
 mod ceilings;
 mod dct;
 mod dense;
@@ -35,6 +36,7 @@ mod weights;
 pub use acts::*;
 pub use attention::*;
 pub use branch::*;
+pub use buffer::{Buffer, Element};
 pub use ceilings::*;
 pub use dct::*;
 pub use dense::*;

@@ -6,6 +6,7 @@
 
 mod tile;
 
+use crate::buffer::Buffer;
 use crate::isa::{Isa, with_token};
 use crate::parallel::{Shared, for_each_chunk, for_each_index};
 use half::{bf16, f16};
@@ -232,11 +233,11 @@ fn matmul_panels<W: Weight>(
     }
     // Rows a multiple of a page apart share one set of the L1 cache; a few floats between them spread them out.
     let pitch = if k.is_multiple_of(1024) && m > 1 { k + PANEL } else { k };
-    let spread: Vec<f32>;
+    let spread: Buffer<f32>;
     let x = if pitch == k {
         x
     } else {
-        let mut copy = vec![0.0; m * pitch];
+        let mut copy = Buffer::new(m * pitch);
         for_each_chunk(&mut copy, pitch, |i, row| row[..k].copy_from_slice(&x[i * k..][..k]));
         spread = copy;
         &spread
@@ -269,40 +270,24 @@ fn matmul_panels<W: Weight>(
     }
 }
 
-/// y [m, n] = x [m, k] · w [n, k]ᵀ on this thread. scratch: any.
-pub(crate) fn tile_nt(
-    x: &[f32],
-    w: &[f32],
-    y: &mut [f32],
-    m: usize,
-    k: usize,
-    n: usize,
-    scratch: &mut Vec<f32>,
-) {
+/// y [m, n] = x [m, k] · w [n, k]ᵀ on this thread.
+pub(crate) fn tile_nt(x: &[f32], w: &[f32], y: &mut [f32], m: usize, k: usize, n: usize) {
     assert!(x.len() == m * k && w.len() == n * k && y.len() == m * n);
-    scratch.resize(n.div_ceil(PANEL) * k * PANEL, 0.0);
-    for (panel, rows) in scratch.chunks_exact_mut(k * PANEL).zip(w.chunks(PANEL * k)) {
+    let mut panels = Buffer::new(n.div_ceil(PANEL) * k * PANEL);
+    for (panel, rows) in panels.chunks_exact_mut(k * PANEL).zip(w.chunks(PANEL * k)) {
         pack_rows(rows, k, panel, |w| w);
     }
-    whole(Product { x, pitch: k, panels: scratch, n, k, accumulate: false }, y, m);
+    whole(Product { x, pitch: k, panels: &panels, n, k, accumulate: false }, y, m);
 }
 
-/// y [m, n] += x [m, k] · w [k, n] on this thread. scratch: any.
-pub(crate) fn tile_nn_add(
-    x: &[f32],
-    w: &[f32],
-    y: &mut [f32],
-    m: usize,
-    k: usize,
-    n: usize,
-    scratch: &mut Vec<f32>,
-) {
+/// y [m, n] += x [m, k] · w [k, n] on this thread.
+pub(crate) fn tile_nn_add(x: &[f32], w: &[f32], y: &mut [f32], m: usize, k: usize, n: usize) {
     assert!(x.len() == m * k && w.len() == n * k && y.len() == m * n);
-    scratch.resize(n.div_ceil(PANEL) * k * PANEL, 0.0);
-    for (i, panel) in scratch.chunks_exact_mut(k * PANEL).enumerate() {
+    let mut panels = Buffer::new(n.div_ceil(PANEL) * k * PANEL);
+    for (i, panel) in panels.chunks_exact_mut(k * PANEL).enumerate() {
         pack_columns(w, n, i, panel);
     }
-    whole(Product { x, pitch: k, panels: scratch, n, k, accumulate: true }, y, m);
+    whole(Product { x, pitch: k, panels: &panels, n, k, accumulate: true }, y, m);
 }
 
 /// All of y [m, n], which the caller has checked; on this thread.

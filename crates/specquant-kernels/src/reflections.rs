@@ -9,7 +9,7 @@
 //! T_jj = 2 / |v_j|²,   T_ij = −T_jj Σ_k T_ik (v_k · v_j)   for i < j
 //! ```
 
-use crate::{PackedDense, add_matmul_packed, for_each_chunk, matmul_packed};
+use crate::{Buffer, PackedDense, add_matmul_packed, for_each_chunk, matmul_packed};
 
 /// Rows of a task of [`Reflections::apply`].
 const ROWS: usize = 256;
@@ -104,7 +104,7 @@ impl Reflections {
         }
         for_each_chunk(x, ROWS * n, |_, x| {
             let rows = x.len() / n;
-            let (mut along, mut shares) = (vec![0.0; rows * r], vec![0.0; rows * r]);
+            let (mut along, mut shares) = (Buffer::new(rows * r), Buffer::new(rows * r));
             matmul_packed(x, &self.along, &mut along, rows);
             matmul_packed(&along, &self.factors[usize::from(transposed)], &mut shares, rows);
             add_matmul_packed(&shares, &self.back, x, rows);

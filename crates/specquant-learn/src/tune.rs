@@ -275,7 +275,7 @@ impl Teacher {
         let mut sequences: Vec<_> = texts.iter().map(|_| self.model.sequence()).collect();
         let mut batch: Vec<_> = sequences.iter_mut().zip(texts.iter().copied()).collect();
         let hidden = self.model.hidden(&mut batch)?;
-        let mut rest = hidden.as_slice();
+        let mut rest = &*hidden;
         let split = |text: &&[u32]| {
             let (first, after) = rest.split_at(text.len() * self.model.config.hidden_size);
             rest = after;
@@ -342,7 +342,7 @@ impl Net {
     /// One step of the optimizer at `rate` of the learning rates; the loss before it. want: of [`Teacher::read`].
     fn step(&mut self, teacher: &Teacher, tokens: &[u32], want: &[f32], rate: f64) -> Result<f64> {
         let (norm, hidden) = (RmsNorm { eps: self.model.rms_norm_eps }, self.model.hidden_size);
-        let mut x = self.embedding.lookup(tokens, &self.model)?;
+        let mut x = self.embedding.lookup(tokens, &self.model)?.into_vec();
         let mut passed = Vec::with_capacity(self.layers.len());
         for layer in &self.layers {
             let (y, _) = layer.forward(&x);

@@ -1,15 +1,16 @@
 //! One decoder block: RMSNorm, grouped-query attention with RoPE, gated MLP.
 
+use smallvec::SmallVec;
 use specquant_kernels as kernels;
-use specquant_kernels::KvCache;
+use specquant_kernels::{Buffer, KvCache};
 
 use crate::linear::{Linear, forward_shared};
-use crate::{Activation, InputTransform, ModelConfig, Result, Rotations, Workspace};
+use crate::{Activation, InputTransform, ModelConfig, Result, Rotations};
 
 /// See [`Block::rows_at_once`]: of a block 4096 wide, some 60 MB.
 const ROWS_AT_ONCE: usize = 512;
 /// Spans that are enough to keep all threads busy, and the tokens of a long one.
-const FEW_SPANS: usize = 16;
+pub(crate) const FEW_SPANS: usize = 16;
 
 /// A place in the block whose input feeds linear layers: the unit of smoothing, of activation statistics and of Hessians.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash)]
@@ -121,16 +122,19 @@ impl KvCenter {
 
 /// Rotation angles of consecutive rows, `[rows, head_dim / 2]` each.
 pub struct RopeTable {
-    cos: Vec<f32>,
-    sin: Vec<f32>,
+    cos: Buffer<f32>,
+    sin: Buffer<f32>,
 }
 
 impl RopeTable {
     /// Angles of tokens at `positions`. inv_freq: `[head_dim / 2]`, radians per position.
-    pub fn new(inv_freq: &[f32], positions: impl Iterator<Item = usize>) -> Self {
+    pub fn new(inv_freq: &[f32], positions: impl Iterator<Item = usize> + Clone) -> Self {
         // The product is rounded to f32 before the cosine, as in transformers' rotary embedding.
-        let angles = positions.flat_map(|p| inv_freq.iter().map(move |f| f * p as f32));
-        let (cos, sin) = angles.map(|a| (a.cos(), a.sin())).unzip();
+        let angles = positions.clone().flat_map(|p| inv_freq.iter().map(move |f| f * p as f32));
+        let [mut cos, mut sin] = [(); 2].map(|()| Buffer::new(positions.clone().count() * inv_freq.len()));
+        for (angle, (cos, sin)) in angles.zip(cos.iter_mut().zip(sin.iter_mut())) {
+            (*cos, *sin) = (angle.cos(), angle.sin());
+        }
         RopeTable { cos, sin }
     }
 }
@@ -203,13 +207,12 @@ impl Block {
         spans: &mut [Span],
         observe: &mut dyn FnMut(Site, &[f32]),
     ) -> Result<()> {
-        let workspace = &mut Workspace::new();
-        let attended = self.attention(config, rope, x, spans, observe, workspace)?;
-        self.finish(config, x, &attended, observe, workspace)
+        let attended = self.attention(config, rope, x, spans, observe)?;
+        self.finish(config, x, &attended, observe)
     }
 
     /// The first half of [`Block::forward`]: appends to the spans' caches and returns the attention's output,
-    /// `[rows, heads * head_dim]`, a buffer of `workspace`.
+    /// `[rows, heads * head_dim]`.
     ///
     /// # Errors
     /// When a mapped weight cannot be widened.
@@ -220,23 +223,21 @@ impl Block {
         x: &[f32],
         spans: &mut [Span],
         observe: &mut dyn FnMut(Site, &[f32]),
-        workspace: &mut Workspace,
-    ) -> Result<Vec<f32>> {
+    ) -> Result<Buffer<f32>> {
         let hidden = config.hidden_size;
         let rows = x.len() / hidden;
         let (wide, narrow) = (config.num_heads * config.head_dim, config.num_kv_heads * config.head_dim);
-        let [mut q, mut k, mut v] = [wide, narrow, narrow].map(|width| workspace.take(rows * width));
+        let [mut q, mut k, mut v] = [wide, narrow, narrow].map(|width| Buffer::new(rows * width));
         let at_once = self.rows_at_once(rows);
         let outputs = q
             .chunks_mut(at_once * wide)
             .zip(k.chunks_mut(at_once * narrow))
             .zip(v.chunks_mut(at_once * narrow));
         for (x, ((q, k), v)) in x.chunks(at_once * hidden).zip(outputs) {
-            let mut normed = workspace.take(x.len());
+            let mut normed = Buffer::new(x.len());
             kernels::rms_norm(x, &self.input_norm, config.rms_norm_eps, &mut normed);
             observe(Site::Qkv, &normed);
-            self.run([&self.q, &self.k, &self.v], Site::Qkv, &normed, [q, k, v], workspace)?;
-            workspace.give(normed);
+            self.run([&self.q, &self.k, &self.v], Site::Qkv, &normed, [q, k, v])?;
         }
         position(&mut q, self.q_norm.as_deref(), config, config.num_heads, rope);
         position(&mut k, self.k_norm.as_deref(), config, config.num_kv_heads, rope);
@@ -247,14 +248,13 @@ impl Block {
             }
         }
         self.rotations.keys.iter().for_each(|keys| keys.apply(&mut q, &mut k));
-        let mut attended = workspace.take(q.len());
+        let mut attended = Buffer::new(q.len());
         self.kv_center.iter().for_each(|center| center.subtract(&mut k, &mut v));
         self.attend(config, &q, &k, &v, spans, &mut attended);
         self.kv_center.iter().for_each(|center| center.add_back(&mut attended, config));
         if let Some(rotation) = &self.rotations.heads {
             rotation.apply_across(&mut attended, rows, config.head_dim);
         }
-        [q, k, v].into_iter().for_each(|buffer| workspace.give(buffer));
         Ok(attended)
     }
 
@@ -269,22 +269,21 @@ impl Block {
         x: &mut [f32],
         attended: &[f32],
         observe: &mut dyn FnMut(Site, &[f32]),
-        workspace: &mut Workspace,
     ) -> Result<()> {
         let (hidden, inner) = (config.hidden_size, config.intermediate_size);
         let at_once = self.rows_at_once(x.len() / hidden);
         let parts = attended.chunks(at_once * config.num_heads * config.head_dim);
         for (x, attended) in x.chunks_mut(at_once * hidden).zip(parts) {
             let rows = x.len() / hidden;
-            let [mut y, mut normed] = [(); 2].map(|()| workspace.take(x.len()));
-            let [mut gate, mut up] = [(); 2].map(|()| workspace.take(rows * inner));
+            let [mut y, mut normed] = [(); 2].map(|()| Buffer::new(x.len()));
+            let [mut gate, mut up] = [(); 2].map(|()| Buffer::new(rows * inner));
             observe(Site::O, attended);
-            self.run([&self.o], Site::O, attended, [&mut y], workspace)?;
+            self.run([&self.o], Site::O, attended, [&mut y])?;
             self.add(config, x, &mut y, 0);
 
             kernels::rms_norm(x, &self.mlp_norm, config.rms_norm_eps, &mut normed);
             observe(Site::GateUp, &normed);
-            self.run([&self.gate, &self.up], Site::GateUp, &normed, [&mut gate, &mut up], workspace)?;
+            self.run([&self.gate, &self.up], Site::GateUp, &normed, [&mut gate, &mut up])?;
             match config.activation {
                 Activation::Silu => kernels::silu_mul(&mut gate, &up),
                 Activation::GeluTanh => kernels::gelu_mul(&mut gate, &up),
@@ -293,9 +292,8 @@ impl Block {
                 rotation.apply(&mut gate, rows);
             }
             observe(Site::Down, &gate);
-            self.run([&self.down], Site::Down, &gate, [&mut y], workspace)?;
+            self.run([&self.down], Site::Down, &gate, [&mut y])?;
             self.add(config, x, &mut y, 1);
-            [y, normed, gate, up].into_iter().for_each(|buffer| workspace.give(buffer));
         }
         Ok(())
     }
@@ -309,7 +307,7 @@ impl Block {
     /// Adds the output y of attention (0) or MLP (1) to the residual stream x, behind its norm if it has one. x, y: `[rows, hidden]`.
     fn add(&self, config: &ModelConfig, x: &mut [f32], y: &mut [f32], which: usize) {
         if let Some(norms) = &self.out_norms {
-            let raw = y.to_vec();
+            let raw = Buffer::from(&*y);
             kernels::rms_norm(&raw, &norms[which], config.rms_norm_eps, y);
         }
         x.iter_mut().zip(y).for_each(|(x, y)| *x += *y);
@@ -322,10 +320,9 @@ impl Block {
         site: Site,
         x: &[f32],
         y: [&mut [f32]; N],
-        workspace: &mut Workspace,
     ) -> Result<()> {
         let rows = x.len() / layers[0].in_features();
-        forward_shared(layers, x, rows, self.inputs[site as usize].as_ref(), y, workspace)
+        forward_shared(layers, x, rows, self.inputs[site as usize].as_ref(), y)
     }
 
     /// q: `[rows, heads * head_dim]`; k, v: `[rows, kv_heads * head_dim]`; out as q. Each span attends to its own cache only.
@@ -341,7 +338,7 @@ impl Block {
         let scale = config.attention_scale();
         let (wide, narrow) = (config.num_heads * config.head_dim, config.num_kv_heads * config.head_dim);
         // Spans side by side: many short ones would each be too little work for all threads.
-        let mut jobs = Vec::with_capacity(spans.len());
+        let mut jobs = SmallVec::<[_; FEW_SPANS]>::new();
         let (mut first, mut rest) = (0, out);
         for span in spans {
             let rows = first..first + span.rows;

@@ -100,7 +100,8 @@ pub fn generate(
         if !emit(token) {
             break;
         }
-        feed = vec![token];
+        feed.clear();
+        feed.push(token);
     }
     Ok(())
 }

@@ -19,7 +19,6 @@ mod stored_transform;
 mod text;
 mod tokenizer;
 mod verify;
-mod workspace;
 
 pub use block::*;
 pub use checkpoint::*;
@@ -39,4 +38,3 @@ pub use stored_transform::*;
 pub use text::*;
 pub use tokenizer::*;
 pub use verify::*;
-pub use workspace::*;

@@ -5,9 +5,9 @@ use std::sync::Arc;
 
 use rayon::prelude::*;
 use specquant_kernels as kernels;
-use specquant_kernels::{Basis, BranchCoeffs, PackedDense, PackedWeights};
+use specquant_kernels::{Basis, BranchCoeffs, Buffer, PackedDense, PackedWeights};
 
-use crate::{InputTransform, Levels, MappedMatrix, Result, SplitInput, Workspace};
+use crate::{InputTransform, Levels, MappedMatrix, Result, SplitInput};
 
 /// Output channels widened at a time: 128 × 4096 f32 are 2 MiB, about a core's L2.
 const PANEL: usize = 128;
@@ -211,7 +211,7 @@ impl Linear {
     ///
     /// # Errors
     /// When a mapped weight cannot be widened.
-    pub fn forward(&self, x: &[f32], rows: usize) -> Result<Vec<f32>> {
+    pub fn forward(&self, x: &[f32], rows: usize) -> Result<Buffer<f32>> {
         self.forward_transformed(x, rows, None)
     }
 
@@ -224,9 +224,9 @@ impl Linear {
         x: &[f32],
         rows: usize,
         transform: Option<&InputTransform>,
-    ) -> Result<Vec<f32>> {
-        let mut y = vec![0.0; rows * self.out_features()];
-        forward_shared([self], x, rows, transform, [&mut y], &mut Workspace::new())?;
+    ) -> Result<Buffer<f32>> {
+        let mut y = Buffer::new(rows * self.out_features());
+        forward_shared([self], x, rows, transform, [&mut y])?;
         Ok(y)
     }
 }
@@ -255,12 +255,11 @@ pub fn forward_shared<const N: usize>(
     rows: usize,
     transform: Option<&InputTransform>,
     mut outputs: [&mut [f32]; N],
-    workspace: &mut Workspace,
 ) -> Result<()> {
     debug_assert!(layers.iter().all(|l| x.len() == rows * l.in_features()));
-    let split = transform.map(|t| t.apply_in(x, rows, workspace));
+    let split = transform.map(|t| t.apply(x, rows));
     let (kept, x) = match &split {
-        Some(SplitInput { kept, rest }) => (kept.as_slice(), rest.as_slice()),
+        Some(SplitInput { kept, rest }) => (&**kept, &**rest),
         None => (&[][..], x),
     };
     multiply(layers, x, kept, rows, outputs.each_mut())?;
@@ -269,7 +268,7 @@ pub fn forward_shared<const N: usize>(
         Linear::Dense(_) => None,
     };
     let branches = layers.each_ref().map(branch);
-    let mut projected: Option<(*const Basis, Vec<f32>)> = None;
+    let mut projected: Option<(*const Basis, Buffer<f32>)> = None;
     for (layer, y) in layers.into_iter().zip(outputs) {
         let bias = match layer {
             Linear::Dense(l) => &l.bias,
@@ -291,10 +290,6 @@ pub fn forward_shared<const N: usize>(
             y.chunks_exact_mut(bias.len())
                 .for_each(|row| row.iter_mut().zip(bias).for_each(|(y, b)| *y += b));
         }
-    }
-    if let Some(SplitInput { kept, rest }) = split {
-        workspace.give(kept);
-        workspace.give(rest);
     }
     Ok(())
 }

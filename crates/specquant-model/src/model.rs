@@ -3,16 +3,17 @@
 use std::path::Path;
 
 use rayon::prelude::*;
+use smallvec::SmallVec;
 use specquant_kernels as kernels;
-use specquant_kernels::{KvCache, KvFormat};
+use specquant_kernels::{Buffer, KvCache, KvFormat};
 
-use crate::block::{Block, KvCenter, RopeTable, Site, Span};
+use crate::block::{Block, FEW_SPANS, KvCenter, RopeTable, Site, Span};
 use crate::checkpoint::QuantizationConfig;
 use crate::linear::{DenseLinear, DenseWeight, Linear};
 use crate::stored_branch::read_basis;
 use crate::stored_linear::{read_bias, read_linear};
 use crate::stored_transform::{read_act_clip, read_key_transform, read_transform};
-use crate::{Error, InputTransform, MappedMatrix, ModelConfig, Result, Rotations, Source, Workspace};
+use crate::{Error, InputTransform, MappedMatrix, ModelConfig, Result, Rotations, Source};
 
 /// Rows of logits computed at a time: `64 × 49152` f32 are 12 MiB, which the allocator keeps.
 const LOGIT_ROWS: usize = 64;
@@ -35,7 +36,7 @@ impl Embedding {
     ///
     /// # Errors
     /// As [`Embedding::rows`].
-    pub fn lookup(&self, ids: &[u32], config: &ModelConfig) -> Result<Vec<f32>> {
+    pub fn lookup(&self, ids: &[u32], config: &ModelConfig) -> Result<Buffer<f32>> {
         let mut x = self.rows(ids, config.hidden_size)?;
         config.scale_embeddings(&mut x);
         Ok(x)
@@ -45,10 +46,10 @@ impl Embedding {
     ///
     /// # Errors
     /// [`Error::TokenId`] for an id outside the vocabulary; [`Error::NotFinite`] for a row that is damaged.
-    pub fn rows(&self, ids: &[u32], hidden: usize) -> Result<Vec<f32>> {
+    pub fn rows(&self, ids: &[u32], hidden: usize) -> Result<Buffer<f32>> {
         let Embedding(matrix) = self;
         let vocab = matrix.rows();
-        let mut x = vec![0.0; ids.len() * hidden];
+        let mut x = Buffer::new(ids.len() * hidden);
         for (&id, row) in ids.iter().zip(x.chunks_exact_mut(hidden)) {
             let i = id as usize;
             if i >= vocab {
@@ -312,7 +313,7 @@ impl Model {
     ///
     /// # Errors
     /// [`Error::TokenId`] for an id outside the vocabulary; then no sequence has changed.
-    pub fn hidden(&self, batch: &mut [(&mut Sequence, &[u32])]) -> Result<Vec<f32>> {
+    pub fn hidden(&self, batch: &mut [(&mut Sequence, &[u32])]) -> Result<Buffer<f32>> {
         let tokens = batch.iter().map(|(_, ids)| ids.len()).sum();
         self.hidden_of(batch, &Vec::from_iter(0..tokens))
     }
@@ -325,8 +326,10 @@ impl Model {
     ///
     /// # Panics
     /// When a row is not in the batch.
-    pub fn hidden_of(&self, batch: &mut [(&mut Sequence, &[u32])], rows: &[usize]) -> Result<Vec<f32>> {
-        let ids: Vec<u32> = batch.iter().flat_map(|(_, ids)| ids.iter().copied()).collect();
+    pub fn hidden_of(&self, batch: &mut [(&mut Sequence, &[u32])], rows: &[usize]) -> Result<Buffer<f32>> {
+        let mut ids = Buffer::new(batch.iter().map(|(_, ids)| ids.len()).sum());
+        let each = batch.iter().flat_map(|(_, ids)| ids.iter());
+        ids.iter_mut().zip(each).for_each(|(to, id)| *to = *id);
         let mut x = self.embedding.lookup(&ids, &self.config)?;
         if ids.is_empty() {
             return Ok(x);
@@ -335,27 +338,25 @@ impl Model {
         let (full, local) = &self.inv_freq;
         let local = local.as_ref().map(|freq| RopeTable::new(freq, positions.clone()));
         let full = RopeTable::new(full, positions);
-        let workspace = &mut Workspace::new();
         for (layer, block) in self.blocks.iter().enumerate() {
-            let mut spans: Vec<Span> = batch
+            let mut spans: SmallVec<[Span; FEW_SPANS]> = batch
                 .iter_mut()
                 .filter(|(_, ids)| !ids.is_empty())
                 .map(|(sequence, ids)| Span { rows: ids.len(), cache: &mut sequence.caches[layer] })
                 .collect();
             let rope = local.as_ref().filter(|_| block.window.is_some()).unwrap_or(&full);
             let observe = &mut |_: Site, _: &[f32]| ();
-            let mut attended = block.attention(&self.config, rope, &x, &mut spans, observe, workspace)?;
+            let mut attended = block.attention(&self.config, rope, &x, &mut spans, observe)?;
             if layer + 1 == self.blocks.len() && !rows.iter().copied().eq(0..ids.len()) {
                 if rows.is_empty() {
-                    return Ok(Vec::new());
+                    return Ok(Buffer::default());
                 }
                 attended = gather(&attended, attended.len() / ids.len(), rows);
                 x = gather(&x, self.config.hidden_size, rows);
             }
-            block.finish(&self.config, &mut x, &attended, observe, workspace)?;
-            workspace.give(attended);
+            block.finish(&self.config, &mut x, &attended, observe)?;
         }
-        let mut normed = vec![0.0; x.len()];
+        let mut normed = Buffer::new(x.len());
         kernels::rms_norm(&x, &self.head.norm, self.config.rms_norm_eps, &mut normed);
         Ok(normed)
     }
@@ -364,9 +365,9 @@ impl Model {
     ///
     /// # Errors
     /// When a mapped weight cannot be widened.
-    pub fn logits(&self, hidden: &[f32]) -> Result<Vec<f32>> {
+    pub fn logits(&self, hidden: &[f32]) -> Result<Buffer<f32>> {
         if hidden.is_empty() {
-            return Ok(Vec::new());
+            return Ok(Buffer::default());
         }
         self.head.linear.forward(hidden, hidden.len() / self.config.hidden_size)
     }
@@ -394,7 +395,7 @@ impl Model {
     ///
     /// # Errors
     /// As [`Model::hidden`]; [`Error::NoTokens`] when an entry has none; [`Error::NotFiniteStates`].
-    pub fn next_logits(&self, batch: &mut [(&mut Sequence, &[u32])]) -> Result<Vec<f32>> {
+    pub fn next_logits(&self, batch: &mut [(&mut Sequence, &[u32])]) -> Result<Buffer<f32>> {
         if batch.iter().any(|(_, ids)| ids.is_empty()) {
             return Err(Error::NoTokens);
         }
@@ -402,7 +403,7 @@ impl Model {
             *end += ids.len();
             Some(*end - 1)
         });
-        let last = self.hidden_of(batch, &Vec::from_iter(ends))?;
+        let last = self.hidden_of(batch, &SmallVec::<[usize; FEW_SPANS]>::from_iter(ends))?;
         let logits = self.logits(&last)?;
         // Without a branch, which makes it vector code. A finite state can still overflow in the head.
         let finite = |x: &[f32]| x.iter().fold(true, |finite, v| finite & v.is_finite());
@@ -416,6 +417,9 @@ impl Model {
 }
 
 /// Some rows of `x`, `[rows, width]`.
-fn gather(x: &[f32], width: usize, rows: &[usize]) -> Vec<f32> {
-    rows.iter().flat_map(|row| &x[row * width..(row + 1) * width]).copied().collect()
+fn gather(x: &[f32], width: usize, rows: &[usize]) -> Buffer<f32> {
+    let mut gathered = Buffer::new(rows.len() * width);
+    let each = gathered.chunks_exact_mut(width).zip(rows);
+    each.for_each(|(to, row)| to.copy_from_slice(&x[row * width..][..width]));
+    gathered
 }

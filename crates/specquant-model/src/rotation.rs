@@ -1,9 +1,9 @@
 //! Orthonormal transforms that run on activations because they could not be folded into weights (QuaRot, arXiv 2404.00456).
 
 use serde::{Deserialize, Serialize};
-use specquant_kernels::{Dct, Hadamard, Kronecker, Reflections, for_each_chunk, for_each_chunk_pair};
+use specquant_kernels::{Buffer, Dct, Hadamard, Kronecker, Reflections, for_each_chunk, for_each_chunk_pair};
 
-use crate::{ModelConfig, Workspace};
+use crate::ModelConfig;
 
 /// Values that go through all steps of an input's transform together, but 16 rows at least: 256 KiB, which stay in a core's L2, as 16 rows of 11008 do.
 const BLOCK_VALUES: usize = 1 << 16;
@@ -213,9 +213,9 @@ impl Rotation {
 #[derive(Debug, Clone, PartialEq)]
 pub struct SplitInput {
     /// The coordinates that are kept at more bits, `[rows, r]`.
-    pub kept: Vec<f32>,
+    pub kept: Buffer<f32>,
     /// The others, `[rows, n - r]`.
-    pub rest: Vec<f32>,
+    pub rest: Buffer<f32>,
 }
 
 impl InputTransform {
@@ -282,12 +282,7 @@ impl InputTransform {
     /// # Panics
     /// If x is not `[rows, n]`.
     pub fn apply(&self, x: &[f32], rows: usize) -> SplitInput {
-        self.apply_in(x, rows, &mut Workspace::new())
-    }
-
-    /// As [`InputTransform::apply`], in buffers of `workspace`.
-    pub(crate) fn apply_in(&self, x: &[f32], rows: usize, workspace: &mut Workspace) -> SplitInput {
-        self.split(x, rows, Mix::apply, |kept, norm| kept / norm, workspace)
+        self.split(x, rows, Mix::apply, |kept, norm| kept / norm)
     }
 
     /// Rows of a weight W `[out, n]` that reads such inputs.
@@ -295,7 +290,7 @@ impl InputTransform {
     /// # Panics
     /// If w is not `[out, n]`.
     pub fn apply_to_weight(&self, w: &[f32], out: usize) -> SplitInput {
-        self.split(w, out, Mix::apply_to_weight, |kept, norm| kept * norm, &mut Workspace::new())
+        self.split(w, out, Mix::apply_to_weight, |kept, norm| kept * norm)
     }
 
     /// Undoes [`InputTransform::apply`]: `[rows, n]`.
@@ -326,7 +321,7 @@ impl InputTransform {
 
     fn join(&self, SplitInput { kept, rest }: SplitInput, rows: usize) -> Vec<f32> {
         let (n, r) = (self.width(), self.kept());
-        let mut x = rest;
+        let mut x = rest.into_vec();
         if r > 0 {
             let mut whole = Vec::with_capacity(rows * n);
             for (kept, rest) in kept.chunks_exact(r).zip(x.chunks_exact(n - r)) {
@@ -346,12 +341,10 @@ impl InputTransform {
         rows: usize,
         mix: fn(&Mix, &mut [f32], usize),
         scaled: fn(f32, f32) -> f32,
-        workspace: &mut Workspace,
     ) -> SplitInput {
         let (n, r) = (self.width(), self.kept());
         assert_eq!(x.len(), rows * n, "input transform: x is not [{rows}, {n}]");
-        let mut kept = if r > 0 { workspace.take(rows * r) } else { Vec::new() };
-        let mut rest = workspace.take(rows * (n - r));
+        let (mut kept, mut rest) = (Buffer::new(rows * r), Buffer::new(rows * (n - r)));
         let share = rows.div_ceil(rayon::current_num_threads());
         let block = (BLOCK_VALUES / n).min(share).max(1).next_multiple_of(16);
         if r == 0 {
@@ -363,7 +356,7 @@ impl InputTransform {
         }
         for_each_chunk_pair((&mut kept, block * r), (&mut rest, block * (n - r)), |i, kept, rest| {
             let rows = kept.len() / r;
-            let mut x = x[i * block * n..][..rows * n].to_vec();
+            let mut x = Buffer::from(&x[i * block * n..][..rows * n]);
             mix(&self.mix, &mut x, rows);
             self.reflections.apply(&mut x, rows);
             let parts = kept.chunks_exact_mut(r).zip(rest.chunks_exact_mut(n - r));

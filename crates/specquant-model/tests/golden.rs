@@ -239,7 +239,7 @@ fn gemma3_gives_the_token_ids_of_sentencepiece_and_the_logits_of_transformers() 
     }
     let mut last = Vec::new();
     for token in &tokens[1150..] {
-        last = model.next_logits(&mut [(&mut sequence, &[*token])]).unwrap();
+        last = model.next_logits(&mut [(&mut sequence, &[*token])]).unwrap().into_vec();
     }
     check("the last position", &last, long, "top_ids", "top_logits", Some(11));
 

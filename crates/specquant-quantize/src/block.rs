@@ -67,7 +67,7 @@ fn weights<'a>(linears: &[&'a Linear], names: &[&'a str]) -> Vec<Weight<'a>> {
 
 /// What the layers put out on the sampled tokens, `[rows, out]` each.
 fn outputs(linears: &[&Linear], input: &Input) -> Result<Vec<Vec<f32>>> {
-    linears.iter().map(|l| Ok(l.forward(input.sample, input.rows)?)).collect()
+    linears.iter().map(|l| Ok(l.forward(input.sample, input.rows)?.into_vec())).collect()
 }
 
 /// Multiplies what reads a site by λ `[in]` and divides what produces it, so that the block computes what it did. At [`Site::O`], heads that
@@ -373,7 +373,7 @@ impl Parts {
         if let Some(bias) = w.bias {
             want.chunks_exact_mut(w.out).for_each(|y| y.iter_mut().zip(bias).for_each(|(y, b)| *y += b));
         }
-        Parts { inp, rest: split.rest, kept, want }
+        Parts { inp, rest: split.rest.into_vec(), kept, want }
     }
 }
 

@@ -182,7 +182,7 @@ pub fn observe(
     run_block(block, config, KvFormat::F32, states, moves, &mut observe, &mut |cache| {
         for (side, sums) in [(KvSide::Keys, &mut keys), (KvSide::Values, &mut values)] {
             for (head, sums) in sums.chunks_exact_mut(config.head_dim).enumerate() {
-                let mut buffer = Vec::new();
+                let mut buffer = vec![0.0; cache.len() * config.head_dim];
                 for row in cache.tile(side, head, 0..cache.len(), &mut buffer).chunks_exact(config.head_dim) {
                     sums.iter_mut().zip(row).for_each(|(sum, v)| *sum += f64::from(*v));
                 }
@@ -239,7 +239,7 @@ mod tests {
             let source = tiny(name);
             let config = source.config();
             let embedding = specquant_model::Embedding::read(&source).unwrap();
-            let mut plain = embedding.lookup(&ids(config), config).unwrap();
+            let mut plain = embedding.lookup(&ids(config), config).unwrap().into_vec();
             let (mut block, mut centered) = (dense_block(&source, 0), plain.clone());
             let mut states = States::from_sequences(std::slice::from_ref(&plain)).unwrap();
             let (_, center) = observe(&block, config, 0, &mut states, false, 1, false).unwrap();

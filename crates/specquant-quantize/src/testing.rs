@@ -42,7 +42,7 @@ pub fn forward(block: &Block, config: &ModelConfig, x: &mut [f32], observe: &mut
 pub fn logits(head: &Head, config: &ModelConfig, x: &[f32]) -> Vec<f32> {
     let mut normed = vec![0.0; x.len()];
     rms_norm(x, &head.norm, config.rms_norm_eps, &mut normed);
-    head.linear.forward(&normed, x.len() / config.hidden_size).unwrap()
+    head.linear.forward(&normed, x.len() / config.hidden_size).unwrap().into_vec()
 }
 
 /// ‖got − want‖ / ‖want‖.

@@ -41,7 +41,7 @@ fn quantize(model: &str, recipe: &Recipe, destination: &Path) -> Report {
 fn logits(model: &Model, texts: &[Vec<u32>]) -> Vec<f32> {
     let mut sequences: Vec<_> = texts.iter().map(|_| model.sequence()).collect();
     let mut batch: Vec<_> = sequences.iter_mut().zip(texts.iter().map(Vec::as_slice)).collect();
-    model.logits(&model.hidden(&mut batch).unwrap()).unwrap()
+    model.logits(&model.hidden(&mut batch).unwrap()).unwrap().into_vec()
 }
 
 /// ‖got − want‖ / ‖want‖ of the logits of a text that nothing was calibrated on.

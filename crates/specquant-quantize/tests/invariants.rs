@@ -49,7 +49,7 @@ fn quantize(source: &Path, recipe: &Recipe, texts: &[Vec<u32>], destination: &Pa
 fn logits(model: &Model, texts: &[Vec<u32>]) -> Vec<f32> {
     let mut sequences: Vec<_> = texts.iter().map(|_| model.sequence()).collect();
     let mut batch: Vec<_> = sequences.iter_mut().zip(texts.iter().map(Vec::as_slice)).collect();
-    model.logits(&model.hidden(&mut batch).unwrap()).unwrap()
+    model.logits(&model.hidden(&mut batch).unwrap()).unwrap().into_vec()
 }
 
 /// ‖got − want‖ / ‖want‖.
@@ -193,7 +193,8 @@ fn the_checkpoint_read_back_gives_the_logits_of_the_blocks_in_memory() {
         let written = Source::open(&destination).unwrap();
         let config = source.config();
         let embedding = Embedding::read(&written).unwrap();
-        let mut x: Vec<f32> = texts.iter().flat_map(|ids| embedding.lookup(ids, config).unwrap()).collect();
+        let mut x: Vec<f32> =
+            texts.iter().flat_map(|ids| embedding.lookup(ids, config).unwrap().into_vec()).collect();
         let forward = |block: &Block, kv, x: &mut [f32], observe: &mut dyn FnMut(Site, &[f32])| {
             let freq = config.inv_freq(block.window.is_some());
             let rope = RopeTable::new(&freq, texts.iter().flat_map(|t| 0..t.len()));

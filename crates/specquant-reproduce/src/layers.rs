@@ -237,7 +237,7 @@ impl Layers {
         let texts =
             specquant_quantize::calibration::from_file(&settings.calibration, &tokenizer, &calibration, 0)?;
         let embedding = Embedding::read(source)?;
-        let states = texts.iter().map(|ids| embedding.lookup(ids, config));
+        let states = texts.iter().map(|ids| Ok(embedding.lookup(ids, config)?.into_vec()));
         let states = states.collect::<specquant_model::Result<Vec<_>>>()?;
         let mut states = States::from_sequences(&states)?;
         let Some(&last) = blocks.last() else { return Ok(()) };

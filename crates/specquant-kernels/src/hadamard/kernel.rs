@@ -3,6 +3,7 @@
 
 use super::butterflies::Butterflies;
 use super::orders::{GROUP, GROUPS, OUTPUTS, Order};
+use crate::buffer::{Buffer, element};
 #[cfg(target_arch = "x86_64")]
 use crate::isa::{Avx2, Avx512Vnni};
 use crate::isa::{Isa, Scalar, with_token};
@@ -33,9 +34,9 @@ pub(super) struct Steps<'a> {
 /// Room for [`transform`].
 pub(super) struct Scratch {
     /// For 16 groups of 4 values, their sums with every choice of signs, in every column of a strip.
-    tables: Vec<Aligned<{ STRIP << GROUP }>>,
+    tables: Buffer<Aligned<{ STRIP << GROUP }>>,
     /// A strip of outputs, [k / 4, 4, 16].
-    sums: Vec<Aligned<{ STRIP * OUTPUTS }>>,
+    sums: Buffer<Aligned<{ STRIP * OUTPUTS }>>,
 }
 
 /// Where every vector lies within one line of the cache: vectors that straddle two are read at half the speed.
@@ -43,13 +44,13 @@ pub(super) struct Scratch {
 #[repr(align(64))]
 struct Aligned<const N: usize>([f32; N]);
 
+element!(Aligned<{ STRIP << GROUP }>, Aligned([0.0; STRIP << GROUP]));
+element!(Aligned<{ STRIP * OUTPUTS }>, Aligned([0.0; STRIP * OUTPUTS]));
+
 impl Scratch {
     pub fn new(orders: &[Arc<Order>]) -> Self {
         let k = orders.iter().map(|order| order.k).max().unwrap_or(0);
-        Scratch {
-            tables: vec![Aligned([0.0; STRIP << GROUP]); GROUPS.min(k / GROUP)],
-            sums: vec![Aligned([0.0; STRIP * OUTPUTS]); k / OUTPUTS],
-        }
+        Scratch { tables: Buffer::new(GROUPS.min(k / GROUP)), sums: Buffer::new(k / OUTPUTS) }
     }
 }
 

@@ -122,9 +122,9 @@ fn extreme_codes_do_not_overflow() {
                         cols: inp,
                         stride: inp,
                         bits: act_bits,
-                        codes: vec![top as u8; rows * inp],
-                        scale: vec![1.; rows],
-                        zero: vec![0; rows],
+                        codes: vec![top as u8; rows * inp].into(),
+                        scale: vec![1.; rows].into(),
+                        zero: vec![0; rows].into(),
                     };
                     for isa in Isa::available() {
                         let mut y = vec![0.; rows * out];

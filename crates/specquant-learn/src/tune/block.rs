@@ -326,8 +326,11 @@ impl Layer {
         let input = &self.inputs[site as usize];
         let (tokens, r) = (x.len() / input.width, input.kept());
         let SplitInput { kept, rest } = input.coordinates(x, tokens);
-        let mut saved =
-            SiteSaved { kept: input.round_kept(kept, tokens), products: Vec::new(), columns: Vec::new() };
+        let mut saved = SiteSaved {
+            kept: input.round_kept(kept.into_vec(), tokens),
+            products: Vec::new(),
+            columns: Vec::new(),
+        };
         let codes =
             (input.bits < 16).then(|| quantize_input(&rest, tokens, input.bits, input.levels, input.clip));
         let outputs = LAYERS[site as usize].clone().map(|index| {
@@ -387,7 +390,9 @@ impl Layer {
         }
         match &input.transform {
             // A gradient changes coordinates as a weight does.
-            Some(transform) => transform.undo_weight(SplitInput { kept, rest }, tokens),
+            Some(transform) => {
+                transform.undo_weight(SplitInput { kept: kept.into(), rest: rest.into() }, tokens)
+            }
             None => rest,
         }
     }
@@ -492,7 +497,7 @@ impl FakeInput {
     fn coordinates(&self, x: Vec<f32>, tokens: usize) -> SplitInput {
         match &self.transform {
             Some(transform) => transform.apply(&x, tokens),
-            None => SplitInput { kept: Vec::new(), rest: x },
+            None => SplitInput { kept: Vec::new().into(), rest: x.into() },
         }
     }
 
@@ -534,7 +539,7 @@ impl FakeCached {
             KvSide::Keys => cache.append(&x, &vec![0.0; x.len()]),
             KvSide::Values => cache.append(&vec![0.0; x.len()], &x),
         }
-        let mut buffer = Vec::new();
+        let mut buffer = vec![0.0; cache.len() * self.head_dim];
         for head in 0..self.heads {
             let tile = cache.tile(self.side, head, 0..cache.len(), &mut buffer).chunks_exact(self.head_dim);
             let to = x.chunks_exact_mut(self.head_dim).skip(head).step_by(self.heads);

@@ -122,7 +122,7 @@ mod tests {
                 for linear in block.site_mut(site) {
                     let out = linear.out_features();
                     let (w, _) = linear.dense_mut().unwrap();
-                    *w = input.apply_to_weight(w, out).rest;
+                    *w = input.apply_to_weight(w, out).rest.into_vec();
                 }
                 block.inputs[site as usize] = Some(input);
             }
