@@ -1,10 +1,12 @@
 #!/usr/bin/env python3
 """Runs llama.cpp and torch beside specquant, on this machine, in one run, and writes what each takes.
 
-  benches/peers/peers.py MODEL.gguf CHECKPOINT [-o DIR] [--rounds N] [--threads N] [--parts models,blocks]
+  benches/peers/peers.py MODEL.gguf CHECKPOINT [-o DIR] [--rounds N] [--threads N] [--parts models,blocks,gptq] [--isa avx2]
 
 MODEL.gguf is the model in full precision (or nearly so: it is requantized to llama.cpp's types), CHECKPOINT a SpecQuant checkpoint of it.
 models: prefill of 512 and 2048 tokens and decoding, of whole models. blocks: the prefill of one decoder block of LLaMA-2-7B's shape.
+gptq: quantizing such a block's seven layers, Hessians given, beside GPTQ's own algorithm in torch.
+--isa avx2 builds llama.cpp for AVX2 and forces our AVX2 kernels: what a processor without AVX-512 does, on this one. (torch is left out then.)
 Engines take turns, `--rounds` times; a figure is the best of them, and so is a peer's.
 
 llama.cpp is built from the source that the Python package llama-cpp-python carries, for this machine, in target/peers; that takes some
@@ -27,11 +29,11 @@ def run(*command, **kwargs):
     return subprocess.run([str(c) for c in command], check=True, stdout=subprocess.PIPE, text=True, **kwargs).stdout
 
 
-def llama_cpp():
+def llama_cpp(args):
     """Where llama-bench and llama-quantize are; builds them if need be."""
     if given := os.environ.get("LLAMA_CPP"):
         return Path(given)
-    build = WORK / "llama.cpp"
+    build = WORK / f"llama.cpp-{args.isa}"
     if not (build / "bin/llama-quantize").exists():
         WORK.mkdir(parents=True, exist_ok=True)
         name = f"llama_cpp_python-{LLAMA_CPP_PYTHON}"
@@ -40,7 +42,8 @@ def llama_cpp():
         with tarfile.open(WORK / f"{name}.tar.gz") as archive:
             archive.extractall(WORK, filter="data")
         source = WORK / name / "vendor/llama.cpp"
-        run("cmake", "-S", source, "-B", build, "-G", "Ninja", "-DCMAKE_BUILD_TYPE=Release", "-DGGML_NATIVE=ON",
+        flags = ["-DGGML_NATIVE=ON"] if args.isa == "native" else ["-DGGML_NATIVE=OFF"]  # whose default is AVX2, FMA, F16C and BMI2
+        run("cmake", "-S", source, "-B", build, "-G", "Ninja", "-DCMAKE_BUILD_TYPE=Release", *flags,
             "-DLLAMA_CURL=OFF", "-DLLAMA_BUILD_TESTS=OFF", "-DBUILD_SHARED_LIBS=OFF")
         run("cmake", "--build", build, "--target", "llama-bench", "llama-quantize")
     return build / "bin"
@@ -156,13 +159,59 @@ def blocks(args, tools):
         for name, key in [("f32", "dense"), ("W4A4, nothing added", "plain"), ("specquant, 16 bins", "specquant"),
                           ("spectral, the default", "spectral")]:
             best(f"specquant {name}", row[key])
-        for dtype in ("float32", "bfloat16"):
+        for dtype in ("float32", "bfloat16") if args.isa == "native" else ():
             shape = json.dumps([HIDDEN, INNER, HEADS, BATCH, TOKENS, args.threads, dtype])
             best(f"torch {dtype}", float(run(sys.executable, "-c", TORCH, shape)))
         for name, path in engines.items():
             # llama-bench has no batch of prompts: as many tokens of one prompt, whose attention is the larger by a few percent of the block.
             speed = llama_bench(tools, path, args.threads, "-p", BATCH * TOKENS, "-n", 0, "-ub", BATCH * TOKENS, "-b", BATCH * TOKENS)
             best(name, BATCH * TOKENS / speed / BLOCKS)
+    return rows
+
+
+GPTQ = """
+import json, sys, time, torch
+hidden, inner, threads = json.loads(sys.argv[1])
+torch.set_num_threads(threads)
+torch.manual_seed(0)
+def gptq(w, h, block=128, damping=0.01):
+    w, q = w.clone(), torch.zeros_like(w)
+    scale = w.abs().amax(1).clamp(min=1e-5) / 7
+    h.diagonal().add_(damping * h.diagonal().mean())
+    inverse = torch.linalg.cholesky(torch.cholesky_inverse(torch.linalg.cholesky(h)), upper=True)
+    for i in range(0, w.shape[1], block):
+        j = min(i + block, w.shape[1])
+        part, errors, factors = w[:, i:j].clone(), torch.zeros_like(w[:, i:j]), inverse[i:j, i:j]
+        for k in range(j - i):
+            column = part[:, k]
+            rounded = (column / scale).round().clamp(-8, 7) * scale
+            q[:, i + k] = rounded
+            errors[:, k] = (column - rounded) / factors[k, k]
+            part[:, k:] -= torch.outer(errors[:, k], factors[k, k:])
+        w[:, j:] -= errors @ inverse[i:j, j:]
+    return q
+total = 0.0
+for inp, outs in [(hidden, [hidden] * 3), (hidden, [hidden]), (hidden, [inner] * 2), (inner, [hidden])]:
+    x = torch.rand(512, inp) * 2 - 1
+    h = x.T @ x * (2 / 512)
+    for out in outs:  # as published: each layer factorizes its own
+        w, own = torch.rand(out, inp) * 2 - 1, h.clone()
+        start = time.perf_counter()
+        gptq(w, own)
+        total += time.perf_counter() - start
+print(total)
+"""
+
+
+def gptq(args, _tools):
+    """{engine: seconds}"""
+    rows = {"specquant": float("inf"), "torch": float("inf")}
+    run("cargo", "build", "--release", "-p", "specquant-quantize", "--example", "gptq_speed")
+    for _ in range(args.rounds):
+        ours = run("target/release/examples/gptq_speed", env=dict(os.environ, RAYON_NUM_THREADS=str(args.threads)))
+        rows["specquant"] = min(rows["specquant"], float(ours))
+        theirs = run(sys.executable, "-c", GPTQ, json.dumps([HIDDEN, INNER, args.threads]))
+        rows["torch"] = min(rows["torch"], float(theirs))
     return rows
 
 
@@ -175,7 +224,7 @@ def cpu():
 
 
 def page(report):
-    text = "# Peers\n\n" + f"{report['cpu']}, {report['threads']} threads; {report['versions']}\n"
+    text = "# Peers\n\n" + f"{report['cpu']}, {report['threads']} threads, {report['isa']} instructions; {report['versions']}\n"
     if rows := report.get("models"):
         tests = list(next(iter(rows.values())))
         ours = rows[next(name for name in rows if name.startswith("specquant W"))]
@@ -189,6 +238,9 @@ def page(report):
         ours = [rows["specquant spectral, the default"], rows["specquant specquant, 16 bins"]]
         for name, s in rows.items():
             text += f"| {name} | {1000 * s:.0f} | {s / ours[0]:.2f} | {s / ours[1]:.2f} |\n"
+    if rows := report.get("gptq"):
+        text += "\nGPTQ of the seven layers of one block of LLaMA-2-7B's shape, Hessians given.\n\n| engine | s | times of specquant |\n|---|--:|--:|\n"
+        text += "".join(f"| {name} | {s:.1f} | {s / rows['specquant']:.2f} |\n" for name, s in rows.items())
     return text + f"\nMade by `{report['command']}`; [raw data](peers.json).\n"
 
 
@@ -199,20 +251,25 @@ def main():
     parser.add_argument("-o", "--output", type=Path)
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--threads", type=int, default=os.cpu_count())
-    parser.add_argument("--parts", default="models,blocks")
+    parser.add_argument("--parts", default="models,blocks,gptq")
+    parser.add_argument("--isa", choices=["native", "avx2"], default="native")
     args = parser.parse_args()
-    tools = llama_cpp()
+    if args.isa != "native":
+        os.environ["SPECQUANT_ISA"] = args.isa
+    parts = args.parts.split(",")
+    tools = llama_cpp(args) if {"models", "blocks"} & set(parts) else None
     WORK.mkdir(parents=True, exist_ok=True)
     ours = run(SPECQUANT, "--version").strip()
     versions = f"{ours}, llama.cpp of llama-cpp-python {LLAMA_CPP_PYTHON}"
-    if "blocks" in args.parts:
+    if args.isa == "native" and {"blocks", "gptq"} & set(parts):
         import torch
         versions += f", torch {torch.__version__}"
     names = f"{args.model.name} {args.checkpoint.name}"
-    report = {"cpu": cpu(), "threads": args.threads, "versions": versions, "rounds": args.rounds,
-              "command": f"benches/peers/peers.py {names} --rounds {args.rounds} --threads {args.threads} --parts {args.parts}"}
-    for part, measure in [("models", models), ("blocks", blocks)]:
-        if part in args.parts.split(","):
+    isa = "" if args.isa == "native" else f" --isa {args.isa}"
+    report = {"cpu": cpu(), "threads": args.threads, "isa": args.isa, "versions": versions, "rounds": args.rounds,
+              "command": f"benches/peers/peers.py {names} --rounds {args.rounds} --threads {args.threads} --parts {args.parts}{isa}"}
+    for part, measure in [("models", models), ("blocks", blocks), ("gptq", gptq)]:
+        if part in parts:
             report[part] = measure(args, tools)
     print(page(report))
     if args.output:
