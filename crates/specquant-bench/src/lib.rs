@@ -1,9 +1,10 @@
-//! Speed and memory: integer products by shape, decoder blocks of the shapes in the paper's Table 2, and whole models; each beside the same in f32 and
+//! Speed and memory: integer products by shape, attention over the cache, decoder blocks of the shapes in the paper's Table 2, and whole models; each beside the same in f32 and
 //! beside what the machine can do, all in one run.
 //!
 //! A time is the best of several calls that take turns with what they are compared with, for other programs only ever make a call slower. A
 //! multiply-accumulate counts as two operations.
 
+mod attention;
 mod blocks;
 mod made;
 mod models;
@@ -11,6 +12,7 @@ mod plot;
 mod products;
 mod synth;
 
+pub use attention::AttentionRow;
 pub use blocks::{BlockRow, Shape};
 pub use models::ModelRow;
 pub use plot::roofline;
@@ -29,6 +31,8 @@ use specquant_model::{Result, Source};
 pub enum Part {
     /// Products by shape.
     Products,
+    /// Attention over the cache.
+    Attention,
     /// Decoder blocks.
     Blocks,
     /// Whole models.
@@ -61,6 +65,8 @@ pub struct Report {
     pub machine: Machine,
     /// Products.
     pub products: Vec<ProductRow>,
+    /// Attention over the cache.
+    pub attention: Vec<AttentionRow>,
     /// Decoder blocks.
     pub blocks: Vec<BlockRow>,
     /// Whole models.
@@ -103,9 +109,10 @@ pub fn run(settings: &Settings, progress: &mut dyn FnMut(Step)) -> Result<Report
     // What cannot be opened is said before the minutes that the rest takes.
     settings.models.iter().try_for_each(|path| Source::open(path).map(drop))?;
     let products = if settings.wants(Part::Products) { &products::SHAPES[..] } else { &[] };
+    let heads = if settings.wants(Part::Attention) { Shape::all(settings.full) } else { Vec::new() };
     let shapes = if settings.wants(Part::Blocks) { Shape::all(settings.full) } else { Vec::new() };
     let models = if settings.wants(Part::Models) { &settings.models[..] } else { &[] };
-    let of = 1 + products.len() + shapes.len() + models.len();
+    let of = 1 + products.len() + heads.len() + shapes.len() + models.len();
     let mut done = 0;
     let mut tell = |name: &str| {
         progress(Step { done, of, name });
@@ -122,10 +129,20 @@ pub fn run(settings: &Settings, progress: &mut dyn FnMut(Step)) -> Result<Report
         f32_gflops: ceilings.f32_gflops,
         read_gbs: ceilings.read_gbs,
     };
-    let mut report = Report { machine, products: Vec::new(), blocks: Vec::new(), models: Vec::new() };
+    let mut report = Report {
+        machine,
+        products: Vec::new(),
+        attention: Vec::new(),
+        blocks: Vec::new(),
+        models: Vec::new(),
+    };
     for &shape in products {
         tell(&format!("product {} x {}", shape[0], shape[1]));
         report.products.extend(products::measure(shape, settings));
+    }
+    for shape in &heads {
+        tell(&format!("attention of {}", shape.name));
+        report.attention.extend(attention::measure(shape, settings));
     }
     for shape in &shapes {
         tell(&format!("block of {}", shape.name));

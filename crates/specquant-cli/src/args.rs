@@ -524,6 +524,8 @@ pub struct BenchArgs {
 pub enum PartArg {
     /// Integer products by shape
     Products,
+    /// Attention over the cache, beside a cache in f16
+    Attention,
     /// One decoder block
     Blocks,
     /// The models given

@@ -4,7 +4,7 @@ use std::io::Write;
 use std::process::ExitCode;
 
 use specquant_bench::{
-    BlockRow, ModelRow, Part, Product, ProductRow, Report, Settings, roofline, run as measure,
+    AttentionRow, BlockRow, ModelRow, Part, Product, ProductRow, Report, Settings, roofline, run as measure,
 };
 use specquant_eval::{claim_directory, write_whole};
 
@@ -24,6 +24,7 @@ pub fn run(args: BenchArgs) -> anyhow::Result<ExitCode> {
     let _claim = claim.collect::<specquant_eval::Result<Vec<_>>>()?;
     let only = args.only.iter().map(|part| match part {
         PartArg::Products => Part::Products,
+        PartArg::Attention => Part::Attention,
         PartArg::Blocks => Part::Blocks,
         PartArg::Models => Part::Models,
     });
@@ -68,6 +69,10 @@ fn text(report: &Report) -> String {
         text += "\nproducts, with the quantizer of their activations; of the limit: arithmetic, or memory where few tokens are bound by it\n";
         text += &table(&products(report));
     }
+    if !report.attention.is_empty() {
+        text += "\nattention over a cache of 4 bits, times faster than in f16; memory, times less\n";
+        text += &table(&attention(&report.attention));
+    }
     if !report.blocks.is_empty() {
         text += "\none decoder block on 4 prompts, times faster than in f32; memory of weights and cache, times less than at 16 bits\n";
         text += &table(&blocks(&report.blocks));
@@ -103,6 +108,23 @@ fn products(report: &Report) -> Vec<Vec<String>> {
             format!("{:.1}", row.gbs()),
             format!("{:.0}%", 100.0 * row.gops() / top.min(memory)),
             format!("{:.2}", row.f32_seconds / (row.seconds + row.quantize_seconds)),
+        ]
+    }));
+    rows
+}
+
+fn attention(all: &[AttentionRow]) -> Vec<Vec<String>> {
+    let mut rows =
+        vec![cells(["heads of", "cached", "queries", "f16 µs", "uniform codes", "levels", "memory"])];
+    rows.extend(all.iter().map(|row| {
+        vec![
+            row.shape.name.to_owned(),
+            row.tokens.to_string(),
+            row.queries.to_string(),
+            format!("{:.0}", 1e6 * row.f16),
+            format!("{:.2}", row.f16 / row.uniform),
+            format!("{:.2}", row.f16 / row.levels),
+            format!("{:.2}", row.bytes[0] as f64 / row.bytes[1] as f64),
         ]
     }));
     rows
