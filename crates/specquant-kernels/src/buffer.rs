@@ -7,6 +7,8 @@ use std::thread::LocalKey;
 
 /// Larger buffers go back to the system: what 512 rows of the widest layers take is below it.
 const LARGEST: usize = 32 << 20;
+/// What a few tokens need is smaller: see [`trim_buffers`].
+const SMALL: usize = 1 << 20;
 /// Buffers of a type that a thread keeps at most.
 const MOST: usize = 32;
 
@@ -73,6 +75,15 @@ impl<T: Element> Buffer<T> {
     pub fn into_vec(mut self) -> Vec<T> {
         std::mem::take(&mut self.0)
     }
+}
+
+/// Gives this thread's large free buffers back to the system: for the end of a prompt, whose memory decoding does not need.
+pub fn trim_buffers() {
+    fn trim<T: Element>() {
+        T::free().with_borrow_mut(|free| free.retain(|buffer| buffer.capacity() * size_of::<T>() <= SMALL));
+    }
+    trim::<f32>();
+    trim::<u8>();
 }
 
 /// The smallest free buffer that is large enough; where none is, the largest, in whose place comes a new one.
@@ -195,6 +206,9 @@ mod tests {
         assert_eq!(i32::free().with_borrow(|free| free.len()), 0);
         drop(Vec::from_iter((0..2 * MOST).map(|_| Buffer::<i32>::new(3))));
         assert_eq!(i32::free().with_borrow(|free| free.len()), MOST);
+        drop((Buffer::<u8>::new(SMALL), Buffer::<u8>::new(SMALL + 1)));
+        trim_buffers();
+        assert_eq!(u8::free().with_borrow(|free| Vec::from_iter(free.iter().map(Vec::len))), [SMALL]);
         let whole = Buffer::<i32>::new(3).into_vec();
         assert_eq!((whole.len(), i32::free().with_borrow(|free| free.len())), (3, MOST - 1));
     }

@@ -16,8 +16,9 @@
 
 mod gaussian;
 
+use crate::Buffer;
 use crate::ops::{twin, widen_f16};
-use crate::{Buffer, for_each_chunk_pair};
+use crate::parallel::{Shared, for_each_index};
 use half::f16;
 use half::slice::HalfFloatSliceExt;
 use std::ops::Range;
@@ -144,15 +145,17 @@ impl KvCache {
             "KV cache: {} is not whole tokens of {width}",
             k.len()
         );
-        let few = k.len() < 1 << 14;
-        let at_once = if few { heads } else { 1 };
-        for_each_chunk_pair((&mut self.keys, at_once), (&mut self.values, at_once), |i, keys, values| {
-            for (to, x) in [(keys, k), (values, v)] {
-                to.iter_mut()
-                    .zip(i * at_once..)
-                    .for_each(|(to, head)| to.append(format, x, width, head, head_dim));
-            }
-        });
+        let sides = [(Shared(self.keys.as_mut_ptr()), k), (Shared(self.values.as_mut_ptr()), v)];
+        let task = |i: usize| {
+            let ((to, x), head) = (&sides[i / heads], i % heads);
+            // SAFETY: there are `heads` of either side, borrowed here, and this task alone has this one.
+            unsafe { &mut *to.get().add(head) }.append(format, x, width, head, head_dim);
+        };
+        if k.len() < 1 << 14 {
+            (0..2 * heads).for_each(task);
+        } else {
+            for_each_index(2 * heads, task);
+        }
         self.len += k.len() / width;
     }
 

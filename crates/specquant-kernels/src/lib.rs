@@ -36,7 +36,7 @@ mod weights;
 pub use acts::*;
 pub use attention::*;
 pub use branch::*;
-pub use buffer::{Buffer, Element};
+pub use buffer::{Buffer, Element, trim_buffers};
 pub use ceilings::*;
 pub use dct::*;
 pub use dense::*;

@@ -98,11 +98,18 @@ pub(crate) fn max_body(x: &[f32]) -> f32 {
             lanes[l] = if c[l] > lanes[l] { c[l] } else { lanes[l] };
         }
     }
-    let mut max = f32::NEG_INFINITY;
-    for &v in lanes.iter().chain(tail) {
-        max = if v > max { v } else { max };
+    for (lane, &v) in lanes.iter_mut().zip(tail) {
+        *lane = if v > *lane { v } else { *lane };
     }
-    max
+    // Halves, as in `fold`: one after the other they would wait for each other.
+    let mut width = LANES / 2;
+    while width > 0 {
+        for l in 0..width {
+            lanes[l] = if lanes[l + width] > lanes[l] { lanes[l + width] } else { lanes[l] };
+        }
+        width /= 2;
+    }
+    lanes[0]
 }
 
 #[inline(always)]
@@ -137,10 +144,19 @@ pub(crate) fn fold<const N: usize>(mut lanes: [f32; N]) -> f32 {
 /// x = e^(x − max) in place, where max is no less than any x; returns the sum.
 #[inline(always)]
 pub(crate) fn exp_sum_body(x: &mut [f32], max: f32) -> f32 {
-    for v in x.iter_mut() {
-        *v = exp_nonpositive(*v - max);
+    let mut lanes = [0.0f32; LANES];
+    let mut chunks = x.chunks_exact_mut(LANES);
+    for c in &mut chunks {
+        for l in 0..LANES {
+            c[l] = exp_nonpositive(c[l] - max);
+            lanes[l] += c[l];
+        }
     }
-    sum_body(x)
+    for (lane, v) in lanes.iter_mut().zip(chunks.into_remainder()) {
+        *v = exp_nonpositive(*v - max);
+        *lane += *v;
+    }
+    fold(lanes)
 }
 
 /// out = x in f32. Exact, hence the same on every instruction set; `half`'s own conversion asks for the instruction set and

@@ -208,7 +208,10 @@ impl Block {
         observe: &mut dyn FnMut(Site, &[f32]),
     ) -> Result<()> {
         let attended = self.attention(config, rope, x, spans, observe)?;
-        self.finish(config, x, &attended, observe)
+        self.finish(config, x, &attended, observe)?;
+        drop(attended);
+        kernels::trim_buffers();
+        Ok(())
     }
 
     /// The first half of [`Block::forward`]: appends to the spans' caches and returns the attention's output,

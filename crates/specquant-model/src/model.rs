@@ -358,6 +358,10 @@ impl Model {
         }
         let mut normed = Buffer::new(x.len());
         kernels::rms_norm(&x, &self.head.norm, self.config.rms_norm_eps, &mut normed);
+        drop(x);
+        if ids.len() > batch.len() {
+            kernels::trim_buffers();
+        }
         Ok(normed)
     }
 
