@@ -142,8 +142,8 @@ impl Job<'_> {
         });
         let parts = parts.chunks_exact_mut(ranges * part).zip(sums.chunks_exact_mut(ranges * 2 * self.group));
         for (out, (parts, sums)) in out.chunks_exact_mut(part).zip(parts) {
-            let mut states = parts.chunks_exact_mut(part).zip(sums.chunks_exact_mut(2 * self.group));
-            let mut states = states.by_ref().map(|(out, sums)| State::of(out, sums));
+            let states = parts.chunks_exact_mut(part).zip(sums.chunks_exact_mut(2 * self.group));
+            let mut states = states.map(|(out, sums)| State::of(out, sums));
             let Some(mut whole) = states.next() else { continue };
             states.for_each(|part| whole.merge(&part));
             whole.finish();

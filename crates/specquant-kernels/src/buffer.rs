@@ -5,8 +5,8 @@ use std::cell::RefCell;
 use std::ops::{Deref, DerefMut};
 use std::thread::LocalKey;
 
-/// Larger buffers go back to the system: what 512 rows of the widest layers take is below it.
-const LARGEST: usize = 32 << 20;
+/// Larger buffers go back to the system: the queries of a prompt of 4096 tokens, 4096 wide.
+const LARGEST: usize = 64 << 20;
 /// What a few tokens need is smaller: see [`trim_buffers`].
 const SMALL: usize = 1 << 20;
 /// Buffers of a type that a thread keeps at most.
@@ -20,6 +20,7 @@ pub trait Element: Copy + 'static {
     /// What new memory is filled with.
     const ZERO: Self;
     /// The thread's free buffers.
+    #[doc(hidden)]
     fn free() -> &'static LocalKey<Free<Self>>;
 }
 
@@ -44,24 +45,23 @@ element!(f32, 0.0);
 element!(i32, 0);
 element!(u8, 0);
 element!(u32, 0);
-element!(usize, 0);
 
-/// A `Vec` of fixed length whose memory is used again when it is dropped.
-pub struct Buffer<T: Element>(Vec<T>);
+/// A slice of fixed length whose memory is used again when it is dropped.
+pub struct Buffer<T: Element> {
+    /// At least `len` values; what is behind them stays, so that nothing is cleared.
+    memory: Vec<T>,
+    len: usize,
+}
 
 impl<T: Element> Buffer<T> {
     /// `len` values, whatever they are.
     pub fn new(len: usize) -> Self {
         if len == 0 {
-            return Buffer(Vec::new());
+            return Buffer::default();
         }
-        let mut buffer = T::free().with_borrow_mut(|free| take(free, len)).unwrap_or_default();
-        // What was used before is not cleared.
-        if buffer.capacity() < len {
-            buffer = Vec::with_capacity(len);
-        }
-        buffer.resize(len, T::ZERO);
-        Buffer(buffer)
+        let free = T::free().with_borrow_mut(|free| take(free, len));
+        let memory = free.filter(|memory| memory.len() >= len).unwrap_or_else(|| vec![T::ZERO; len]);
+        Buffer { memory, len }
     }
 
     /// `len` zeros.
@@ -71,16 +71,31 @@ impl<T: Element> Buffer<T> {
         buffer
     }
 
+    /// Makes it `len` values, whatever they are.
+    pub fn resize(&mut self, len: usize) {
+        if len > self.memory.len() {
+            *self = Buffer::new(len);
+        }
+        self.len = len;
+    }
+
     /// The values alone.
     pub fn into_vec(mut self) -> Vec<T> {
-        std::mem::take(&mut self.0)
+        let mut values = std::mem::take(&mut self.memory);
+        values.truncate(self.len);
+        // Who keeps them keeps no more than them.
+        if values.capacity() > 2 * self.len {
+            values.shrink_to_fit();
+        }
+        values
     }
 }
 
-/// Gives this thread's large free buffers back to the system: for the end of a prompt, whose memory decoding does not need.
+/// Gives this thread's large free buffers of floats and codes, of which there can be large ones, back to the system: for the end of a prompt, whose memory
+/// decoding does not need.
 pub fn trim_buffers() {
     fn trim<T: Element>() {
-        T::free().with_borrow_mut(|free| free.retain(|buffer| buffer.capacity() * size_of::<T>() <= SMALL));
+        T::free().with_borrow_mut(|free| free.retain(|memory| memory.len() * size_of::<T>() <= SMALL));
     }
     trim::<f32>();
     trim::<u8>();
@@ -90,13 +105,13 @@ pub fn trim_buffers() {
 fn take<T>(free: &mut Vec<Vec<T>>, len: usize) -> Option<Vec<T>> {
     let mut found = None;
     // From the last one used.
-    for (i, buffer) in free.iter().enumerate().rev() {
-        let (capacity, best) = (buffer.capacity(), found.map_or(0, |(_, best)| best));
-        let better = if best < len { capacity > best } else { (len..best).contains(&capacity) };
+    for (i, memory) in free.iter().enumerate().rev() {
+        let best = found.map_or(0, |(_, best)| best);
+        let better = if best < len { memory.len() > best } else { (len..best).contains(&memory.len()) };
         if better {
-            found = Some((i, capacity));
+            found = Some((i, memory.len()));
         }
-        if capacity == len {
+        if memory.len() == len {
             break;
         }
     }
@@ -105,15 +120,15 @@ fn take<T>(free: &mut Vec<Vec<T>>, len: usize) -> Option<Vec<T>> {
 
 impl<T: Element> Drop for Buffer<T> {
     fn drop(&mut self) {
-        let buffer = std::mem::take(&mut self.0);
-        if buffer.capacity() == 0 || buffer.capacity() * size_of::<T>() > LARGEST {
+        let memory = std::mem::take(&mut self.memory);
+        if memory.is_empty() || memory.len() * size_of::<T>() > LARGEST {
             return;
         }
         // A thread that ends has no free buffers any more.
         let _ = T::free().try_with(|free| {
             let mut free = free.borrow_mut();
             if free.len() < MOST {
-                free.push(buffer);
+                free.push(memory);
             }
         });
     }
@@ -123,13 +138,13 @@ impl<T: Element> Deref for Buffer<T> {
     type Target = [T];
 
     fn deref(&self) -> &[T] {
-        &self.0
+        &self.memory[..self.len]
     }
 }
 
 impl<T: Element> DerefMut for Buffer<T> {
     fn deref_mut(&mut self) -> &mut [T] {
-        &mut self.0
+        &mut self.memory[..self.len]
     }
 }
 
@@ -138,13 +153,14 @@ impl<'a, T: Element> IntoIterator for &'a Buffer<T> {
     type IntoIter = std::slice::Iter<'a, T>;
 
     fn into_iter(self) -> Self::IntoIter {
-        self.0.iter()
+        self.iter()
     }
 }
 
 impl<T: Element> From<Vec<T>> for Buffer<T> {
-    fn from(values: Vec<T>) -> Self {
-        Buffer(values)
+    fn from(memory: Vec<T>) -> Self {
+        let len = memory.len();
+        Buffer { memory, len }
     }
 }
 
@@ -158,7 +174,7 @@ impl<T: Element> From<&[T]> for Buffer<T> {
 
 impl<T: Element> Default for Buffer<T> {
     fn default() -> Self {
-        Buffer(Vec::new())
+        Buffer { memory: Vec::new(), len: 0 }
     }
 }
 
@@ -170,13 +186,13 @@ impl<T: Element> Clone for Buffer<T> {
 
 impl<T: Element + PartialEq> PartialEq for Buffer<T> {
     fn eq(&self, other: &Self) -> bool {
-        self.0 == other.0
+        **self == **other
     }
 }
 
 impl<T: Element + std::fmt::Debug> std::fmt::Debug for Buffer<T> {
     fn fmt(&self, f: &mut std::fmt::Formatter) -> std::fmt::Result {
-        self.0.fmt(f)
+        (**self).fmt(f)
     }
 }
 
@@ -197,7 +213,13 @@ mod tests {
         // The largest is too small, and a new one takes its place.
         assert_eq!(Buffer::<u32>::new(200).len(), 200);
         assert_eq!(u32::free().with_borrow(|free| free.len()), 1);
-        assert!(Buffer::<u32>::zeros(150).iter().all(|v| *v == 0));
+        let mut ones = Buffer::<u32>::zeros(150);
+        assert!(ones.iter().all(|v| *v == 0));
+        ones.fill(1);
+        ones.resize(3);
+        assert_eq!((ones.clone().into_vec(), ones.len()), (vec![1; 3], 3));
+        ones.resize(1000);
+        assert_eq!(ones.len(), 1000);
     }
 
     #[test]

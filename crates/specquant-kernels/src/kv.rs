@@ -17,8 +17,8 @@
 mod gaussian;
 
 use crate::Buffer;
+use crate::for_each_chunk;
 use crate::ops::{twin, widen_f16};
-use crate::parallel::{Shared, for_each_index};
 use half::f16;
 use half::slice::HalfFloatSliceExt;
 use std::ops::Range;
@@ -89,8 +89,8 @@ pub struct KvCache {
     format: KvFormat,
     head_dim: usize,
     len: usize,
-    keys: Vec<Head>,
-    values: Vec<Head>,
+    /// Keys of every head, then values of every head.
+    heads: Vec<Head>,
 }
 
 /// Which half of the cache to read.
@@ -122,8 +122,8 @@ impl KvCache {
             }
             KvFormat::Gaussian { .. } => Plane::Gaussian { codes: Vec::new(), scale: Vec::new() },
         };
-        let heads = vec![Head { plane, intact: Vec::new() }; kv_heads];
-        Self { format, head_dim, len: 0, keys: heads.clone(), values: heads }
+        let heads = vec![Head { plane, intact: Vec::new() }; 2 * kv_heads];
+        Self { format, head_dim, len: 0, heads }
     }
 
     /// Appends the keys and values of some tokens: k, v: [t, kv_heads · head_dim] each.
@@ -134,7 +134,7 @@ impl KvCache {
     /// # Panics
     /// If k or v is not whole tokens, or they differ in length.
     pub fn append(&mut self, k: &[f32], v: &[f32]) {
-        let (heads, head_dim, format) = (self.keys.len(), self.head_dim, self.format);
+        let (heads, head_dim, format) = (self.kv_heads(), self.head_dim, self.format);
         let width = heads * head_dim;
         assert_eq!(k.len(), v.len(), "KV cache: keys and values differ in length");
         if k.is_empty() {
@@ -145,17 +145,12 @@ impl KvCache {
             "KV cache: {} is not whole tokens of {width}",
             k.len()
         );
-        let sides = [(Shared(self.keys.as_mut_ptr()), k), (Shared(self.values.as_mut_ptr()), v)];
-        let task = |i: usize| {
-            let ((to, x), head) = (&sides[i / heads], i % heads);
-            // SAFETY: there are `heads` of either side, borrowed here, and this task alone has this one.
-            unsafe { &mut *to.get().add(head) }.append(format, x, width, head, head_dim);
-        };
-        if k.len() < 1 << 14 {
-            (0..2 * heads).for_each(task);
-        } else {
-            for_each_index(2 * heads, task);
-        }
+        let at_once = if k.len() < 1 << 14 { 2 * heads } else { 1 };
+        for_each_chunk(&mut self.heads, at_once, |first, part| {
+            for (to, i) in part.iter_mut().zip(first * at_once..) {
+                to.append(format, [k, v][i / heads], width, i % heads, head_dim);
+            }
+        });
         self.len += k.len() / width;
     }
 
@@ -172,7 +167,7 @@ impl KvCache {
     /// Forgets all but the first `len` tokens; nothing happens if there are no more than that.
     pub fn truncate(&mut self, len: usize) {
         let code_bytes = self.format.code_bytes(self.head_dim);
-        for head in self.keys.iter_mut().chain(&mut self.values) {
+        for head in &mut self.heads {
             head.intact.truncate(len * self.head_dim);
             match &mut head.plane {
                 Plane::F32(x) => x.truncate(len * self.head_dim),
@@ -199,12 +194,12 @@ impl KvCache {
             KvFormat::Gaussian { .. } => 2,
         };
         let coded = self.len * (self.format.code_bytes(self.head_dim) + side);
-        2 * self.keys.len() * (coded + 4 * self.format.intact().min(self.len) * self.head_dim)
+        self.heads.len() * (coded + 4 * self.format.intact().min(self.len) * self.head_dim)
     }
 
     /// Heads of keys and values.
     pub fn kv_heads(&self) -> usize {
-        self.keys.len()
+        self.heads.len() / 2
     }
 
     /// Elements of a head.
@@ -228,7 +223,9 @@ impl KvCache {
         tokens: Range<usize>,
         buf: &'a mut [f32],
     ) -> &'a [f32] {
-        let Head { plane, intact } = if side == KvSide::Keys { &self.keys[head] } else { &self.values[head] };
+        assert!(head < self.kv_heads(), "KV cache: there is no head {head}");
+        let Head { plane, intact } =
+            &self.heads[if side == KvSide::Keys { head } else { self.kv_heads() + head }];
         let elements = tokens.start * self.head_dim..tokens.end * self.head_dim;
         let buf = &mut buf[..elements.len()];
         match plane {

@@ -23,14 +23,14 @@ pub(crate) trait Lanes<const N: usize>: Copy {
 }
 
 /// What sums of products need besides.
-pub(crate) trait Fold<const N: usize>: Lanes<N> {
+pub(crate) trait Fold: Lanes<16> {
     /// a · b + v.
     fn mul_add(self, a: Self::V, b: Self::V, v: Self::V) -> Self::V;
     /// The sum across the lanes of each, as [`fold`] adds them.
     fn fold_four(self, v: [Self::V; 4]) -> [f32; 4];
 }
 
-impl Fold<16> for Scalar {
+impl Fold for Scalar {
     #[inline(always)]
     fn mul_add(self, a: Self::V, b: Self::V, v: Self::V) -> Self::V {
         std::array::from_fn(|l| a[l].mul_add(b[l], v[l]))
@@ -175,7 +175,7 @@ fn fold_eights([a, b, c, d]: [__m256; 4]) -> [f32; 4] {
 }
 
 #[cfg(target_arch = "x86_64")]
-impl Fold<16> for Avx2 {
+impl Fold for Avx2 {
     #[inline(always)]
     fn mul_add(self, a: Self::V, b: Self::V, v: Self::V) -> Self::V {
         // SAFETY: the token proves FMA.
@@ -190,7 +190,7 @@ impl Fold<16> for Avx2 {
 }
 
 #[cfg(target_arch = "x86_64")]
-impl Fold<16> for Avx512Vnni {
+impl Fold for Avx512Vnni {
     #[inline(always)]
     fn mul_add(self, [a]: Self::V, [b]: Self::V, [v]: Self::V) -> Self::V {
         // SAFETY: the token proves AVX-512.

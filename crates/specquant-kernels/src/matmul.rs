@@ -30,7 +30,7 @@ pub(crate) use neon::dot_loop;
 use crate::isa::with_every_token;
 use crate::parallel::for_each_index;
 use crate::weights::{Chunk, PANEL};
-use crate::{Isa, PackedWeights, QuantizedActs};
+use crate::{Buffer, Isa, PackedWeights, QuantizedActs};
 use grid::{Grid, Rect, blocks, panels};
 
 /// Tokens of a rectangle at most: what the unpacking of a block of weights is shared by. A multiple of the rows of every tile.
@@ -174,9 +174,9 @@ trait Kernel: Copy + Send + Sync {
     /// Panels that [`int_block`](Self::int_block) likes to have side by side, at most [`PANELS`].
     const INT_PANELS: usize = 1;
     /// Adds the block's integer products to `acc`.
-    fn int_block(self, block: &IntBlock, scratch: &mut Vec<Chunk>, acc: &mut [[i32; PANEL]]);
+    fn int_block(self, block: &IntBlock, scratch: &mut Buffer<Chunk>, acc: &mut [[i32; PANEL]]);
     /// Adds the block's float products to `acc`, inputs in ascending order.
-    fn float_block(self, block: &FloatBlock, scratch: &mut Vec<f32>, acc: &mut [[f32; PANEL]]);
+    fn float_block(self, block: &FloatBlock, scratch: &mut Buffer<f32>, acc: &mut [[f32; PANEL]]);
     /// Adds a panel's group to the sum, which is `sum += scale · (acc − zero · colsum)`, or begins the sum with it; and clears `acc`.
     fn fold(
         self,
@@ -246,7 +246,7 @@ fn int_panels<K: Kernel>(
     sums: &mut [[f32; PANEL]],
 ) {
     let (row, rows) = (rect.row, rect.rows);
-    let mut scratch = Vec::new();
+    let mut scratch = Buffer::default();
     for (col, range) in panels(&rect, K::INT_PANELS) {
         let (acc, sums) = (&mut acc[..range.len() * rows], &mut sums[..range.len() * rows]);
         for (i, (a, w)) in parts.iter().enumerate() {
@@ -279,7 +279,7 @@ fn int_panels<K: Kernel>(
 
 fn float_rect(kernel: impl Kernel, x: &[f32], w: &PackedWeights, mut rect: Rect, accumulate: bool) {
     let (row, rows, stride) = (rect.row, rect.rows, w.in_features());
-    let mut scratch = Vec::new();
+    let mut scratch = Buffer::default();
     let (mut acc, mut sums) = ([[0.; PANEL]; ROWS], [[0.; PANEL]; ROWS]);
     let (acc, sums) = (&mut acc[..rows], &mut sums[..rows]);
     for (col, panel) in panels(&rect, 1) {

@@ -11,6 +11,7 @@
 //! `[panel, group, 16]`.
 
 use crate::KernelError;
+use crate::buffer::element;
 use rayon::prelude::*;
 
 /// Output channels of a panel.
@@ -20,6 +21,8 @@ pub(crate) const PANEL: usize = 16;
 #[derive(Debug, Clone, Copy, PartialEq)]
 #[repr(C, align(64))]
 pub(crate) struct Chunk(pub(crate) [u8; 64]);
+
+element!(Chunk, Chunk([0; 64]));
 
 /// The levels of plain 4-bit codes.
 pub const UNIFORM_LEVELS: [i8; 16] = [-8, -7, -6, -5, -4, -3, -2, -1, 0, 1, 2, 3, 4, 5, 6, 7];

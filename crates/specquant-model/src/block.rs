@@ -364,7 +364,7 @@ impl Block {
 /// Normalizes (Qwen3, Gemma 3) and rotates the heads of every row. x: `[rows, heads * head_dim]`.
 fn position(x: &mut [f32], norm: Option<&[f32]>, config: &ModelConfig, heads: usize, rope: &RopeTable) {
     if let Some(norm) = norm {
-        let raw = x.to_vec();
+        let raw = Buffer::from(&*x);
         kernels::rms_norm(&raw, norm, config.rms_norm_eps, x);
     }
     let half = config.head_dim / 2;

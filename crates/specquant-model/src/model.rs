@@ -15,7 +15,7 @@ use crate::stored_linear::{read_bias, read_linear};
 use crate::stored_transform::{read_act_clip, read_key_transform, read_transform};
 use crate::{Error, InputTransform, MappedMatrix, ModelConfig, Result, Rotations, Source};
 
-/// Rows of logits computed at a time: `64 × 49152` f32 are 12 MiB, which the allocator keeps.
+/// Rows of logits computed at a time: `64 × 49152` f32 are 12 MiB, which the thread's free buffers keep.
 const LOGIT_ROWS: usize = 64;
 
 /// Token embeddings, read a row at a time from the memory map.
@@ -327,6 +327,15 @@ impl Model {
     /// # Panics
     /// When a row is not in the batch.
     pub fn hidden_of(&self, batch: &mut [(&mut Sequence, &[u32])], rows: &[usize]) -> Result<Buffer<f32>> {
+        let hidden = self.forward(batch, rows);
+        if batch.iter().any(|(_, ids)| ids.len() > 1) {
+            kernels::trim_buffers();
+        }
+        hidden
+    }
+
+    /// [`Model::hidden_of`].
+    fn forward(&self, batch: &mut [(&mut Sequence, &[u32])], rows: &[usize]) -> Result<Buffer<f32>> {
         let mut ids = Buffer::new(batch.iter().map(|(_, ids)| ids.len()).sum());
         let each = batch.iter().flat_map(|(_, ids)| ids.iter());
         ids.iter_mut().zip(each).for_each(|(to, id)| *to = *id);
@@ -358,10 +367,6 @@ impl Model {
         }
         let mut normed = Buffer::new(x.len());
         kernels::rms_norm(&x, &self.head.norm, self.config.rms_norm_eps, &mut normed);
-        drop(x);
-        if ids.len() > batch.len() {
-            kernels::trim_buffers();
-        }
         Ok(normed)
     }
 

@@ -4,7 +4,7 @@
 use specquant_quantize::rounding::{ClipSearch, GptqConfig, Grid, Hessian, factorize, gptq, weight_scales};
 use std::time::Instant;
 
-/// Inputs of the Hessians: correlated, of full rank.
+/// Inputs of the Hessians, fewer than channels: damping makes them definite.
 const ROWS: usize = 512;
 
 /// Numbers in [-1, 1).

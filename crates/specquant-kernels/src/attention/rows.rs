@@ -67,7 +67,7 @@ kernel!(Avx2, "avx2,fma");
 kernel!(Avx512Vnni, "avx2,fma,avx512f,avx512bw,avx512dq,avx512vl");
 
 #[inline(always)]
-fn dot_rows_with<S: Fold<LANES>>(s: S, q: &[f32], k: &[f32], scores: &mut [f32], d: usize) {
+fn dot_rows_with<S: Fold>(s: S, q: &[f32], k: &[f32], scores: &mut [f32], d: usize) {
     let n = k.len() / d;
     for (q, scores) in q.chunks_exact(d).zip(scores.chunks_exact_mut(n)) {
         // Four keys together: a sum across lanes costs more than the products, and four take little longer than one.
@@ -80,7 +80,7 @@ fn dot_rows_with<S: Fold<LANES>>(s: S, q: &[f32], k: &[f32], scores: &mut [f32],
 }
 
 #[inline(always)]
-fn dot_four<S: Fold<LANES>>(s: S, q: &[f32], k: [&[f32]; 4]) -> [f32; 4] {
+fn dot_four<S: Fold>(s: S, q: &[f32], k: [&[f32]; 4]) -> [f32; 4] {
     let mut sums = [s.zero(); 4];
     let (whole, tail) = q.as_chunks::<LANES>();
     if !tail.is_empty() {
@@ -105,7 +105,7 @@ fn dot_four<S: Fold<LANES>>(s: S, q: &[f32], k: [&[f32]; 4]) -> [f32; 4] {
 }
 
 #[inline(always)]
-fn add_values_with<S: Fold<LANES>>(s: S, p: &[f32], v: &[f32], out: &mut [f32], d: usize) {
+fn add_values_with<S: Fold>(s: S, p: &[f32], v: &[f32], out: &mut [f32], d: usize) {
     let n = v.len() / d;
     for (p, out) in p.chunks_exact(n).zip(out.chunks_exact_mut(d)) {
         let whole = out.as_chunks::<LANES>().0.len();
@@ -128,7 +128,7 @@ fn add_values_with<S: Fold<LANES>>(s: S, p: &[f32], v: &[f32], out: &mut [f32], 
 
 /// W vectors of a row of output, from element `at`.
 #[inline(always)]
-fn add_block<S: Fold<LANES>, const W: usize>(s: S, p: &[f32], v: &[f32], out: &mut [f32], at: usize) {
+fn add_block<S: Fold, const W: usize>(s: S, p: &[f32], v: &[f32], out: &mut [f32], at: usize) {
     let d = out.len();
     let out = out[at..].as_chunks_mut::<LANES>().0;
     let mut sums = [s.zero(); W];

@@ -8,12 +8,13 @@
 //! Float: a 32-bit lane holds a channel's quad; codes become floats where they stand in the lane (see [`widen`]).
 
 use super::{FloatBlock, IntBlock, Kernel, Rect, fold, i16_steps, store as store_sums};
+use crate::Buffer;
 use crate::isa::Avx2;
 use crate::weights::{Chunk, PANEL, UNIFORM_LEVELS};
 use std::arch::x86_64::*;
 
 impl Kernel for Avx2 {
-    fn int_block(self, block: &IntBlock, scratch: &mut Vec<Chunk>, acc: &mut [[i32; PANEL]]) {
+    fn int_block(self, block: &IntBlock, scratch: &mut Buffer<Chunk>, acc: &mut [[i32; PANEL]]) {
         for (panel, acc) in block.panels.iter().zip(acc.chunks_exact_mut(block.rows)) {
             let depth = panel.len() * if block.nibbles { 8 } else { 4 };
             check(block.a.len(), block.stride, block.rows, depth, acc.len());
@@ -22,13 +23,13 @@ impl Kernel for Avx2 {
         }
     }
 
-    fn float_block(self, block: &FloatBlock, scratch: &mut Vec<f32>, acc: &mut [[f32; PANEL]]) {
+    fn float_block(self, block: &FloatBlock, scratch: &mut Buffer<f32>, acc: &mut [[f32; PANEL]]) {
         check_float(block, acc.len());
         // SAFETY: the token proves AVX2 and FMA; `check_float` has proved that every token has `depth` values.
         unsafe {
             if block.nibbles && *block.levels != UNIFORM_LEVELS {
                 // The trick that widens nibbles where they stand takes them for numbers; bytes it takes as they are.
-                let mut bytes = Vec::new();
+                let mut bytes = Buffer::default();
                 expand(block.w, block.levels, &mut bytes);
                 float_block::<false>(&FloatBlock { w: &bytes, nibbles: false, ..*block }, scratch, acc);
             } else if block.nibbles {
@@ -85,7 +86,7 @@ pub(super) fn check_float(block: &FloatBlock, acc: usize) {
 /// Unsafe contract of the functions below: `a` points to rows that lie `stride` apart, as many as `acc` has (or R), and each
 /// has as many values as the chunks have inputs.
 #[target_feature(enable = "avx2")]
-unsafe fn int_block(block: &IntBlock, w: &[Chunk], scratch: &mut Vec<Chunk>, acc: &mut [[i32; PANEL]]) {
+unsafe fn int_block(block: &IntBlock, w: &[Chunk], scratch: &mut Buffer<Chunk>, acc: &mut [[i32; PANEL]]) {
     let (a, stride) = (block.a.as_ptr(), block.stride);
     let steps = i16_steps(block.a_max, block.w_max);
     // SAFETY: forwarded.
@@ -154,9 +155,9 @@ pub(super) fn unpack(chunk: &Chunk, table: __m256i) -> [[__m256i; 2]; 2] {
 
 /// Nibble chunks to byte chunks.
 #[target_feature(enable = "avx2")]
-pub(super) fn expand(w: &[Chunk], levels: &[i8; 16], bytes: &mut Vec<Chunk>) {
+pub(super) fn expand(w: &[Chunk], levels: &[i8; 16], bytes: &mut Buffer<Chunk>) {
     let table = table(levels);
-    bytes.resize(2 * w.len(), Chunk([0; 64]));
+    bytes.resize(2 * w.len());
     for (chunk, pair) in w.iter().zip(bytes.as_chunks_mut::<2>().0) {
         for (quad, to) in unpack(chunk, table).into_iter().zip(pair) {
             // SAFETY: a chunk is 64 aligned bytes.
@@ -327,9 +328,9 @@ fn widen<const NIBBLES: bool>(w: &[Chunk], j: usize) -> [Wide; 8] {
 pub(super) fn widened<'a, const NIBBLES: bool>(
     w: &[Chunk],
     depth: usize,
-    scratch: &'a mut Vec<f32>,
+    scratch: &'a mut Buffer<f32>,
 ) -> (&'a [[f32; PANEL]], &'a [[f32; PANEL]]) {
-    scratch.resize(depth.next_multiple_of(8) * PANEL, 0.);
+    scratch.resize(depth.next_multiple_of(8) * PANEL);
     for (j, to) in scratch.as_chunks_mut::<{ 8 * PANEL }>().0.iter_mut().enumerate() {
         for (to, w) in to.as_chunks_mut::<PANEL>().0.iter_mut().zip(widen::<NIBBLES>(w, j)) {
             // SAFETY: 16 lanes to an array of 16.
@@ -345,7 +346,7 @@ pub(super) fn widened<'a, const NIBBLES: bool>(
 #[target_feature(enable = "avx2,fma")]
 unsafe fn float_block<const NIBBLES: bool>(
     block: &FloatBlock,
-    scratch: &mut Vec<f32>,
+    scratch: &mut Buffer<f32>,
     acc: &mut [[f32; PANEL]],
 ) {
     let (x, stride, depth) = (block.x.as_ptr(), block.stride, block.depth);

@@ -7,6 +7,7 @@
 
 use super::avx2::{self, check_float};
 use super::{FloatBlock, IntBlock, Kernel, PANELS, Rect};
+use crate::Buffer;
 use crate::isa::Avx512Vnni;
 use crate::weights::{Chunk, PANEL, UNIFORM_LEVELS};
 use std::arch::x86_64::*;
@@ -21,7 +22,7 @@ const AHEAD: usize = 4096;
 impl Kernel for Avx512Vnni {
     const INT_PANELS: usize = PANELS;
 
-    fn int_block(self, block: &IntBlock, scratch: &mut Vec<Chunk>, acc: &mut [[i32; PANEL]]) {
+    fn int_block(self, block: &IntBlock, scratch: &mut Buffer<Chunk>, acc: &mut [[i32; PANEL]]) {
         let (rows, panels) = (block.rows, block.panels);
         let depth = panels[0].len() * if block.nibbles { 8 } else { 4 };
         assert!(panels.iter().all(|p| p.len() == panels[0].len()) && panels.len() <= PANELS);
@@ -31,7 +32,7 @@ impl Kernel for Avx512Vnni {
         unsafe { int_block(block, scratch, acc) }
     }
 
-    fn float_block(self, block: &FloatBlock, scratch: &mut Vec<f32>, acc: &mut [[f32; PANEL]]) {
+    fn float_block(self, block: &FloatBlock, scratch: &mut Buffer<f32>, acc: &mut [[f32; PANEL]]) {
         if block.rows < FLOAT_ROWS {
             return self.avx2.float_block(block, scratch, acc);
         }
@@ -102,7 +103,7 @@ fn store(sum: &[[f32; PANEL]], scale: &[f32], y: &mut Rect, col: usize, accumula
 /// Unsafe contract of the functions below: `a` points to rows that lie `stride` apart, as many as `acc` has for each panel (or R), and each
 /// has as many codes as a panel's chunks have inputs.
 #[target_feature(enable = "avx512f,avx512bw,avx512vnni")]
-unsafe fn int_block(block: &IntBlock, scratch: &mut Vec<Chunk>, acc: &mut [[i32; PANEL]]) {
+unsafe fn int_block(block: &IntBlock, scratch: &mut Buffer<Chunk>, acc: &mut [[i32; PANEL]]) {
     let (a, stride, rows) = (block.a.as_ptr(), block.stride, block.rows);
     if block.nibbles && rows <= FEW_ROWS {
         for (w, acc) in block.panels.iter().zip(acc.chunks_exact_mut(rows)) {
@@ -125,7 +126,7 @@ unsafe fn int_block(block: &IntBlock, scratch: &mut Vec<Chunk>, acc: &mut [[i32;
     let mut panels = [&[][..]; PANELS];
     if block.nibbles {
         let quads = 2 * block.panels[0].len();
-        scratch.resize(block.panels.len() * quads, Chunk([0; 64]));
+        scratch.resize(block.panels.len() * quads);
         for ((nibbles, bytes), panel) in
             block.panels.iter().zip(scratch.chunks_exact_mut(quads)).zip(&mut panels)
         {
@@ -291,8 +292,8 @@ unsafe fn nibbles(w: &[Chunk], levels: &[i8; 16], a: *const u8, acc: &mut [[i32;
 /// # Safety
 /// Every row of the block must have `depth` values.
 #[target_feature(enable = "avx2,avx512f")]
-unsafe fn float_block(block: &FloatBlock, scratch: &mut Vec<f32>, acc: &mut [[f32; PANEL]]) {
-    let (depth, stride, mut bytes) = (block.depth, block.stride, Vec::new());
+unsafe fn float_block(block: &FloatBlock, scratch: &mut Buffer<f32>, acc: &mut [[f32; PANEL]]) {
+    let (depth, stride, mut bytes) = (block.depth, block.stride, Buffer::default());
     let (first, second) = if !block.nibbles {
         avx2::widened::<false>(block.w, depth, scratch)
     } else if *block.levels == UNIFORM_LEVELS {

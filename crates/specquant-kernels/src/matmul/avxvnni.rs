@@ -5,12 +5,13 @@
 
 use super::avx2::{add_to, check, expand, load, quad, table, unpack};
 use super::{FloatBlock, IntBlock, Kernel, Rect};
+use crate::Buffer;
 use crate::isa::AvxVnni;
 use crate::weights::{Chunk, PANEL};
 use std::arch::x86_64::*;
 
 impl Kernel for AvxVnni {
-    fn int_block(self, block: &IntBlock, scratch: &mut Vec<Chunk>, acc: &mut [[i32; PANEL]]) {
+    fn int_block(self, block: &IntBlock, scratch: &mut Buffer<Chunk>, acc: &mut [[i32; PANEL]]) {
         for (panel, acc) in block.panels.iter().zip(acc.chunks_exact_mut(block.rows)) {
             let depth = panel.len() * if block.nibbles { 8 } else { 4 };
             check(block.a.len(), block.stride, block.rows, depth, acc.len());
@@ -19,7 +20,7 @@ impl Kernel for AvxVnni {
         }
     }
 
-    fn float_block(self, block: &FloatBlock, scratch: &mut Vec<f32>, acc: &mut [[f32; PANEL]]) {
+    fn float_block(self, block: &FloatBlock, scratch: &mut Buffer<f32>, acc: &mut [[f32; PANEL]]) {
         self.avx2.float_block(block, scratch, acc);
     }
 
@@ -42,7 +43,7 @@ impl Kernel for AvxVnni {
 /// Unsafe contract of the functions below: `a` points to rows that lie `stride` apart, as many as `acc` has (or R), and each
 /// has as many codes as the chunks have inputs.
 #[target_feature(enable = "avx2,avxvnni")]
-unsafe fn int_block(block: &IntBlock, w: &[Chunk], scratch: &mut Vec<Chunk>, acc: &mut [[i32; PANEL]]) {
+unsafe fn int_block(block: &IntBlock, w: &[Chunk], scratch: &mut Buffer<Chunk>, acc: &mut [[i32; PANEL]]) {
     let (a, stride) = (block.a.as_ptr(), block.stride);
     // SAFETY: forwarded; a tile's rows start 6 i rows on.
     unsafe {

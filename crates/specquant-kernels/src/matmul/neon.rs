@@ -4,6 +4,7 @@
 //! is added. Float products use the portable code.
 
 use super::{FloatBlock, IntBlock, Kernel};
+use crate::Buffer;
 use crate::isa::{NeonDot, Scalar};
 use crate::weights::{Chunk, PANEL};
 use std::arch::aarch64::*;
@@ -13,7 +14,7 @@ use std::arch::asm;
 const TILE: usize = 6;
 
 impl Kernel for NeonDot {
-    fn int_block(self, block: &IntBlock, scratch: &mut Vec<Chunk>, acc: &mut [[i32; PANEL]]) {
+    fn int_block(self, block: &IntBlock, scratch: &mut Buffer<Chunk>, acc: &mut [[i32; PANEL]]) {
         let (rows, stride) = (block.rows, block.stride);
         for (panel, acc) in block.panels.iter().zip(acc.chunks_exact_mut(rows)) {
             let depth = panel.len() * if block.nibbles { 8 } else { 4 };
@@ -23,7 +24,7 @@ impl Kernel for NeonDot {
         }
     }
 
-    fn float_block(self, block: &FloatBlock, scratch: &mut Vec<f32>, acc: &mut [[f32; PANEL]]) {
+    fn float_block(self, block: &FloatBlock, scratch: &mut Buffer<f32>, acc: &mut [[f32; PANEL]]) {
         Scalar.float_block(block, scratch, acc);
     }
 }
@@ -50,8 +51,8 @@ fn load(chunk: &Chunk) -> [int8x16_t; 4] {
 
 /// Nibble chunks to byte chunks.
 #[target_feature(enable = "neon")]
-fn expand(w: &[Chunk], levels: &[i8; 16], bytes: &mut Vec<Chunk>) {
-    bytes.resize(2 * w.len(), Chunk([0; 64]));
+fn expand(w: &[Chunk], levels: &[i8; 16], bytes: &mut Buffer<Chunk>) {
+    bytes.resize(2 * w.len());
     // SAFETY: 16 bytes from an array of 16; a chunk is 64 bytes.
     unsafe {
         let table = vld1q_s8(levels.as_ptr());
@@ -71,7 +72,7 @@ fn expand(w: &[Chunk], levels: &[i8; 16], bytes: &mut Vec<Chunk>) {
 /// # Safety
 /// Every row of the block must have as many codes as the chunks have inputs.
 #[target_feature(enable = "neon,dotprod")]
-unsafe fn int_block(block: &IntBlock, w: &[Chunk], scratch: &mut Vec<Chunk>, acc: &mut [[i32; PANEL]]) {
+unsafe fn int_block(block: &IntBlock, w: &[Chunk], scratch: &mut Buffer<Chunk>, acc: &mut [[i32; PANEL]]) {
     let w = if block.nibbles {
         expand(w, block.levels, scratch);
         scratch

@@ -1,11 +1,12 @@
 //! The scalar kernels: what the others are tested against.
 
 use super::{FloatBlock, IntBlock, Kernel};
+use crate::Buffer;
 use crate::isa::Scalar;
 use crate::weights::{Chunk, PANEL};
 
 impl Kernel for Scalar {
-    fn int_block(self, block: &IntBlock, _: &mut Vec<Chunk>, acc: &mut [[i32; PANEL]]) {
+    fn int_block(self, block: &IntBlock, _: &mut Buffer<Chunk>, acc: &mut [[i32; PANEL]]) {
         for (panel, acc) in block.panels.iter().zip(acc.chunks_exact_mut(block.rows)) {
             for_quads(panel, block.nibbles.then_some(block.levels), |q, w| {
                 for (t, acc) in acc.iter_mut().enumerate() {
@@ -20,7 +21,7 @@ impl Kernel for Scalar {
         }
     }
 
-    fn float_block(self, block: &FloatBlock, _: &mut Vec<f32>, acc: &mut [[f32; PANEL]]) {
+    fn float_block(self, block: &FloatBlock, _: &mut Buffer<f32>, acc: &mut [[f32; PANEL]]) {
         for_quads(block.w, block.nibbles.then_some(block.levels), |q, w| {
             for (t, acc) in acc.iter_mut().enumerate() {
                 for k in 4 * q..block.depth.min(4 * q + 4) {
