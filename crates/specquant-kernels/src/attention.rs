@@ -4,6 +4,7 @@
 //! sum of exponentials and the unnormalized output (Dao et al., FlashAttention, arXiv 2205.14135, Algorithm 1). The query heads
 //! that share a kv head are rows of one tile, so that a tile of the cache is widened to f32 once for all of them.
 
+mod codes;
 mod rows;
 
 use crate::ops::{exp, exp_sum_body, max_body, twin};
@@ -154,17 +155,32 @@ impl Job<'_> {
     fn decode_range(&self, q: &[f32], head: usize, keys: Range<usize>, mut state: State) {
         let d = self.cache.head_dim();
         let isa = Isa::active();
+        let kernel = codes::Kernel::new(isa, d);
         let mut scores = Buffer::new(self.group * KEYS);
         let [mut kbuf, mut vbuf] = [(); 2].map(|()| Buffer::new(KEYS * d));
         for from in keys.clone().step_by(KEYS) {
             let keys = from..(from + KEYS).min(keys.end);
             let scores = &mut scores[..self.group * keys.len()];
-            let k = self.cache.tile(KvSide::Keys, head, keys.clone(), &mut kbuf);
-            dot_rows(isa, q, k, scores, d);
+            let n = keys.len();
+            // What lies in codes is multiplied where it lies, if the processor can; the tokens before it are widened.
+            let coded = kernel.and_then(|kernel| {
+                let codes = |side| self.cache.codes(side, head, keys.clone());
+                Some((kernel, codes(KvSide::Keys)?, codes(KvSide::Values)?))
+            });
+            let first = coded.as_ref().map_or(n, |(_, keys, _)| n - keys.scale.len());
+            let widened = keys.start..keys.start + first;
+            let k = self.cache.tile(KvSide::Keys, head, widened.clone(), &mut kbuf);
+            dot_rows(isa, q, k, scores, n, d);
+            if let Some((kernel, keys, _)) = &coded {
+                kernel.dot_rows(q, d, keys, &mut scores[first..], n);
+            }
             // Every key of the range is visible: the window was cut before.
-            absorb(scores, keys.len(), from, self.cache.len() - 1, self.group, usize::MAX, &mut state);
-            let v = self.cache.tile(KvSide::Values, head, keys, &mut vbuf);
-            add_values(isa, scores, v, state.out, d);
+            absorb(scores, n, from, self.cache.len() - 1, self.group, usize::MAX, &mut state);
+            let v = self.cache.tile(KvSide::Values, head, widened, &mut vbuf);
+            add_values(isa, scores, n, v, state.out, d);
+            if let Some((kernel, _, values)) = &coded {
+                kernel.add_values(&scores[first..], n, values, state.out, d);
+            }
         }
     }
 }

@@ -10,28 +10,28 @@ const LANES: usize = 16;
 /// Vectors of an output row that stay in registers while a tile of values passes.
 const WIDE: usize = 4;
 
-/// scores [rows of q, rows of k] = q · kᵀ. q: [.., d]; k: [.., d].
-pub(super) fn dot_rows(isa: Isa, q: &[f32], k: &[f32], scores: &mut [f32], d: usize) {
-    with_token!(isa, token => token.dot_rows(q, k, scores, d));
+/// scores [rows of q, rows of k] = q · kᵀ. q: [.., d]; k: [.., d]; rows of scores lie `stride` apart.
+pub(super) fn dot_rows(isa: Isa, q: &[f32], k: &[f32], scores: &mut [f32], stride: usize, d: usize) {
+    with_token!(isa, token => token.dot_rows(q, k, scores, stride, d));
 }
 
-/// out [rows, d] += p [rows, n] · v [n, d].
-pub(super) fn add_values(isa: Isa, p: &[f32], v: &[f32], out: &mut [f32], d: usize) {
-    with_token!(isa, token => token.add_values(p, v, out, d));
+/// out [rows, d] += p [rows, n] · v [n, d]; rows of p lie `stride` apart.
+pub(super) fn add_values(isa: Isa, p: &[f32], stride: usize, v: &[f32], out: &mut [f32], d: usize) {
+    with_token!(isa, token => token.add_values(p, stride, v, out, d));
 }
 
 trait Kernel: Copy {
-    fn dot_rows(self, q: &[f32], k: &[f32], scores: &mut [f32], d: usize);
-    fn add_values(self, p: &[f32], v: &[f32], out: &mut [f32], d: usize);
+    fn dot_rows(self, q: &[f32], k: &[f32], scores: &mut [f32], stride: usize, d: usize);
+    fn add_values(self, p: &[f32], stride: usize, v: &[f32], out: &mut [f32], d: usize);
 }
 
 impl Kernel for Scalar {
-    fn dot_rows(self, q: &[f32], k: &[f32], scores: &mut [f32], d: usize) {
-        dot_rows_with(self, q, k, scores, d);
+    fn dot_rows(self, q: &[f32], k: &[f32], scores: &mut [f32], stride: usize, d: usize) {
+        dot_rows_with(self, q, k, scores, stride, d);
     }
 
-    fn add_values(self, p: &[f32], v: &[f32], out: &mut [f32], d: usize) {
-        add_values_with(self, p, v, out, d);
+    fn add_values(self, p: &[f32], stride: usize, v: &[f32], out: &mut [f32], d: usize) {
+        add_values_with(self, p, stride, v, out, d);
     }
 }
 
@@ -40,22 +40,29 @@ impl Kernel for Scalar {
 macro_rules! kernel {
     ($token:ty, $features:literal) => {
         impl Kernel for $token {
-            fn dot_rows(self, q: &[f32], k: &[f32], scores: &mut [f32], d: usize) {
+            fn dot_rows(self, q: &[f32], k: &[f32], scores: &mut [f32], stride: usize, d: usize) {
                 #[target_feature(enable = $features)]
-                fn compiled(token: $token, q: &[f32], k: &[f32], scores: &mut [f32], d: usize) {
-                    dot_rows_with(token, q, k, scores, d);
+                fn compiled(
+                    token: $token,
+                    q: &[f32],
+                    k: &[f32],
+                    scores: &mut [f32],
+                    stride: usize,
+                    d: usize,
+                ) {
+                    dot_rows_with(token, q, k, scores, stride, d);
                 }
                 // SAFETY: the token proves the instruction set.
-                unsafe { compiled(self, q, k, scores, d) }
+                unsafe { compiled(self, q, k, scores, stride, d) }
             }
 
-            fn add_values(self, p: &[f32], v: &[f32], out: &mut [f32], d: usize) {
+            fn add_values(self, p: &[f32], stride: usize, v: &[f32], out: &mut [f32], d: usize) {
                 #[target_feature(enable = $features)]
-                fn compiled(token: $token, p: &[f32], v: &[f32], out: &mut [f32], d: usize) {
-                    add_values_with(token, p, v, out, d);
+                fn compiled(token: $token, p: &[f32], stride: usize, v: &[f32], out: &mut [f32], d: usize) {
+                    add_values_with(token, p, stride, v, out, d);
                 }
                 // SAFETY: as above.
-                unsafe { compiled(self, p, v, out, d) }
+                unsafe { compiled(self, p, stride, v, out, d) }
             }
         }
     };
@@ -67,14 +74,13 @@ kernel!(Avx2, "avx2,fma");
 kernel!(Avx512Vnni, "avx2,fma,avx512f,avx512bw,avx512dq,avx512vl");
 
 #[inline(always)]
-fn dot_rows_with<S: Fold>(s: S, q: &[f32], k: &[f32], scores: &mut [f32], d: usize) {
-    let n = k.len() / d;
-    for (q, scores) in q.chunks_exact(d).zip(scores.chunks_exact_mut(n)) {
+fn dot_rows_with<S: Fold>(s: S, q: &[f32], k: &[f32], scores: &mut [f32], stride: usize, d: usize) {
+    for (q, scores) in q.chunks_exact(d).zip(scores.chunks_mut(stride)) {
         // Four keys together: a sum across lanes costs more than the products, and four take little longer than one.
         for (scores, k) in scores.chunks_mut(4).zip(k.chunks(4 * d)) {
             let last = k.len() / d - 1;
             let sums = dot_four(s, q, [0, 1, 2, 3].map(|i: usize| &k[i.min(last) * d..][..d]));
-            scores.copy_from_slice(&sums[..scores.len()]);
+            scores[..=last].copy_from_slice(&sums[..=last]);
         }
     }
 }
@@ -105,9 +111,8 @@ fn dot_four<S: Fold>(s: S, q: &[f32], k: [&[f32]; 4]) -> [f32; 4] {
 }
 
 #[inline(always)]
-fn add_values_with<S: Fold>(s: S, p: &[f32], v: &[f32], out: &mut [f32], d: usize) {
-    let n = v.len() / d;
-    for (p, out) in p.chunks_exact(n).zip(out.chunks_exact_mut(d)) {
+fn add_values_with<S: Fold>(s: S, p: &[f32], stride: usize, v: &[f32], out: &mut [f32], d: usize) {
+    for (p, out) in p.chunks(stride).zip(out.chunks_exact_mut(d)) {
         let whole = out.as_chunks::<LANES>().0.len();
         let mut c = 0;
         while c + WIDE <= whole {
@@ -159,8 +164,8 @@ mod tests {
             let (q, k, p) = (noise(rows * d, 1), noise(n * d, 2), noise(rows * n, 3));
             let start = noise(rows * d, 4);
             let (mut scores, mut out) = (vec![f32::NAN; rows * n], start.clone());
-            dot_rows(Isa::Scalar, &q, &k, &mut scores, d);
-            add_values(Isa::Scalar, &p, &k, &mut out, d);
+            dot_rows(Isa::Scalar, &q, &k, &mut scores, n, d);
+            add_values(Isa::Scalar, &p, n, &k, &mut out, d);
             for (e, got) in scores.iter().enumerate() {
                 let (q, k) = (&q[e / n * d..][..d], &k[e % n * d..][..d]);
                 let want: f64 = q.iter().zip(k).map(|(a, b)| f64::from(*a) * f64::from(*b)).sum();
@@ -173,8 +178,8 @@ mod tests {
             }
             for isa in Isa::available() {
                 let (mut same, mut also) = (vec![f32::NAN; rows * n], start.clone());
-                dot_rows(isa, &q, &k, &mut same, d);
-                add_values(isa, &p, &k, &mut also, d);
+                dot_rows(isa, &q, &k, &mut same, n, d);
+                add_values(isa, &p, n, &k, &mut also, d);
                 assert_eq!((&same, &also), (&scores, &out), "{isa:?} {rows} {n} {d}");
             }
         }
