@@ -160,8 +160,8 @@ impl Job<'_> {
         let [mut kbuf, mut vbuf] = [(); 2].map(|()| Buffer::new(KEYS * d));
         for from in keys.clone().step_by(KEYS) {
             let keys = from..(from + KEYS).min(keys.end);
-            let scores = &mut scores[..self.group * keys.len()];
             let n = keys.len();
+            let scores = &mut scores[..self.group * n];
             // What lies in codes is multiplied where it lies, if the processor can; the tokens before it are widened.
             let coded = kernel.and_then(|kernel| {
                 let codes = |side| self.cache.codes(side, head, keys.clone());
@@ -172,14 +172,14 @@ impl Job<'_> {
             let k = self.cache.tile(KvSide::Keys, head, widened.clone(), &mut kbuf);
             dot_rows(isa, q, k, scores, n, d);
             if let Some((kernel, keys, _)) = &coded {
-                kernel.dot_rows(q, d, keys, &mut scores[first..], n);
+                kernel.dot_rows(q, keys, &mut scores[first..], n);
             }
             // Every key of the range is visible: the window was cut before.
             absorb(scores, n, from, self.cache.len() - 1, self.group, usize::MAX, &mut state);
             let v = self.cache.tile(KvSide::Values, head, widened, &mut vbuf);
             add_values(isa, scores, n, v, state.out, d);
             if let Some((kernel, _, values)) = &coded {
-                kernel.add_values(&scores[first..], n, values, state.out, d);
+                kernel.add_values(&scores[first..], n, values, state.out);
             }
         }
     }
@@ -422,7 +422,7 @@ mod tests {
         let (rows, n, d) = (6, 45, 19);
         let scores = noise(rows * n, 1);
         let (mut a, mut b) = (scores.clone(), scores);
-        let mut memory = [(); 2].map(|()| (noise(rows * d, 2), vec![0.0; 2 * rows]));
+        let mut memory = [(); 2].map(|()| (vec![0.0; rows * d], vec![0.0; 2 * rows]));
         let [(o1, m1), (o2, m2)] = &mut memory;
         let (mut s1, mut s2) = (State::new(o1, m1), State::new(o2, m2));
         s1.out.copy_from_slice(&noise(rows * d, 3));

@@ -334,7 +334,7 @@ impl Model {
         hidden
     }
 
-    /// [`Model::hidden_of`].
+    /// [`Model::hidden_of`], which gives a prompt's memory back.
     fn forward(&self, batch: &mut [(&mut Sequence, &[u32])], rows: &[usize]) -> Result<Buffer<f32>> {
         let mut ids = Buffer::new(batch.iter().map(|(_, ids)| ids.len()).sum());
         let each = batch.iter().flat_map(|(_, ids)| ids.iter());

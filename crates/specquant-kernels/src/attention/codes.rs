@@ -15,11 +15,11 @@ impl Kernel {
         None
     }
 
-    pub(super) fn dot_rows(self, _: &[f32], _: usize, _: &crate::kv::Codes, _: &mut [f32], _: usize) {
+    pub(super) fn dot_rows(self, _: &[f32], _: &crate::kv::Codes, _: &mut [f32], _: usize) {
         match self {}
     }
 
-    pub(super) fn add_values(self, _: &[f32], _: usize, _: &crate::kv::Codes, _: &mut [f32], _: usize) {
+    pub(super) fn add_values(self, _: &[f32], _: usize, _: &crate::kv::Codes, _: &mut [f32]) {
         match self {}
     }
 }
@@ -36,15 +36,18 @@ mod x86 {
     /// Head widths that there is code for.
     const WIDTHS: [usize; 3] = [64, 128, 256];
 
-    /// The kernels, on a processor that has them.
+    /// The kernels for one of [`WIDTHS`], on a processor that has them.
     #[derive(Clone, Copy)]
-    pub(in crate::attention) struct Kernel(Avx512Vnni);
+    pub(in crate::attention) struct Kernel {
+        token: Avx512Vnni,
+        d: usize,
+    }
 
     impl Kernel {
         /// For heads of `d` values; nothing where the processor or the width has no such code.
         pub(in crate::attention) fn new(isa: Isa, d: usize) -> Option<Self> {
             let token = if isa == Isa::Avx512Vnni { Avx512Vnni::new() } else { None };
-            token.filter(|_| WIDTHS.contains(&d)).map(Kernel)
+            token.filter(|_| WIDTHS.contains(&d)).map(|token| Kernel { token, d })
         }
 
         /// scores [rows of q, keys] = q · kᵀ; rows of scores lie `stride` apart.
@@ -54,11 +57,11 @@ mod x86 {
         pub(in crate::attention) fn dot_rows(
             self,
             q: &[f32],
-            d: usize,
             keys: &Codes,
             scores: &mut [f32],
             stride: usize,
         ) {
+            let (token, d) = (self.token, self.d);
             let tables = Tables::new(keys, d);
             assert!(
                 q.len().is_multiple_of(d)
@@ -67,10 +70,9 @@ mod x86 {
             // SAFETY: the token proves AVX-512; lengths are checked.
             unsafe {
                 match d {
-                    64 => dot_rows::<4>(self.0, q, &tables, scores, stride),
-                    128 => dot_rows::<8>(self.0, q, &tables, scores, stride),
-                    256 => dot_rows::<16>(self.0, q, &tables, scores, stride),
-                    _ => unreachable!("no such width in WIDTHS"),
+                    64 => dot_rows::<4>(token, q, &tables, scores, stride),
+                    128 => dot_rows::<8>(token, q, &tables, scores, stride),
+                    _ => dot_rows::<16>(token, q, &tables, scores, stride),
                 }
             }
         }
@@ -85,8 +87,8 @@ mod x86 {
             stride: usize,
             values: &Codes,
             out: &mut [f32],
-            d: usize,
         ) {
+            let d = self.d;
             let tables = Tables::new(values, d);
             assert!(
                 out.len().is_multiple_of(d)
@@ -256,13 +258,13 @@ mod x86 {
                     let k = cache.tile(KvSide::Keys, 0, keys.clone(), &mut buf);
                     rows::dot_rows(Isa::Scalar, &q, k, &mut a, stride, d);
                     let codes = cache.codes(KvSide::Keys, 0, keys.clone()).unwrap();
-                    kernel.dot_rows(&q, d, &codes, &mut b, stride);
+                    kernel.dot_rows(&q, &codes, &mut b, stride);
                     assert_eq!(a, b, "{format:?} {d} {rows} {keys:?}");
                     let [mut x, mut y] = [(); 2].map(|()| noise(rows * d, 4));
                     let v = cache.tile(KvSide::Values, 0, keys.clone(), &mut buf);
                     rows::add_values(Isa::Scalar, &a, stride, v, &mut x, d);
                     let codes = cache.codes(KvSide::Values, 0, keys.clone()).unwrap();
-                    kernel.add_values(&b, stride, &codes, &mut y, d);
+                    kernel.add_values(&b, stride, &codes, &mut y);
                     assert_eq!(x, y, "{format:?} {d} {rows} {keys:?}");
                 }
             }
