@@ -18,6 +18,8 @@ use std::ops::Range;
 const ROWS: usize = 192;
 /// Keys in a tile.
 const KEYS: usize = 128;
+/// Keys, or values, that a single query widens at a time, so that they stay in the L1 cache.
+const WIDENED: usize = 32;
 /// Keys in a task of a single query: fixed, so that any number of threads adds up the same parts.
 const DECODE_KEYS: usize = 256;
 /// Values of keys and values below which a single query is not worth sharing.
@@ -157,7 +159,7 @@ impl Job<'_> {
         let isa = Isa::active();
         let kernel = codes::Kernel::new(isa, d);
         let mut scores = Buffer::new(self.group * KEYS);
-        let [mut kbuf, mut vbuf] = [(); 2].map(|()| Buffer::new(KEYS * d));
+        let mut buf = Buffer::new(WIDENED * d);
         for from in keys.clone().step_by(KEYS) {
             let keys = from..(from + KEYS).min(keys.end);
             let n = keys.len();
@@ -169,15 +171,21 @@ impl Job<'_> {
             });
             let first = coded.as_ref().map_or(n, |(_, keys, _)| n - keys.scale.len());
             let widened = keys.start..keys.start + first;
-            let k = self.cache.tile(KvSide::Keys, head, widened.clone(), &mut kbuf);
-            dot_rows(isa, q, k, scores, n, d);
+            for at in widened.clone().step_by(WIDENED) {
+                let some = at..(at + WIDENED).min(widened.end);
+                let k = self.cache.tile(KvSide::Keys, head, some, &mut buf);
+                dot_rows(isa, q, k, &mut scores[at - from..], n, d);
+            }
             if let Some((kernel, keys, _)) = &coded {
                 kernel.dot_rows(q, keys, &mut scores[first..], n);
             }
             // Every key of the range is visible: the window was cut before.
             absorb(scores, n, from, self.cache.len() - 1, self.group, usize::MAX, &mut state);
-            let v = self.cache.tile(KvSide::Values, head, widened, &mut vbuf);
-            add_values(isa, scores, n, v, state.out, d);
+            for at in widened.clone().step_by(WIDENED) {
+                let some = at..(at + WIDENED).min(widened.end);
+                let v = self.cache.tile(KvSide::Values, head, some, &mut buf);
+                add_values(isa, &scores[at - from..], n, v, state.out, d);
+            }
             if let Some((kernel, _, values)) = &coded {
                 kernel.add_values(&scores[first..], n, values, state.out);
             }

@@ -122,7 +122,9 @@ macro_rules! x86_lanes {
 
             #[inline(always)]
             fn scale(self, v: Self::V, factor: f32) -> Self::V {
-                v.map(|v| unsafe { std::arch::x86_64::$mul(v, std::arch::x86_64::$splat(factor)) })
+                std::array::from_fn(|i| unsafe {
+                    std::arch::x86_64::$mul(v[i], std::arch::x86_64::$splat(factor))
+                })
             }
 
             #[inline(always)]
@@ -162,8 +164,10 @@ fn fold_eights([a, b, c, d]: [__m256; 4]) -> [f32; 4] {
     let mut sums = [0.0; 4];
     // SAFETY: only called with the token of an instruction set that has AVX2; the array holds four floats.
     unsafe {
-        let halves = |v: __m256| _mm_add_ps(_mm256_castps256_ps128(v), _mm256_extractf128_ps::<1>(v));
-        let [a, b, c, d] = [halves(a), halves(b), halves(c), halves(d)];
+        let a = _mm_add_ps(_mm256_castps256_ps128(a), _mm256_extractf128_ps::<1>(a));
+        let b = _mm_add_ps(_mm256_castps256_ps128(b), _mm256_extractf128_ps::<1>(b));
+        let c = _mm_add_ps(_mm256_castps256_ps128(c), _mm256_extractf128_ps::<1>(c));
+        let d = _mm_add_ps(_mm256_castps256_ps128(d), _mm256_extractf128_ps::<1>(d));
         // [a0 + a2, a1 + a3, b0 + b2, b1 + b3], and of c and d.
         let ab = _mm_add_ps(_mm_movelh_ps(a, b), _mm_movehl_ps(b, a));
         let cd = _mm_add_ps(_mm_movelh_ps(c, d), _mm_movehl_ps(d, c));
@@ -184,8 +188,13 @@ impl Fold for Avx2 {
 
     #[inline(always)]
     fn fold_four(self, v: [Self::V; 4]) -> [f32; 4] {
-        // SAFETY: the token proves AVX2.
-        fold_eights(v.map(|[low, high]| unsafe { _mm256_add_ps(low, high) }))
+        // (A closure would be compiled without the instruction set, and might be called.)
+        let mut halves = [v[0][0]; 4];
+        for i in 0..4 {
+            // SAFETY: the token proves AVX2.
+            halves[i] = unsafe { _mm256_add_ps(v[i][0], v[i][1]) };
+        }
+        fold_eights(halves)
     }
 }
 
@@ -199,10 +208,14 @@ impl Fold for Avx512Vnni {
 
     #[inline(always)]
     fn fold_four(self, v: [Self::V; 4]) -> [f32; 4] {
-        // SAFETY: the token proves AVX-512 F and DQ.
-        let halves = |[v]: Self::V| unsafe {
-            _mm256_add_ps(_mm512_castps512_ps256(v), _mm512_extractf32x8_ps::<1>(v))
-        };
-        fold_eights(v.map(halves))
+        // SAFETY: as below.
+        let mut halves = [unsafe { _mm256_setzero_ps() }; 4];
+        for i in 0..4 {
+            // SAFETY: the token proves AVX-512 F and DQ.
+            halves[i] = unsafe {
+                _mm256_add_ps(_mm512_castps512_ps256(v[i][0]), _mm512_extractf32x8_ps::<1>(v[i][0]))
+            };
+        }
+        fold_eights(halves)
     }
 }
