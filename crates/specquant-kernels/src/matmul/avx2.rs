@@ -147,10 +147,12 @@ pub(super) fn table(levels: &[i8; 16]) -> __m256i {
 pub(super) fn unpack(chunk: &Chunk, table: __m256i) -> [[__m256i; 2]; 2] {
     let mask = _mm256_set1_epi8(15);
     let v = load(chunk);
-    [
-        v.map(|v| _mm256_shuffle_epi8(table, _mm256_and_si256(v, mask))),
-        v.map(|v| _mm256_shuffle_epi8(table, _mm256_and_si256(_mm256_srli_epi16::<4>(v), mask))),
-    ]
+    let [mut low, mut high] = [v; 2];
+    for h in 0..2 {
+        low[h] = _mm256_shuffle_epi8(table, _mm256_and_si256(v[h], mask));
+        high[h] = _mm256_shuffle_epi8(table, _mm256_and_si256(_mm256_srli_epi16::<4>(v[h]), mask));
+    }
+    [low, high]
 }
 
 /// Nibble chunks to byte chunks.
@@ -210,7 +212,8 @@ unsafe fn narrow<const R: usize>(
             }
         }
         for r in 0..R {
-            add_to(&mut acc[r], sum[r].map(|v| _mm256_madd_epi16(v, ones)));
+            let [a, b] = sum[r];
+            add_to(&mut acc[r], [_mm256_madd_epi16(a, ones), _mm256_madd_epi16(b, ones)]);
         }
     }
 }
@@ -242,7 +245,8 @@ unsafe fn nibbles<const R: usize>(
             }
         }
         for r in 0..R {
-            add_to(&mut acc[r], sum[r].map(|v| _mm256_madd_epi16(v, ones)));
+            let [a, b] = sum[r];
+            add_to(&mut acc[r], [_mm256_madd_epi16(a, ones), _mm256_madd_epi16(b, ones)]);
         }
     }
 }
@@ -254,8 +258,11 @@ unsafe fn wide<const R: usize>(w: &[Chunk], a: *const u8, stride: usize, acc: &m
     let mut sum = [[_mm256_setzero_si256(); 2]; R];
     for (q, chunk) in w.iter().enumerate() {
         let w = load(chunk);
-        let even = w.map(|w| _mm256_srai_epi16::<8>(_mm256_slli_epi16::<8>(w)));
-        let odd = w.map(|w| _mm256_srai_epi16::<8>(w));
+        let [mut even, mut odd] = [w; 2];
+        for h in 0..2 {
+            even[h] = _mm256_srai_epi16::<8>(_mm256_slli_epi16::<8>(w[h]));
+            odd[h] = _mm256_srai_epi16::<8>(w[h]);
+        }
         for r in 0..R {
             // SAFETY: the row has as many quads as there are chunks.
             let x = unsafe { quad(a.add(r * stride + 4 * q)) };
@@ -278,6 +285,7 @@ type Wide = [__m256; 2];
 ///
 /// A code `u` that is made unsigned and stands at bit `p` of its lane, under the exponent of 2^(23 − p), is the float
 /// 2^(23 − p) + u: a mask, an exponent and a subtraction, all exact, where shifts and conversions would share one port.
+#[inline]
 #[target_feature(enable = "avx2")]
 fn widen<const NIBBLES: bool>(w: &[Chunk], j: usize) -> [Wide; 8] {
     /// The codes at bit P.
@@ -287,15 +295,28 @@ fn widen<const NIBBLES: bool>(w: &[Chunk], j: usize) -> [Wide; 8] {
         let base = (1u32 << (23 - P)) as f32;
         let exponent = _mm256_set1_epi32(base.to_bits() as i32);
         let offset = _mm256_set1_ps(base + (1u32 << (BITS - 1)) as f32);
-        v.map(|v| {
-            let v = _mm256_or_si256(_mm256_and_si256(v, mask), exponent);
-            _mm256_sub_ps(_mm256_castsi256_ps(v), offset)
-        })
+        let mut wide = [offset; 2];
+        for h in 0..2 {
+            let v = _mm256_or_si256(_mm256_and_si256(v[h], mask), exponent);
+            wide[h] = _mm256_sub_ps(_mm256_castsi256_ps(v), offset);
+        }
+        wide
+    }
+    #[target_feature(enable = "avx2")]
+    fn upper([a, b]: [__m256i; 2]) -> [__m256i; 2] {
+        [_mm256_srli_epi32::<16>(a), _mm256_srli_epi32::<16>(b)]
+    }
+    /// Signed bytes, made unsigned.
+    #[target_feature(enable = "avx2")]
+    fn flipped(chunk: &Chunk) -> [__m256i; 2] {
+        let flip = _mm256_set1_epi8(i8::MIN);
+        let [a, b] = load(chunk);
+        [_mm256_xor_si256(a, flip), _mm256_xor_si256(b, flip)]
     }
     // The upper halves of the lanes would reach into the exponent.
     if NIBBLES {
         let u = load(&w[j]);
-        let v = u.map(|v| _mm256_srli_epi32::<16>(v));
+        let v = upper(u);
         [
             codes::<0, 4>(u),
             codes::<8, 4>(u),
@@ -307,9 +328,8 @@ fn widen<const NIBBLES: bool>(w: &[Chunk], j: usize) -> [Wide; 8] {
             codes::<12, 4>(v),
         ]
     } else {
-        let flip = _mm256_set1_epi8(i8::MIN);
-        let [t, v] = [&w[2 * j], &w[2 * j + 1]].map(|chunk| load(chunk).map(|v| _mm256_xor_si256(v, flip)));
-        let [u, w] = [t, v].map(|half| half.map(|v| _mm256_srli_epi32::<16>(v)));
+        let [t, v] = [flipped(&w[2 * j]), flipped(&w[2 * j + 1])];
+        let [u, w] = [upper(t), upper(v)];
         [
             codes::<0, 8>(t),
             codes::<8, 8>(t),

@@ -178,7 +178,11 @@ fn table(levels: &[i8; 16]) -> __m512i {
 fn unpack(chunk: &Chunk, table: __m512i) -> [__m512i; 2] {
     let mask = _mm512_set1_epi8(15);
     let v = load(chunk);
-    [v, _mm512_srli_epi16::<4>(v)].map(|v| _mm512_shuffle_epi8(table, _mm512_and_si512(v, mask)))
+    let high = _mm512_srli_epi16::<4>(v);
+    [
+        _mm512_shuffle_epi8(table, _mm512_and_si512(v, mask)),
+        _mm512_shuffle_epi8(table, _mm512_and_si512(high, mask)),
+    ]
 }
 
 /// Nibble chunks to twice as many byte chunks.
@@ -220,8 +224,11 @@ unsafe fn tile<const R: usize, const P: usize>(
     let quads = panels[0].len();
     let panels = panels.map(|p| &p[..quads]);
     let mut sum = [[_mm512_setzero_si512(); R]; P];
+    let mut w = [_mm512_setzero_si512(); P];
     for q in 0..quads {
-        let w = panels.map(|p| load(&p[q]));
+        for p in 0..P {
+            w[p] = load(&panels[p][q]);
+        }
         for r in 0..R {
             // SAFETY: the row has as many quads as there are chunks.
             let x = unsafe { quad(a.add(r * stride + 4 * q)) };
