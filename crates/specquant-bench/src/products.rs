@@ -88,7 +88,10 @@ pub(crate) fn measure([inp, out]: [usize; 2], settings: &Settings) -> Vec<Produc
     let mut noise = Noise(7);
     let dense = PackedDense::pack(&noise.values(out * inp), out, inp);
     let made = |noise: &mut Noise, bits, levels| weights(noise, out, inp, bits, levels);
-    let (Ok(w4), Ok(levels), Ok(w8)) = (
+    // Weights of its own for every product: those of a neighbour in turn would still lie in the caches.
+    let (Ok(w4), Ok(w4a8), Ok(w4a16), Ok(levels), Ok(w8)) = (
+        made(&mut noise, 4, Levels::Uniform),
+        made(&mut noise, 4, Levels::Uniform),
         made(&mut noise, 4, Levels::Uniform),
         made(&mut noise, 4, Levels::Gaussian),
         made(&mut noise, 8, Levels::Uniform),
@@ -113,9 +116,9 @@ pub(crate) fn measure([inp, out]: [usize; 2], settings: &Settings) -> Vec<Produc
                 &mut || drop(quantize_input(&x, rows, 4, Levels::Gaussian, 1.0)),
                 &mut || matmul_int(&a4, &w4, &mut y1),
                 &mut || matmul_int(&al, &levels, &mut y2),
-                &mut || matmul_int(&a8, &w4, &mut y3),
+                &mut || matmul_int(&a8, &w4a8, &mut y3),
                 &mut || matmul_int(&a8, &w8, &mut y4),
-                &mut || matmul_float(&x, rows, &w4, &mut y5),
+                &mut || matmul_float(&x, rows, &w4a16, &mut y5),
             ],
         );
         let row = |product, seconds, quantize_seconds| ProductRow {

@@ -5,7 +5,7 @@
 //!
 //! Float products of many tokens take twelve of them and a panel, which the AVX2 code widens; few use the AVX2 code, to the same bits.
 
-use super::avx2::{self, check_float};
+use super::avx2::{self, check_float, fetch_ahead};
 use super::{FloatBlock, IntBlock, Kernel, PANELS, Rect};
 use crate::Buffer;
 use crate::isa::Avx512Vnni;
@@ -16,8 +16,6 @@ use std::arch::x86_64::*;
 const FEW_ROWS: usize = 8;
 /// From as many tokens on float products are this file's.
 const FLOAT_ROWS: usize = 6;
-/// Bytes of weights that are fetched before they are used, where one token passes over them: the processor's own prefetching stops at every page.
-const AHEAD: usize = 4096;
 
 impl Kernel for Avx512Vnni {
     const INT_PANELS: usize = PANELS;
@@ -190,6 +188,7 @@ fn unpack(chunk: &Chunk, table: __m512i) -> [__m512i; 2] {
 fn expand(w: &[Chunk], levels: &[i8; 16], bytes: &mut [Chunk]) {
     let table = table(levels);
     for (chunk, pair) in w.iter().zip(bytes.as_chunks_mut::<2>().0) {
+        fetch_ahead(chunk);
         for (quad, to) in unpack(chunk, table).into_iter().zip(pair) {
             // SAFETY: a chunk is 64 aligned bytes.
             unsafe { _mm512_store_si512(to.0.as_mut_ptr().cast(), quad) };
@@ -256,6 +255,7 @@ unsafe fn nibble_tile<const R: usize>(
     let table = table(levels);
     let mut sum = [[_mm512_setzero_si512(); 2]; R];
     for (j, chunk) in w.iter().enumerate() {
+        fetch_ahead(chunk);
         for (i, w) in unpack(chunk, table).into_iter().enumerate() {
             for r in 0..R {
                 // SAFETY: the row has two quads for each chunk.
@@ -277,7 +277,7 @@ unsafe fn nibbles(w: &[Chunk], levels: &[i8; 16], a: *const u8, acc: &mut [[i32;
     let (pairs, last) = w.as_chunks::<2>();
     for (j, pair) in pairs.iter().enumerate() {
         for chunk in pair {
-            _mm_prefetch::<_MM_HINT_T0>(std::ptr::from_ref(chunk).cast::<i8>().wrapping_add(AHEAD));
+            fetch_ahead(chunk);
         }
         let [u, v] = [unpack(&pair[0], table), unpack(&pair[1], table)];
         for (i, w) in [u[0], u[1], v[0], v[1]].into_iter().enumerate() {

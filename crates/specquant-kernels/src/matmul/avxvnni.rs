@@ -3,7 +3,7 @@
 //! One or two tokens unpack nibbles in registers; more share one unpacking, six at a time: twelve sums, two registers of weights and one of codes. Float
 //! products use the AVX2 code.
 
-use super::avx2::{add_to, check, expand, load, quad, table, unpack};
+use super::avx2::{add_to, check, expand, fetch_ahead, load, quad, table, unpack};
 use super::{FloatBlock, IntBlock, Kernel, Rect};
 use crate::Buffer;
 use crate::isa::AvxVnni;
@@ -99,6 +99,7 @@ unsafe fn nibbles<const R: usize>(
     let table = table(levels);
     let mut sum = [[[_mm256_setzero_si256(); 2]; 2]; R];
     for (j, chunk) in w.iter().enumerate() {
+        fetch_ahead(chunk);
         for (q, w) in unpack(chunk, table).into_iter().enumerate() {
             for r in 0..R {
                 // SAFETY: the row has two quads for each chunk.

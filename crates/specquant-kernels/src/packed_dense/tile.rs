@@ -8,9 +8,12 @@ use half::{bf16, f16};
 #[cfg(target_arch = "x86_64")]
 use std::arch::x86_64::*;
 
-/// Bytes of weights that are fetched before they are used, where one row passes over them: the processor's own prefetching stops at every page.
+/// Bytes of weights that are fetched before they are used, where few rows pass over them: the processor's own prefetching stops at every page.
 #[cfg(target_arch = "x86_64")]
 const AHEAD: usize = 2048;
+/// Rows of a tile up to which products wait for memory rather than for arithmetic.
+#[cfg(target_arch = "x86_64")]
+const FETCHING: usize = 8;
 
 /// How a weight is stored. Widening is exact.
 pub(super) trait Weight: Copy + Send + Sync {
@@ -215,7 +218,7 @@ macro_rules! x86_tile {
                     for v in 0..V {
                         let (panel, at) = (v * $lanes / PANEL, v * $lanes % PANEL);
                         let from = w.wrapping_add(panel * part.panel_stride + l * PANEL + at);
-                        if R == 1 {
+                        if R <= FETCHING {
                             _mm_prefetch::<_MM_HINT_T0>(from.cast::<i8>().wrapping_add(AHEAD));
                         }
                         weights[v] = W::$weights(from);
