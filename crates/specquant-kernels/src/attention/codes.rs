@@ -140,7 +140,7 @@ mod x86 {
         #[inline(always)]
         fn chunks<const C: usize>(&self, key: usize, from: usize) -> &[[u8; 16]; C] {
             let start = key * (self.d / 32) + from;
-            self.codes[start..start + C].as_array().unwrap()
+            &self.codes[start..start + C].as_chunks().0[0]
         }
     }
 
