@@ -170,21 +170,20 @@ impl Job<'_> {
                 Some((kernel, codes(KvSide::Keys)?, codes(KvSide::Values)?))
             });
             let first = coded.as_ref().map_or(n, |(_, keys, _)| n - keys.scale.len());
-            let widened = keys.start..keys.start + first;
-            for at in widened.clone().step_by(WIDENED) {
-                let some = at..(at + WIDENED).min(widened.end);
-                let k = self.cache.tile(KvSide::Keys, head, some, &mut buf);
-                dot_rows(isa, q, k, &mut scores[at - from..], n, d);
+            let widened =
+                || (from..from + first).step_by(WIDENED).map(|at| at..(at + WIDENED).min(from + first));
+            for some in widened() {
+                let k = self.cache.tile(KvSide::Keys, head, some.clone(), &mut buf);
+                dot_rows(isa, q, k, &mut scores[some.start - from..], n, d);
             }
             if let Some((kernel, keys, _)) = &coded {
                 kernel.dot_rows(q, keys, &mut scores[first..], n);
             }
             // Every key of the range is visible: the window was cut before.
             absorb(scores, n, from, self.cache.len() - 1, self.group, usize::MAX, &mut state);
-            for at in widened.clone().step_by(WIDENED) {
-                let some = at..(at + WIDENED).min(widened.end);
-                let v = self.cache.tile(KvSide::Values, head, some, &mut buf);
-                add_values(isa, &scores[at - from..], n, v, state.out, d);
+            for some in widened() {
+                let v = self.cache.tile(KvSide::Values, head, some.clone(), &mut buf);
+                add_values(isa, &scores[some.start - from..], n, v, state.out, d);
             }
             if let Some((kernel, _, values)) = &coded {
                 kernel.add_values(&scores[first..], n, values, state.out);

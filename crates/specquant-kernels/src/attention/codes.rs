@@ -71,6 +71,7 @@ mod x86 {
             scores: &mut [f32],
             stride: usize,
         ) {
+            assert!(q.len().is_multiple_of(self.d));
             let tables = Tables::new(keys, self.d);
             match self.token {
                 Token::Avx2(token) => token.dot_rows(q, &tables, scores, stride),
@@ -89,6 +90,7 @@ mod x86 {
             values: &Codes,
             out: &mut [f32],
         ) {
+            assert!(out.len().is_multiple_of(self.d));
             let tables = Tables::new(values, self.d);
             match self.token {
                 Token::Avx2(token) => token.add_values(p, stride, &tables, out),
@@ -217,7 +219,6 @@ mod x86 {
                     #[target_feature(enable = $features)]
                     fn compiled(s: $token, p: &[f32], stride: usize, tables: &Tables, out: &mut [f32]) {
                         let d = tables.d;
-                        assert!(out.len().is_multiple_of(d));
                         let mut first = 0;
                         while first < out.len() / d {
                             let (p, out) = (&p[first * stride..], &mut out[first * d..]);
