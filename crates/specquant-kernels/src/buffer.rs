@@ -9,8 +9,8 @@ use std::thread::LocalKey;
 const LARGEST: usize = 64 << 20;
 /// What a few tokens need is smaller: see [`trim_buffers`].
 const SMALL: usize = 1 << 20;
-/// Buffers of a type that a thread keeps at most.
-const MOST: usize = 32;
+/// Buffers of a type that a thread keeps at most: more than a block has at once while it is tuned.
+const MOST: usize = 64;
 
 /// Buffers that nobody on this thread uses at the moment.
 pub type Free<T> = RefCell<Vec<Vec<T>>>;

@@ -1,11 +1,11 @@
 //! Dense f32 products.
 //!
-//! Products of many rows pack the weights and go to [`matmul_packed`](crate::matmul_packed); products of a few rows, which are bound by
+//! Products of many rows pack the weights as for [`matmul_packed`](crate::matmul_packed); products of a few rows, which are bound by
 //! reading the weights once, to dot products. Neither depends on the number of threads.
 
 use crate::ops::fold;
-use crate::{Buffer, PackedDense, add_matmul_packed, for_each_chunk, matmul_packed};
-use rayon::prelude::*;
+use crate::packed_dense::matmul_once;
+use crate::{Buffer, for_each_chunk};
 
 /// Up to this many rows go to dot products.
 const FEW_ROWS: usize = 8;
@@ -21,7 +21,7 @@ pub fn matmul_nt(x: &[f32], w: &[f32], y: &mut [f32], m: usize, k: usize, n: usi
         check(x, w, y, m, k, n);
         return few_rows(x, w, y, m, k, n, accumulate);
     }
-    packed(x, &PackedDense::pack(w, n, k), y, m, accumulate);
+    matmul_once(x, (w, false), y, [m, k, n], accumulate);
 }
 
 /// y [m, n] = x [m, k] · w [k, n], added to y if `accumulate`. The result does not depend on the number of threads.
@@ -29,15 +29,7 @@ pub fn matmul_nt(x: &[f32], w: &[f32], y: &mut [f32], m: usize, k: usize, n: usi
 /// # Panics
 /// If a length does not follow from the shape.
 pub fn matmul_nn(x: &[f32], w: &[f32], y: &mut [f32], m: usize, k: usize, n: usize, accumulate: bool) {
-    packed(x, &PackedDense::pack_transposed(w, n, k), y, m, accumulate);
-}
-
-fn packed(x: &[f32], w: &PackedDense, y: &mut [f32], m: usize, accumulate: bool) {
-    if accumulate {
-        add_matmul_packed(x, w, y, m);
-    } else {
-        matmul_packed(x, w, y, m);
-    }
+    matmul_once(x, (w, true), y, [m, k, n], accumulate);
 }
 
 fn check(x: &[f32], w: &[f32], y: &[f32], m: usize, k: usize, n: usize) {
@@ -46,16 +38,21 @@ fn check(x: &[f32], w: &[f32], y: &[f32], m: usize, k: usize, n: usize) {
     assert_eq!(y.len(), m * n, "dense product: y is not [{m}, {n}]");
 }
 
+/// Columns that [`transposed`] takes at once: a cache line of every row.
+const STRIP: usize = 16;
+
 /// x `[rows, columns]` as `[columns, rows]`.
 ///
 /// # Panics
 /// If x is not `[rows, columns]`.
-pub fn transposed(x: &[f32], rows: usize, columns: usize) -> Vec<f32> {
+pub fn transposed(x: &[f32], rows: usize, columns: usize) -> Buffer<f32> {
     assert_eq!(x.len(), rows * columns, "transposed: x is not [{rows}, {columns}]");
-    let mut t = vec![0.0; x.len()];
-    let each = t.par_chunks_exact_mut(rows.max(1)).enumerate();
-    each.for_each(|(column, t)| {
-        t.iter_mut().zip(x[column..].iter().step_by(columns)).for_each(|(t, x)| *t = *x)
+    let mut t = Buffer::new(x.len());
+    for_each_chunk(&mut t, (STRIP * rows).max(1), |strip, t| {
+        for (row, x) in x.chunks_exact(columns).enumerate() {
+            let strip = &x[strip * STRIP..][..t.len() / rows];
+            t[row..].iter_mut().step_by(rows).zip(strip).for_each(|(t, x)| *t = *x);
+        }
     });
     t
 }
@@ -291,6 +288,16 @@ mod tests {
             assert_eq!(a, b);
             matmul_nt(&x[..m * k], &w, &mut a, m, k, n, false);
             assert_eq!(a, alone[..m * n]);
+        }
+    }
+
+    #[test]
+    fn transposed_twice_is_itself() {
+        for (rows, columns) in [(0, 3), (3, 0), (1, 1), (5, 16), (7, 33), (40, 3)] {
+            let x = noise(rows * columns, 1);
+            let t = transposed(&x, rows, columns);
+            assert!((0..x.len()).all(|i| t[i % columns * rows + i / columns] == x[i]), "{rows} x {columns}");
+            assert_eq!(*transposed(&t, columns, rows), *x);
         }
     }
 

@@ -43,7 +43,7 @@ impl Factor {
         if self.matrix.is_empty() {
             return self.clone();
         }
-        Factor::new(self.n, transposed(&self.matrix, self.n, self.n))
+        Factor::new(self.n, transposed(&self.matrix, self.n, self.n).into_vec())
     }
 
     /// The inverse, transposed, in f64 on the way.
@@ -53,7 +53,7 @@ impl Factor {
         }
         let inverse = inverse(&self.matrix, self.n)?;
         let inverse: Vec<f32> = inverse.into_iter().map(|v| v as f32).collect();
-        Some(Factor::new(self.n, transposed(&inverse, self.n, self.n)))
+        Some(Factor::new(self.n, transposed(&inverse, self.n, self.n).into_vec()))
     }
 }
 

@@ -57,8 +57,7 @@ impl PackedDense {
         assert_eq!(Some(w.len()), n.checked_mul(k), "dense weight: {} values are not [{n}, {k}]", w.len());
         let mut panels = vec![0.0; n.div_ceil(PANEL) * k * PANEL];
         if k > 0 {
-            let each = panels.par_chunks_exact_mut(k * PANEL).zip(w.par_chunks(PANEL * k));
-            each.for_each(|(panel, rows)| pack_rows(rows, k, panel, |w| w));
+            pack_into(&mut panels, w, k);
         }
         PackedDense { n, k, panels: Panels::F32(panels), scales: None }
     }
@@ -71,8 +70,7 @@ impl PackedDense {
         assert_eq!(Some(w.len()), n.checked_mul(k), "dense weight: {} values are not [{k}, {n}]", w.len());
         let mut panels = vec![0.0; n.div_ceil(PANEL) * k * PANEL];
         if k > 0 {
-            let each = panels.par_chunks_exact_mut(k * PANEL).enumerate();
-            each.for_each(|(i, panel)| pack_columns(w, n, i, panel));
+            pack_transposed_into(&mut panels, w, n, k);
         }
         PackedDense { n, k, panels: Panels::F32(panels), scales: None }
     }
@@ -157,6 +155,19 @@ impl PackedDense {
     }
 }
 
+/// The panels, `[ceil(n / 16), k, 16]`, of w `[n, k]`, k > 0; lanes beyond n stay as they are.
+fn pack_into(panels: &mut [f32], w: &[f32], k: usize) {
+    for_each_chunk(panels, k * PANEL, |i, panel| {
+        let rows = i * PANEL * k..w.len().min((i + 1) * PANEL * k);
+        pack_rows(&w[rows], k, panel, |w| w);
+    });
+}
+
+/// As [`pack_into`], of w `[k, n]`.
+fn pack_transposed_into(panels: &mut [f32], w: &[f32], n: usize, k: usize) {
+    for_each_chunk(panels, k * PANEL, |i, panel| pack_columns(w, n, i, panel));
+}
+
 /// Up to 16 rows of w, `[.., k]`, as a panel, `[k, 16]`; lanes without a row stay as they are.
 fn pack_rows<T: Copy, W>(rows: &[T], k: usize, panel: &mut [W], weight: fn(T) -> W) {
     // In blocks, so that what is written stays in the first cache until it is whole.
@@ -171,8 +182,12 @@ fn pack_rows<T: Copy, W>(rows: &[T], k: usize, panel: &mut [W], weight: fn(T) ->
 /// Columns 16 i to 16 i + 15 of w `[k, n]` as a panel, `[k, 16]`; lanes without a column stay as they are.
 fn pack_columns(w: &[f32], n: usize, i: usize, panel: &mut [f32]) {
     let columns = i * PANEL..n.min((i + 1) * PANEL);
-    for (lanes, row) in panel.chunks_exact_mut(PANEL).zip(w.chunks_exact(n)) {
-        lanes[..columns.len()].copy_from_slice(&row[columns.clone()]);
+    for (lanes, row) in panel.as_chunks_mut::<PANEL>().0.iter_mut().zip(w.chunks_exact(n)) {
+        match row[columns.clone()].first_chunk() {
+            // Of a length that the compiler knows: no call.
+            Some(whole) => *lanes = *whole,
+            None => lanes[..columns.len()].copy_from_slice(&row[columns.clone()]),
+        }
     }
 }
 
@@ -198,19 +213,47 @@ pub fn add_matmul_packed(x: &[f32], w: &PackedDense, y: &mut [f32], m: usize) {
 /// As [`matmul_packed`].
 #[doc(hidden)]
 pub fn matmul_packed_with(isa: Isa, x: &[f32], w: &PackedDense, y: &mut [f32], m: usize, accumulate: bool) {
+    let (shape, scales) = ([w.n, w.k], w.scales.as_deref());
     match &w.panels {
-        Panels::F32(panels) => matmul_panels(isa, x, panels, w, y, m, accumulate),
-        Panels::F16(panels) => matmul_panels(isa, x, panels, w, y, m, accumulate),
-        Panels::Bf16(panels) => matmul_panels(isa, x, panels, w, y, m, accumulate),
-        Panels::I8(panels) => matmul_panels(isa, x, panels, w, y, m, accumulate),
+        Panels::F32(panels) => matmul_panels(isa, x, Right { panels, shape, scales }, y, m, accumulate),
+        Panels::F16(panels) => matmul_panels(isa, x, Right { panels, shape, scales }, y, m, accumulate),
+        Panels::Bf16(panels) => matmul_panels(isa, x, Right { panels, shape, scales }, y, m, accumulate),
+        Panels::I8(panels) => matmul_panels(isa, x, Right { panels, shape, scales }, y, m, accumulate),
     }
+}
+
+/// y [m, n] = x [m, k] · w, or y plus that, with w `[n, k]`, or `[k, n]` if `transposed`, packed for this product alone.
+pub(crate) fn matmul_once(
+    x: &[f32],
+    (w, transposed): (&[f32], bool),
+    y: &mut [f32],
+    [m, k, n]: [usize; 3],
+    accumulate: bool,
+) {
+    assert_eq!(Some(w.len()), n.checked_mul(k), "dense product: w does not hold {n} x {k}");
+    let mut panels = Buffer::new(n.div_ceil(PANEL) * k * PANEL);
+    match (k, transposed) {
+        (0, _) => (),
+        (_, false) => pack_into(&mut panels, w, k),
+        (_, true) => pack_transposed_into(&mut panels, w, n, k),
+    }
+    let right = Right { panels: &*panels, shape: [n, k], scales: None };
+    matmul_panels(Isa::active(), x, right, y, m, accumulate);
+}
+
+/// What is multiplied with.
+struct Right<'a, W> {
+    /// `[ceil(n / 16), k, 16]`; what columns from n on hold does not tell.
+    panels: &'a [W],
+    /// n, k.
+    shape: [usize; 2],
+    scales: Option<&'a [f32]>,
 }
 
 fn matmul_panels<W: Weight>(
     isa: Isa,
     x: &[f32],
-    panels: &[W],
-    &PackedDense { n, k, ref scales, .. }: &PackedDense,
+    Right { panels, shape: [n, k], scales }: Right<W>,
     y: &mut [f32],
     m: usize,
     accumulate: bool,

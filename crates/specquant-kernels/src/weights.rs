@@ -10,8 +10,8 @@
 //! Inputs are padded to a multiple of 8 with code 0, channels to a multiple of 16. Scales and sums of codes stand as
 //! `[panel, group, 16]`.
 
-use crate::KernelError;
 use crate::buffer::element;
+use crate::{KernelError, for_each_chunk};
 use rayon::prelude::*;
 
 /// Output channels of a panel.
@@ -200,15 +200,37 @@ impl PackedWeights {
     /// The weights that codes and scales stand for: `[out, in]`.
     pub fn dequantize(&self) -> Vec<f32> {
         let mut w = vec![0.0; self.out * self.inp];
-        w.par_chunks_exact_mut(self.inp.max(1)).enumerate().for_each(|(n, row)| {
-            for (g, row) in row.chunks_mut(self.group_size).enumerate() {
-                let (first, scale) =
-                    (g * self.group_size, self.scales[n / PANEL * self.groups() + g][n % PANEL]);
-                let weights = row.iter_mut().enumerate();
-                weights.for_each(|(k, w)| *w = f32::from(self.code(n, first + k)) * scale);
+        self.dequantize_into(&mut w);
+        w
+    }
+
+    /// As [`dequantize`](Self::dequantize).
+    ///
+    /// # Panics
+    /// If `w` is not `[out, in]`.
+    pub fn dequantize_into(&self, w: &mut [f32]) {
+        assert_eq!(w.len(), self.out * self.inp, "weights: w is not [{}, {}]", self.out, self.inp);
+        let values = self.levels.map(f32::from);
+        for_each_chunk(w, self.inp * PANEL, |panel, rows| {
+            let chunks = &self.chunks[panel * self.panel_chunks()..][..self.panel_chunks()];
+            for (c, row) in rows.chunks_exact_mut(self.inp).enumerate() {
+                let quad = |chunk: &Chunk| std::array::from_fn::<u8, 4, _>(|i| chunk.0[4 * c + i]);
+                if self.nibbles() {
+                    for (row, quad) in row.chunks_mut(8).zip(chunks.iter().map(quad)) {
+                        let codes = quad.iter().map(|b| b & 15).chain(quad.iter().map(|b| b >> 4));
+                        row.iter_mut().zip(codes).for_each(|(w, code)| *w = values[usize::from(code)]);
+                    }
+                } else {
+                    for (row, quad) in row.chunks_mut(4).zip(chunks.iter().map(quad)) {
+                        row.iter_mut().zip(quad).for_each(|(w, code)| *w = f32::from(code as i8));
+                    }
+                }
+                for (g, row) in row.chunks_exact_mut(self.group_size).enumerate() {
+                    let scale = self.group(panel, g).0[c];
+                    row.iter_mut().for_each(|w| *w *= scale);
+                }
             }
         });
-        w
     }
 
     fn code(&self, n: usize, k: usize) -> i8 {

@@ -133,7 +133,14 @@ impl Geometry {
         let v = v.transpose(0, 1)?.contiguous()?;
         let weights = rows(
             &q.matmul(&k.t()?)?,
-            CausalSoftmax { tokens, scale: self.scale, window: self.window, exp: exp_one_by_one },
+            CausalSoftmax {
+                tokens,
+                first_query: 0,
+                first_key: 0,
+                scale: self.scale,
+                window: self.window,
+                exp: exp_one_by_one,
+            },
         )?;
         let y = weights.matmul(&v)?.reshape((self.kv_heads, group, tokens, dim))?;
         y.permute((2, 0, 1, 3))?.reshape((tokens, heads * dim))

@@ -5,8 +5,7 @@ use std::sync::Arc;
 
 use candle_core::op::BackpropOp;
 use candle_core::{CpuStorage, CustomOp1, Device, Layout, Result, Shape, Storage, Tensor};
-use rayon::prelude::*;
-use specquant_kernels::{GELU_CUBIC, GELU_SLOPE};
+use specquant_kernels::{Buffer, GELU_CUBIC, GELU_SLOPE, for_each_chunk};
 use specquant_model::Activation;
 
 /// Values that one thread takes at least; below, spawning costs more than it saves.
@@ -60,21 +59,39 @@ pub(crate) trait RowOp: Send + Sync + 'static {
     fn backward(&self, row: usize, x: &[f32], y: &[f32], gy: &[f32], gx: &mut [f32]);
 }
 
-/// y = f(x) of every row. x: `[.., width]`.
-pub(crate) fn forward<T: RowOp>(op: &T, x: &[f32], width: usize) -> Vec<f32> {
-    let mut y = vec![0.0; x.len()];
-    let rows = y.par_chunks_mut(width).zip(x.par_chunks(width)).enumerate();
-    rows.with_min_len(GRAIN.div_ceil(width)).for_each(|(row, (y, x))| op.forward(row, x, y));
+/// Writes y = f(x) of every row. x, y: `[.., width]`.
+pub(crate) fn forward_into<T: RowOp>(op: &T, x: &[f32], width: usize, y: &mut [f32]) {
+    let rows = GRAIN.div_ceil(width);
+    for_each_chunk(y, rows * width, |task, y| {
+        let x = x[task * rows * width..].chunks_exact(width);
+        for ((y, x), row) in y.chunks_exact_mut(width).zip(x).zip(task * rows..) {
+            op.forward(row, x, y);
+        }
+    });
+}
+
+/// y = f(x) of every row, for an `op` that writes whole rows. x: `[.., width]`.
+pub(crate) fn forward<T: RowOp>(op: &T, x: &[f32], width: usize) -> Buffer<f32> {
+    let mut y = Buffer::new(x.len());
+    forward_into(op, x, width, &mut y);
     y
 }
 
-/// The gradient by x, given x, y = f(x) and the gradient by y. All: `[.., width]`.
-pub(crate) fn backward<T: RowOp>(op: &T, x: &[f32], y: &[f32], gy: &[f32], width: usize) -> Vec<f32> {
-    let mut gx = vec![0.0; x.len()];
-    let inputs = x.par_chunks(width).zip(y.par_chunks(width)).zip(gy.par_chunks(width));
-    let rows = gx.par_chunks_mut(width).zip(inputs).enumerate();
-    rows.with_min_len(GRAIN.div_ceil(width))
-        .for_each(|(row, (gx, ((x, y), gy)))| op.backward(row, x, y, gy, gx));
+/// Writes the gradient by x, given x, y = f(x) and the gradient by y. All: `[.., width]`.
+pub(crate) fn backward_into<T: RowOp>(op: &T, [x, y, gy]: [&[f32]; 3], width: usize, gx: &mut [f32]) {
+    let rows = GRAIN.div_ceil(width);
+    for_each_chunk(gx, rows * width, |task, gx| {
+        let [x, y, gy] = [x, y, gy].map(|x| x[task * rows * width..].chunks_exact(width));
+        for ((gx, ((x, y), gy)), row) in gx.chunks_exact_mut(width).zip(x.zip(y).zip(gy)).zip(task * rows..) {
+            op.backward(row, x, y, gy, gx);
+        }
+    });
+}
+
+/// The gradient by x as of [`backward_into`], for an `op` that writes whole rows.
+pub(crate) fn backward<T: RowOp>(op: &T, inputs: [&[f32]; 3], width: usize) -> Buffer<f32> {
+    let mut gx = Buffer::new(inputs[0].len());
+    backward_into(op, inputs, width, &mut gx);
     gx
 }
 
@@ -83,6 +100,7 @@ pub(crate) fn rows<T: RowOp>(x: &Tensor, op: T) -> Result<Tensor> {
     x.contiguous()?.apply_op1(Rows(op))
 }
 
+/// Within rayon's pool, which candle's products use: two pools in turns would keep each other from the processors.
 struct Rows<T>(T);
 
 impl<T: RowOp> CustomOp1 for Rows<T> {
@@ -92,14 +110,22 @@ impl<T: RowOp> CustomOp1 for Rows<T> {
 
     fn cpu_fwd(&self, storage: &CpuStorage, layout: &Layout) -> Result<(CpuStorage, Shape)> {
         let width = layout.dims().last().copied().unwrap_or(1).max(1);
-        let y = forward(&self.0, slice(storage, layout)?, width);
+        let x = slice(storage, layout)?;
+        let mut y = vec![0.0; x.len()];
+        rayon::scope(|_| forward_into(&self.0, x, width, &mut y));
         Ok((CpuStorage::F32(y), layout.shape().clone()))
     }
 
     fn bwd(&self, x: &Tensor, y: &Tensor, gy: &Tensor) -> Result<Option<Tensor>> {
         let width = x.dims().last().copied().unwrap_or(1).max(1);
-        let gx = with_slice(x, |x| {
-            with_slice(y, |y| with_slice(gy, |gy| Ok(backward(&self.0, x, y, gy, width))))
+        let mut gx = vec![0.0; x.elem_count()];
+        with_slice(x, |x| {
+            with_slice(y, |y| {
+                with_slice(gy, |gy| {
+                    rayon::scope(|_| backward_into(&self.0, [x, y, gy], width, &mut gx));
+                    Ok(())
+                })
+            })
         })?;
         Ok(Some(tensor(gx, x.shape().clone())?))
     }
@@ -251,9 +277,14 @@ pub(crate) fn activation(kind: Activation, x: f32) -> (f32, f32) {
     (x * s, s * (1.0 + slope * (1.0 - s)))
 }
 
-/// Softmax of `scale · x` over the keys that a query sees. x: `[.., tokens, tokens]`, queries by keys.
+/// Softmax of `scale · x` over the keys that a query sees. x: `[.., tokens, tokens]`, queries by keys, or some rows and columns of it.
+/// Writes what is seen and nothing else.
 pub(crate) struct CausalSoftmax {
     pub tokens: usize,
+    /// The first query, where there is only a part of one matrix.
+    pub first_query: usize,
+    /// The first key.
+    pub first_key: usize,
     pub scale: f32,
     /// Keys that a query sees, itself included; all before it if `None`.
     pub window: Option<usize>,
@@ -268,8 +299,9 @@ pub(crate) fn exp_one_by_one(x: &mut [f32]) {
 
 impl CausalSoftmax {
     fn visible(&self, row: usize) -> std::ops::Range<usize> {
-        let end = row % self.tokens + 1;
-        self.window.map_or(0, |w| end.saturating_sub(w))..end
+        let end = (self.first_query + row) % self.tokens + 1;
+        let start = self.window.map_or(0, |w| end.saturating_sub(w));
+        start - self.first_key..end - self.first_key
     }
 }
 

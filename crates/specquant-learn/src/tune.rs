@@ -15,9 +15,10 @@
 //! Memory holds the quantized model, what is learned of it, and one block's activations: the inputs of all blocks stay from the forward pass, and each block runs once
 //! more before its gradient (Chen et al., arXiv 1604.06174). The teacher reads its weights from its file, block by block, for a few sequences at once.
 
-use rayon::prelude::*;
 use serde::{Deserialize, Serialize};
-use specquant_kernels::{KvFormat, PackedDense, exp_in_place, matmul_packed};
+use specquant_kernels::{
+    Buffer, KvFormat, PackedDense, exp_in_place, for_each_chunk, for_each_chunk_pair, matmul_packed,
+};
 use specquant_model::{Block, Embedding, Head, Linear, Model, ModelConfig, QuantizationConfig, Source};
 
 use crate::adam::Adam;
@@ -25,10 +26,11 @@ use crate::error::{Error, Result, check_len, check_positive};
 use crate::ops::{RmsNorm, backward, forward};
 use block::{Layer, column_products, scaled};
 
+mod attention;
 mod block;
 
-/// Rows of logits at a time.
-const LOGIT_ROWS: usize = 64;
+/// Logits at a time, of each of the two models: what reads the head's weights once for many tokens, and is no large part of a block's memory.
+const LOGITS: usize = 1 << 23;
 /// Tokens that the teacher reads at once.
 const TEACHER_ROWS: usize = 2048;
 /// The factor of a scale at least: scales are positive.
@@ -342,25 +344,22 @@ impl Net {
     /// One step of the optimizer at `rate` of the learning rates; the loss before it. want: of [`Teacher::read`].
     fn step(&mut self, teacher: &Teacher, tokens: &[u32], want: &[f32], rate: f64) -> Result<f64> {
         let (norm, hidden) = (RmsNorm { eps: self.model.rms_norm_eps }, self.model.hidden_size);
-        let mut x = self.embedding.lookup(tokens, &self.model)?.into_vec();
+        let mut x: Buffer<f32> = self.embedding.lookup(tokens, &self.model)?;
         let mut passed = Vec::with_capacity(self.layers.len());
         for layer in &self.layers {
             let (y, _) = layer.forward(&x);
-            passed.push(x);
-            x = y;
+            passed.push(std::mem::replace(&mut x, y));
         }
         let normed = forward(&norm, &x, hidden);
         let last = scaled(&normed, &self.norm.values);
         let (loss, g) = divergence(&self.head, &teacher.head, want, &last)?;
         let by_normed = scaled(&g, &self.norm.values);
         self.norm.step(rate, &column_products(&g, &normed, hidden));
-        let mut g = backward(&norm, &x, &normed, &by_normed, hidden);
+        let mut g = backward(&norm, [&x, &normed, &by_normed], hidden);
         for (layer, x) in self.layers.iter_mut().zip(passed).rev() {
             let (_, saved) = layer.forward(&x);
-            let (gx, by_params) = layer.backward(&saved, g);
-            for (param, gradient) in layer.params.iter_mut().zip(&by_params) {
-                param.step(rate, gradient);
-            }
+            let (gx, by_params) = layer.backward(&saved, &g);
+            for_each_chunk(&mut layer.params, 1, |i, param| param[0].step(rate, &by_params[i]));
             g = gx;
         }
         Ok(loss)
@@ -369,46 +368,50 @@ impl Net {
 
 /// Mean KL divergence, and its gradient by `got`. want: the teacher's hidden states, got: ours, `[tokens, hidden]` both;
 /// head: ours, `[vocab, hidden]`.
-fn divergence(head: &BothWays, teacher: &Linear, want: &[f32], got: &[f32]) -> Result<(f64, Vec<f32>)> {
+fn divergence(head: &BothWays, teacher: &Linear, want: &[f32], got: &[f32]) -> Result<(f64, Buffer<f32>)> {
     let (vocab, hidden) = (teacher.out_features(), teacher.in_features());
     let count = got.len() / hidden;
-    let (mut loss, mut gradient) = (0.0, vec![0.0; got.len()]);
-    let chunks = want.chunks(LOGIT_ROWS * hidden).zip(got.chunks(LOGIT_ROWS * hidden));
-    for ((want, got), gradient) in chunks.zip(gradient.chunks_mut(LOGIT_ROWS * hidden)) {
+    let (mut losses, mut gradient) = (vec![0.0; count], Buffer::new(got.len()));
+    let some = (LOGITS / vocab).max(1);
+    let chunks = want.chunks(some * hidden).zip(got.chunks(some * hidden));
+    for (((want, got), gradient), losses) in
+        chunks.zip(gradient.chunks_mut(some * hidden)).zip(losses.chunks_mut(some))
+    {
         let rows = got.len() / hidden;
         let want = teacher.forward(want, rows)?;
-        let mut logits = vec![0.0; rows * vocab];
+        let mut logits = Buffer::new(rows * vocab);
         matmul_packed(got, &head.forward, &mut logits, rows);
-        let losses = logits.par_chunks_exact_mut(vocab).zip(want.par_chunks_exact(vocab));
-        let losses = losses.map(|(q, p)| {
-            let ((p, log_p), (r, log_r)) = (log_softmax(p), log_softmax(q));
-            let mut kl = 0.0;
-            for ((gradient, (p, log_p)), (r, log_r)) in
-                q.iter_mut().zip(p.into_iter().zip(log_p)).zip(r.into_iter().zip(log_r))
-            {
-                kl += f64::from(p * (log_p - log_r));
-                *gradient = (r - p) / count as f32;
-            }
-            kl
+        for_each_chunk_pair((&mut logits, vocab), (losses, 1), |row, q, kl| {
+            let (mut log_p, mut log_r) = (Buffer::from(&want[row * vocab..][..vocab]), Buffer::from(&*q));
+            let (p, r) = (log_softmax(&mut log_p), log_softmax(&mut log_r));
+            let logs = log_p.iter().zip(&log_r);
+            kl[0] = p
+                .iter()
+                .zip(&r)
+                .zip(logs)
+                .map(|((p, _), (log_p, log_r))| f64::from(p * (log_p - log_r)))
+                .sum();
+            q.iter_mut()
+                .zip(p.iter().zip(&r))
+                .for_each(|(gradient, (p, r))| *gradient = (r - p) / count as f32);
         });
-        // Collected first: a parallel sum would depend on the number of threads.
-        loss += losses.collect::<Vec<f64>>().iter().sum::<f64>() / count as f64;
         matmul_packed(&logits, &head.backward, gradient, rows);
     }
-    Ok((loss, gradient))
+    // In one order, whatever the number of threads.
+    Ok((losses.iter().sum::<f64>() / count as f64, gradient))
 }
 
-/// Softmax and its logarithm.
-fn log_softmax(x: &[f32]) -> (Vec<f32>, Vec<f32>) {
+/// Softmax of x, whose logarithm takes the place of x.
+fn log_softmax(x: &mut [f32]) -> Buffer<f32> {
     let max = x.iter().copied().fold(f32::NEG_INFINITY, f32::max);
-    let mut log: Vec<f32> = x.iter().map(|x| x - max).collect();
-    let mut powers = log.clone();
+    x.iter_mut().for_each(|x| *x -= max);
+    let mut powers = Buffer::from(&*x);
     exp_in_place(&mut powers);
     let sum: f64 = powers.iter().map(|p| f64::from(*p)).sum();
     let (factor, log_sum) = ((1.0 / sum) as f32, sum.ln() as f32);
     powers.iter_mut().for_each(|p| *p *= factor);
-    log.iter_mut().for_each(|l| *l -= log_sum);
-    (powers, log)
+    x.iter_mut().for_each(|l| *l -= log_sum);
+    powers
 }
 
 #[cfg(test)]

@@ -297,11 +297,8 @@ impl InputTransform {
     ///
     /// # Panics
     /// If the parts are not `[rows, r]` and `[rows, n - r]`.
-    pub fn undo(&self, mut split: SplitInput, rows: usize) -> Vec<f32> {
-        for row in split.kept.chunks_exact_mut(self.kept().max(1)) {
-            row.iter_mut().zip(&self.norms).for_each(|(x, norm)| *x *= norm);
-        }
-        let mut x = self.join(split, rows);
+    pub fn undo(&self, split: SplitInput, rows: usize) -> Buffer<f32> {
+        let mut x = self.join(split, rows, |kept, norm| kept * norm);
         self.mix.undo(&mut x, rows);
         x
     }
@@ -310,26 +307,38 @@ impl InputTransform {
     ///
     /// # Panics
     /// If the parts are not `[out, r]` and `[out, n - r]`.
-    pub fn undo_weight(&self, mut split: SplitInput, out: usize) -> Vec<f32> {
-        for row in split.kept.chunks_exact_mut(self.kept().max(1)) {
-            row.iter_mut().zip(&self.norms).for_each(|(w, norm)| *w /= norm);
-        }
-        let mut w = self.join(split, out);
+    pub fn undo_weight(&self, split: SplitInput, out: usize) -> Buffer<f32> {
+        let mut w = self.join(split, out, |kept, norm| kept / norm);
         self.mix.undo_weight(&mut w, out);
         w
     }
 
-    fn join(&self, SplitInput { kept, rest }: SplitInput, rows: usize) -> Vec<f32> {
+    fn join(
+        &self,
+        SplitInput { kept, rest }: SplitInput,
+        rows: usize,
+        scaled: fn(f32, f32) -> f32,
+    ) -> Buffer<f32> {
         let (n, r) = (self.width(), self.kept());
-        let mut x = rest.into_vec();
-        if r > 0 {
-            let mut whole = Vec::with_capacity(rows * n);
-            for (kept, rest) in kept.chunks_exact(r).zip(x.chunks_exact(n - r)) {
-                whole.extend_from_slice(kept);
-                whole.extend_from_slice(rest);
-            }
-            x = whole;
+        assert!(
+            kept.len() == rows * r && rest.len() == rows * (n - r),
+            "input transform: the parts are not [{rows}, {r}] and [{rows}, {}]",
+            n - r
+        );
+        if r == 0 {
+            return rest;
         }
+        let mut x = Buffer::new(rows * n);
+        let some = (BLOCK_VALUES / n).max(1);
+        for_each_chunk(&mut x, some * n, |i, x| {
+            let parts =
+                kept[i * some * r..].chunks_exact(r).zip(rest[i * some * (n - r)..].chunks_exact(n - r));
+            for (x, (kept, rest)) in x.chunks_exact_mut(n).zip(parts) {
+                let each = x.iter_mut().zip(kept).zip(&self.norms);
+                each.for_each(|((x, kept), norm)| *x = scaled(*kept, *norm));
+                x[r..].copy_from_slice(rest);
+            }
+        });
         self.reflections.apply_transposed(&mut x, rows);
         x
     }

@@ -150,13 +150,15 @@ fn tuning(
     let outs: usize = shapes.iter().map(|(_, [out, _])| out).sum();
     let norms = config.norm_shapes().len();
     let passed = length * ((6 + 2 * norms) * config.hidden_size + 4 * config.intermediate_size + 2 * outs)
-        + 4 * length * length * config.num_heads.min(rayon::current_num_threads());
+        + length * (4 * QUERIES * rayon::current_num_threads() + 3 * config.num_heads * config.head_dim);
     let reading = weights(shapes) + BATCH_ROWS.max(length) * wide(config);
     let all = config.num_layers * (7 * learned + length * config.hidden_size)
         + 4 * config.vocab_size * config.hidden_size
-        + 2 * LOGIT_ROWS * config.vocab_size;
+        + 2 * LOGITS.max(config.vocab_size);
     config.num_layers * block_bytes + 4 * (all + passed.max(reading))
 }
 
-/// Rows of logits that tuning has at a time, from either model.
-const LOGIT_ROWS: usize = 64;
+/// Logits that tuning has at a time, from either model.
+const LOGITS: usize = 1 << 23;
+/// Queries whose attention a thread has at a time.
+const QUERIES: usize = 128;

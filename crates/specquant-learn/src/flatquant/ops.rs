@@ -92,7 +92,7 @@ impl CustomOp3 for KroneckerProduct {
         g: &Tensor,
     ) -> Result<(Option<Tensor>, Option<Tensor>, Option<Tensor>)> {
         let ((rows, n), n1, n2) = (x.dims2()?, a.dim(0)?, b.dim(0)?);
-        let (a, b) = (transposed(&to_vec(a)?, n1, n1), transposed(&to_vec(b)?, n2, n2));
+        let (a, b) = (transposed(&to_vec(a)?, n1, n1).into_vec(), transposed(&to_vec(b)?, n2, n2).into_vec());
         let mut behind = to_vec(g)?;
         // G (Aᵀ ⊗ I), of which both the gradients by x and by B are made, then G (I ⊗ Bᵀ).
         let mut beside = behind.clone();

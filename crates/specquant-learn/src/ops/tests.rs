@@ -11,6 +11,11 @@ fn random(shape: &[usize], seed: u64) -> Tensor {
     tensor((0..n).map(|_| rng.random_range(-2.0..2.0)).collect(), shape).unwrap()
 }
 
+/// Over five tokens.
+fn softmax(scale: f32, window: Option<usize>) -> CausalSoftmax {
+    CausalSoftmax { tokens: 5, first_query: 0, first_key: 0, scale, window, exp: exp_one_by_one }
+}
+
 /// Σ f(x)·c by x, and by central differences in a random direction: (found, expected).
 fn slopes(x: &Tensor, f: impl Fn(&Tensor) -> Tensor) -> (f32, f32) {
     let var = Var::from_tensor(x).unwrap();
@@ -38,16 +43,12 @@ fn smooth_operations_have_the_slopes_of_finite_differences() {
     let eps = 1e-5;
     let rope = Rope::new(&[1.0, 0.3, 0.1, 0.01], 5, 3);
     let w = random(&[7, 8], 4);
-    let softmax = |window| {
-        move |x: &Tensor| {
-            rows(x, CausalSoftmax { tokens: 5, scale: 0.4, window, exp: exp_one_by_one }).unwrap()
-        }
-    };
+    let weights = |window| move |x: &Tensor| rows(x, softmax(0.4, window)).unwrap();
     type Case<'a> = (&'a str, &'a [usize], &'a dyn Fn(&Tensor) -> Tensor);
     let cases: [Case; 5] = [
         ("norm", &[4, 9], &|x| rows(x, RmsNorm { eps }).unwrap()),
-        ("softmax", &[3, 5, 5], &softmax(None)),
-        ("softmax in a window", &[3, 5, 5], &softmax(Some(2))),
+        ("softmax", &[3, 5, 5], &weights(None)),
+        ("softmax in a window", &[3, 5, 5], &weights(Some(2))),
         ("rope", &[5, 3, 8], &|x| rows(x, rope.clone()).unwrap()),
         ("frozen", &[4, 8], &|x| frozen(x, &w).unwrap()),
     ];
@@ -59,11 +60,7 @@ fn smooth_operations_have_the_slopes_of_finite_differences() {
 
 #[test]
 fn softmax_sees_the_past_only_and_sums_to_one() {
-    let y = rows(
-        &random(&[2, 5, 5], 2),
-        CausalSoftmax { tokens: 5, scale: 1.0, window: Some(3), exp: exp_one_by_one },
-    )
-    .unwrap();
+    let y = rows(&random(&[2, 5, 5], 2), softmax(1.0, Some(3))).unwrap();
     for (row, y) in to_vec(&y).unwrap().chunks(5).enumerate() {
         let query = row % 5;
         for (key, y) in y.iter().enumerate() {

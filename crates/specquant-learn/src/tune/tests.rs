@@ -102,7 +102,7 @@ fn the_gradient_is_what_differences_give() {
         let mut layer = layer(&source, 16, KvFormat::F32);
         let (x, weights) = (states(&source, 1), states(&source, 2));
         let (_, saved) = layer.forward(&x);
-        let (by_x, by_params) = layer.backward(&saved, weights.clone());
+        let (by_x, by_params) = layer.backward(&saved, &weights);
         let value = |layer: &Layer, x: &[f32]| -> f64 {
             layer.forward(x).0.iter().zip(&weights).map(|(y, w)| f64::from(y * w)).sum()
         };

@@ -40,7 +40,7 @@ pub fn apply(
         let inp = w.len() / out;
         let mut columns = transposed(w, out, inp);
         values.apply(&mut columns, inp * model.num_kv_heads);
-        *w = transposed(&columns, inp, out);
+        *w = transposed(&columns, inp, out).into_vec();
         if let Some(bias) = bias {
             values.apply(bias, model.num_kv_heads);
         }

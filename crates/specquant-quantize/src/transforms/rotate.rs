@@ -87,7 +87,7 @@ impl Orthogonal {
         let inp = w.len() / n;
         let mut columns = transposed(w, n, inp);
         self.rotate_rows(&mut columns);
-        *w = transposed(&columns, inp, n);
+        *w = transposed(&columns, inp, n).into_vec();
     }
 }
 
@@ -148,7 +148,7 @@ pub fn rotate_block(
         let inp = w.len() / out;
         let mut columns = transposed(w, out, inp);
         head.rotate_rows(&mut columns);
-        *w = transposed(&columns, inp, out);
+        *w = transposed(&columns, inp, out).into_vec();
         if let Some(bias) = bias {
             head.rotate_rows(bias);
         }
