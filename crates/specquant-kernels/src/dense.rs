@@ -1,7 +1,7 @@
 //! Dense f32 products.
 //!
 //! Products of many rows pack the weights as for [`matmul_packed`](crate::matmul_packed); products of a few rows, which are bound by
-//! reading the weights once, to dot products. Neither depends on the number of threads.
+//! reading the weights once, are dot products. Neither depends on the number of threads.
 
 use crate::ops::fold;
 use crate::packed_dense::matmul_once;

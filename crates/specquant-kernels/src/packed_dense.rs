@@ -56,9 +56,7 @@ impl PackedDense {
     pub fn pack(w: &[f32], n: usize, k: usize) -> Self {
         assert_eq!(Some(w.len()), n.checked_mul(k), "dense weight: {} values are not [{n}, {k}]", w.len());
         let mut panels = vec![0.0; n.div_ceil(PANEL) * k * PANEL];
-        if k > 0 {
-            pack_into(&mut panels, w, k);
-        }
+        pack_into(&mut panels, w, k);
         PackedDense { n, k, panels: Panels::F32(panels), scales: None }
     }
 
@@ -69,9 +67,7 @@ impl PackedDense {
     pub fn pack_transposed(w: &[f32], n: usize, k: usize) -> Self {
         assert_eq!(Some(w.len()), n.checked_mul(k), "dense weight: {} values are not [{k}, {n}]", w.len());
         let mut panels = vec![0.0; n.div_ceil(PANEL) * k * PANEL];
-        if k > 0 {
-            pack_transposed_into(&mut panels, w, n, k);
-        }
+        pack_transposed_into(&mut panels, w, n, k);
         PackedDense { n, k, panels: Panels::F32(panels), scales: None }
     }
 
@@ -155,9 +151,9 @@ impl PackedDense {
     }
 }
 
-/// The panels, `[ceil(n / 16), k, 16]`, of w `[n, k]`, k > 0; lanes beyond n stay as they are.
+/// The panels, `[ceil(n / 16), k, 16]`, of w `[n, k]`; lanes beyond n stay as they are.
 fn pack_into(panels: &mut [f32], w: &[f32], k: usize) {
-    for_each_chunk(panels, k * PANEL, |i, panel| {
+    for_each_chunk(panels, (k * PANEL).max(1), |i, panel| {
         let rows = i * PANEL * k..w.len().min((i + 1) * PANEL * k);
         pack_rows(&w[rows], k, panel, |w| w);
     });
@@ -165,7 +161,7 @@ fn pack_into(panels: &mut [f32], w: &[f32], k: usize) {
 
 /// As [`pack_into`], of w `[k, n]`.
 fn pack_transposed_into(panels: &mut [f32], w: &[f32], n: usize, k: usize) {
-    for_each_chunk(panels, k * PANEL, |i, panel| pack_columns(w, n, i, panel));
+    for_each_chunk(panels, (k * PANEL).max(1), |i, panel| pack_columns(w, n, i, panel));
 }
 
 /// Up to 16 rows of w, `[.., k]`, as a panel, `[k, 16]`; lanes without a row stay as they are.
@@ -232,12 +228,12 @@ pub(crate) fn matmul_once(
 ) {
     assert_eq!(Some(w.len()), n.checked_mul(k), "dense product: w does not hold {n} x {k}");
     let mut panels = Buffer::new(n.div_ceil(PANEL) * k * PANEL);
-    match (k, transposed) {
-        (0, _) => (),
-        (_, false) => pack_into(&mut panels, w, k),
-        (_, true) => pack_transposed_into(&mut panels, w, n, k),
+    if transposed {
+        pack_transposed_into(&mut panels, w, n, k);
+    } else {
+        pack_into(&mut panels, w, k);
     }
-    let right = Right { panels: &*panels, shape: [n, k], scales: None };
+    let right = Right { panels: &panels, shape: [n, k], scales: None };
     matmul_panels(Isa::active(), x, right, y, m, accumulate);
 }
 

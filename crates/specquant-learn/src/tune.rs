@@ -18,6 +18,7 @@
 use serde::{Deserialize, Serialize};
 use specquant_kernels::{
     Buffer, KvFormat, PackedDense, exp_in_place, for_each_chunk, for_each_chunk_pair, matmul_packed,
+    trim_buffers,
 };
 use specquant_model::{Block, Embedding, Head, Linear, Model, ModelConfig, QuantizationConfig, Source};
 
@@ -29,8 +30,10 @@ use block::{Layer, column_products, scaled};
 mod attention;
 mod block;
 
-/// Logits at a time, of each of the two models: what reads the head's weights once for many tokens, and is no large part of a block's memory.
+/// Logits at a time, of each of the two models, so that the head's weights are read once for many tokens.
 const LOGITS: usize = 1 << 23;
+/// Rows of them at least.
+const LOGIT_ROWS: usize = 64;
 /// Tokens that the teacher reads at once.
 const TEACHER_ROWS: usize = 2048;
 /// The factor of a scale at least: scales are positive.
@@ -199,6 +202,8 @@ impl<'a> Tuning<'a> {
     pub fn advance(&mut self, progress: &mut dyn FnMut(usize, f64)) -> Result<bool> {
         let steps = self.order.len();
         let texts = &self.order[self.step..steps.min(self.step + self.batch)];
+        // What a step leaves is large, and the teacher's buffers are of other sizes.
+        trim_buffers();
         for (tokens, want) in texts.iter().zip(self.teacher.read(texts)?) {
             let loss = self.net.step(&self.teacher, tokens, &want, rate(self.step, steps))?;
             if !loss.is_finite() {
@@ -344,7 +349,7 @@ impl Net {
     /// One step of the optimizer at `rate` of the learning rates; the loss before it. want: of [`Teacher::read`].
     fn step(&mut self, teacher: &Teacher, tokens: &[u32], want: &[f32], rate: f64) -> Result<f64> {
         let (norm, hidden) = (RmsNorm { eps: self.model.rms_norm_eps }, self.model.hidden_size);
-        let mut x: Buffer<f32> = self.embedding.lookup(tokens, &self.model)?;
+        let mut x = self.embedding.lookup(tokens, &self.model)?;
         let mut passed = Vec::with_capacity(self.layers.len());
         for layer in &self.layers {
             let (y, _) = layer.forward(&x);
@@ -372,7 +377,7 @@ fn divergence(head: &BothWays, teacher: &Linear, want: &[f32], got: &[f32]) -> R
     let (vocab, hidden) = (teacher.out_features(), teacher.in_features());
     let count = got.len() / hidden;
     let (mut losses, mut gradient) = (vec![0.0; count], Buffer::new(got.len()));
-    let some = (LOGITS / vocab).max(1);
+    let some = (LOGITS / vocab).max(LOGIT_ROWS);
     let chunks = want.chunks(some * hidden).zip(got.chunks(some * hidden));
     for (((want, got), gradient), losses) in
         chunks.zip(gradient.chunks_mut(some * hidden)).zip(losses.chunks_mut(some))
@@ -385,12 +390,7 @@ fn divergence(head: &BothWays, teacher: &Linear, want: &[f32], got: &[f32]) -> R
             let (mut log_p, mut log_r) = (Buffer::from(&want[row * vocab..][..vocab]), Buffer::from(&*q));
             let (p, r) = (log_softmax(&mut log_p), log_softmax(&mut log_r));
             let logs = log_p.iter().zip(&log_r);
-            kl[0] = p
-                .iter()
-                .zip(&r)
-                .zip(logs)
-                .map(|((p, _), (log_p, log_r))| f64::from(p * (log_p - log_r)))
-                .sum();
+            kl[0] = p.iter().zip(logs).map(|(p, (log_p, log_r))| f64::from(p * (log_p - log_r))).sum();
             q.iter_mut()
                 .zip(p.iter().zip(&r))
                 .for_each(|(gradient, (p, r))| *gradient = (r - p) / count as f32);

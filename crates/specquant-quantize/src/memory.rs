@@ -150,15 +150,19 @@ fn tuning(
     let outs: usize = shapes.iter().map(|(_, [out, _])| out).sum();
     let norms = config.norm_shapes().len();
     let passed = length * ((6 + 2 * norms) * config.hidden_size + 4 * config.intermediate_size + 2 * outs)
-        + length * (4 * QUERIES * rayon::current_num_threads() + 3 * config.num_heads * config.head_dim);
+        + length * (5 * QUERIES * rayon::current_num_threads() + 3 * config.num_heads * config.head_dim)
+        // The widest layer, widened and packed.
+        + 2 * shapes.iter().map(|(_, [out, inp])| out * inp).max().unwrap_or(0);
     let reading = weights(shapes) + BATCH_ROWS.max(length) * wide(config);
     let all = config.num_layers * (7 * learned + length * config.hidden_size)
         + 4 * config.vocab_size * config.hidden_size
-        + 2 * LOGITS.max(config.vocab_size);
+        + 2 * LOGITS.max(LOGIT_ROWS * config.vocab_size);
     config.num_layers * block_bytes + 4 * (all + passed.max(reading))
 }
 
 /// Logits that tuning has at a time, from either model.
 const LOGITS: usize = 1 << 23;
+/// Rows of them at least.
+const LOGIT_ROWS: usize = 64;
 /// Queries whose attention a thread has at a time.
 const QUERIES: usize = 128;

@@ -1,9 +1,12 @@
-//! Attention and its gradient, some queries at a time, with the keys that they see: half the products of whole matrices, and what lies between them
-//! stays in the caches. Sums are built in the order of whole matrices, whose other terms are zeros.
+//! Attention and its gradient, some queries at a time, with the keys that any of them sees: few more than half the products of whole matrices, and
+//! what lies between them stays in the caches. Sums are built in the order of whole matrices, whose other terms are zeros
+//! (but in the last part where it has [`matmul_nt`]'s few rows).
 
 use std::ops::Range;
 
-use specquant_kernels::{Buffer, exp_in_place, for_each_chunk, matmul_nn, matmul_nt, transposed};
+use specquant_kernels::{
+    Buffer, exp_in_place, for_each_chunk, for_each_chunk_pair, matmul_nn, matmul_nt, transposed,
+};
 
 use crate::block::{K, Q, V};
 use crate::ops::{CausalSoftmax, backward_into, forward_into};
@@ -99,11 +102,10 @@ impl Attention {
     /// Gradients by query, key and value. gy: by what [`Attention::forward`] returns.
     pub fn backward(&self, qkv: &[Buffer<f32>; 3], gy: &[f32], tokens: usize) -> [Buffer<f32>; 3] {
         let (dim, size) = (self.head_dim, tokens * self.head_dim);
-        let mut by_head = Buffer::new(3 * gy.len());
-        for_each_chunk(&mut by_head, 3 * size, |head, g| {
+        let (mut by_q, mut by_kv) = (Buffer::new(gy.len()), Buffer::new(2 * gy.len()));
+        for_each_chunk_pair((&mut by_q, size), (&mut by_kv, 2 * size), |head, by_q, by_kv| {
             let [q, k, v] = self.head(qkv, head, tokens);
             let gy = &gy[head * size..][..size];
-            let (by_q, by_kv) = g.split_at_mut(size);
             // Transposed, `[head_dim, tokens]`.
             let (mut by_k, mut by_v) = (Buffer::zeros(size), Buffer::zeros(size));
             for part in self.parts(q, k) {
@@ -121,19 +123,19 @@ impl Attention {
             by_kv[..size].copy_from_slice(&transposed(&by_k, dim, tokens));
             by_kv[size..].copy_from_slice(&transposed(&by_v, dim, tokens));
         });
-        let mut g = [Buffer::new(gy.len()), Buffer::new(qkv[K].len()), Buffer::new(qkv[V].len())];
-        for_each_chunk(&mut g[Q], size, |head, g| g.copy_from_slice(&by_head[head * 3 * size..][..size]));
         let group = self.heads / self.kv_heads;
-        for side in [K, V] {
-            for_each_chunk(&mut g[side], size, |kv, g| {
-                let of_head = |head: usize| &by_head[(head * 3 + side) * size..][..size];
-                g.copy_from_slice(of_head(kv * group));
+        let summed = |part: usize| {
+            let mut sums = Buffer::new(qkv[K].len());
+            for_each_chunk(&mut sums, size, |kv, sums| {
+                let of_head = |head: usize| &by_kv[(2 * head + part) * size..][..size];
+                sums.copy_from_slice(of_head(kv * group));
                 for head in kv * group + 1..(kv + 1) * group {
-                    g.iter_mut().zip(of_head(head)).for_each(|(g, x)| *g += x);
+                    sums.iter_mut().zip(of_head(head)).for_each(|(sum, x)| *sum += x);
                 }
             });
-        }
-        g
+            sums
+        };
+        [by_q, summed(0), summed(1)]
     }
 }
 
@@ -141,3 +143,6 @@ impl Attention {
 fn rows<'a>(x: &'a [f32], rows: &Range<usize>, width: usize) -> &'a [f32] {
     &x[rows.start * width..rows.end * width]
 }
+
+#[cfg(test)]
+mod tests;

@@ -451,11 +451,12 @@ impl FakeInput {
     }
 
     /// What the quantizer leaves of kept coordinates, `[tokens, r]`.
-    fn round_kept(&self, kept: Buffer<f32>, tokens: usize) -> Buffer<f32> {
-        if kept.is_empty() || self.bits == 16 {
-            return kept;
+    fn round_kept(&self, mut kept: Buffer<f32>, tokens: usize) -> Buffer<f32> {
+        if !kept.is_empty() && self.bits < 16 {
+            let codes = quantize_acts(&kept, tokens, self.kept(), self.bits.max(KEPT_BITS), 1.0);
+            kept.copy_from_slice(&codes.dequantize());
         }
-        quantize_acts(&kept, tokens, self.kept(), self.bits.max(KEPT_BITS), 1.0).dequantize().into()
+        kept
     }
 }
 
