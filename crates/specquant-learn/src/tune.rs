@@ -358,6 +358,8 @@ impl Net {
         let normed = forward(&norm, &x, hidden);
         let last = scaled(&normed, &self.norm.values);
         let (loss, g) = divergence(&self.head, &teacher.head, want, &last)?;
+        // The logits are larger than anything that a block needs.
+        trim_buffers();
         let by_normed = scaled(&g, &self.norm.values);
         self.norm.step(rate, &column_products(&g, &normed, hidden));
         let mut g = backward(&norm, [&x, &normed, &by_normed], hidden);
