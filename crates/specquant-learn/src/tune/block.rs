@@ -23,23 +23,22 @@ const GRAIN: usize = 1 << 14;
 /// Columns that one thread sums at least.
 const COLUMNS: usize = 64;
 
-fn add(y: &mut [f32], x: &[f32]) {
-    for_each_chunk(y, GRAIN, |i, y| y.iter_mut().zip(&x[i * GRAIN..]).for_each(|(y, x)| *y += x));
+/// Changes every value of `y` by that of `x`.
+fn zip(y: &mut [f32], x: &[f32], f: impl Fn(&mut f32, f32) + Sync) {
+    for_each_chunk(y, GRAIN, |i, y| y.iter_mut().zip(&x[i * GRAIN..]).for_each(|(y, x)| f(y, *x)));
 }
 
-/// Calls `f` with rows of y, `[.., width]`, and as many of x.
-fn by_rows(y: &mut [f32], x: &[f32], width: usize, f: impl Fn(&mut [f32], &[f32]) + Sync) {
-    let task = GRAIN.div_ceil(width) * width;
-    for_each_chunk(y, task, |i, y| {
-        y.chunks_exact_mut(width).zip(x[i * task..].chunks_exact(width)).for_each(|(y, x)| f(y, x));
-    });
+fn add(y: &mut [f32], x: &[f32]) {
+    zip(y, x, |y, x| *y += x);
 }
 
 /// Multiplies every row by `factors`. x: `[rows, factors]`.
 pub(super) fn scaled(x: &[f32], factors: &[f32]) -> Buffer<f32> {
     let mut y = Buffer::new(x.len());
-    by_rows(&mut y, x, factors.len(), |y, x| {
-        y.iter_mut().zip(x).zip(factors).for_each(|((y, x), f)| *y = x * f);
+    let some = GRAIN.div_ceil(factors.len()) * factors.len();
+    for_each_chunk(&mut y, some, |i, y| {
+        let rows = y.chunks_exact_mut(factors.len()).zip(x[i * some..].chunks_exact(factors.len()));
+        rows.for_each(|(y, x)| y.iter_mut().zip(x).zip(factors).for_each(|((y, x), f)| *y = x * f));
     });
     y
 }
@@ -228,7 +227,7 @@ impl Layer {
         let up = inner.pop().unwrap_or_default();
         let gate = inner.pop().unwrap_or_default();
         let mut inner = up.clone();
-        by_rows(&mut inner, &gate, 1, |y, g| y[0] *= activation(self.activation, g[0]).0);
+        zip(&mut inner, &gate, |y, g| *y *= activation(self.activation, g).0);
         let (down, down_saved) = self.site(Site::Down, &inner);
         let (down, behind_mlp) = self.behind(down, 1);
         add(&mut x, &down);
