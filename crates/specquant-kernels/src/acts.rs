@@ -15,9 +15,10 @@
 #[cfg(target_arch = "x86_64")]
 use crate::isa::{Avx2, Avx512Vnni};
 use crate::isa::{Scalar, with_token};
-use crate::parallel::{Shared, for_each_chunk};
+use crate::parallel::{Shared, for_each_index};
 use crate::weights::nearest_levels;
 use crate::{Buffer, Isa};
+use std::ops::Range;
 
 /// Lower bound of a token's scale, so that an all-zero token quantizes to zeros instead of dividing by zero.
 pub const MIN_SCALE: f32 = 1e-20;
@@ -97,13 +98,7 @@ const GAUSSIAN_ACT_CODES: [u8; 128] = {
 /// # Panics
 /// If `x` is not `[rows, cols]`.
 pub fn quantize_acts_gaussian(x: &[f32], rows: usize, cols: usize, clip: f32) -> QuantizedActs {
-    quantize(Isa::active(), x, rows, cols, 7, |k, x, codes| {
-        let (min, max) = k.range(x);
-        let scale = (max.max(-min) * clip / GAUSSIAN_MAX as f32).max(MIN_SCALE);
-        k.codes(x, scale, GAUSSIAN_MAX as f32, 2.0 * GAUSSIAN_MAX as f32, codes);
-        codes.iter_mut().for_each(|q| *q = GAUSSIAN_ACT_CODES[usize::from(*q & 127)]);
-        (scale, GAUSSIAN_MAX)
-    })
+    quantize(Isa::active(), x, rows, ActQuantizer { cols, format: ActFormat::Gaussian, clip })
 }
 
 /// [`quantize_acts`] on a given instruction set, for tests.
@@ -116,47 +111,102 @@ pub fn quantize_acts_with(
     bits: u8,
     clip: f32,
 ) -> QuantizedActs {
-    assert!((2..=8).contains(&bits), "{bits} bits for activations");
-    quantize(isa, x, rows, cols, bits, |k, x, codes| token(k, x, bits, clip, codes))
+    quantize(isa, x, rows, ActQuantizer { cols, format: ActFormat::Uniform { bits }, clip })
 }
 
-/// Quantizes every token by `token(kernel, values, codes)`, which returns scale and zero point.
-fn quantize(
-    isa: Isa,
-    x: &[f32],
-    rows: usize,
-    cols: usize,
-    bits: u8,
-    token: impl Fn(&dyn Quantizer, &[f32], &mut [u8]) -> (f32, i32) + Sync,
-) -> QuantizedActs {
+fn quantize(isa: Isa, x: &[f32], rows: usize, to: ActQuantizer) -> QuantizedActs {
+    let cols = to.cols;
     assert_eq!(x.len(), rows * cols, "x must be [rows, cols]");
-    let stride = stride(cols);
-    let mut a = QuantizedActs {
-        rows,
-        cols,
-        stride,
-        bits,
-        codes: Buffer::new(rows * stride),
-        scale: Buffer::zeros(rows),
-        zero: Buffer::zeros(rows),
-    };
-    if cols == 0 {
-        return a;
-    }
-    let at_once = GRAIN.div_ceil(cols);
-    let (scales, zeros) = (Shared(a.scale.as_mut_ptr()), Shared(a.zero.as_mut_ptr()));
-    with_token!(isa, k => for_each_chunk(&mut a.codes, at_once * stride, |i, codes| {
-        for (codes, t) in codes.chunks_exact_mut(stride).zip(i * at_once..) {
-            let (scale, zero) = token(&k, &x[t * cols..][..cols], &mut codes[..cols]);
-            codes[cols..].fill(0);
-            // SAFETY: there are as many as tokens, and this task alone has token t.
-            unsafe {
-                *scales.get().add(t) = scale;
-                *zeros.get().add(t) = zero;
-            }
+    let [acts] = quantize_with(isa, rows, GRAIN.div_ceil(cols.max(1)), [to], |tokens, put| {
+        tokens.for_each(|t| put([&x[t * cols..][..cols]]));
+    });
+    acts
+}
+
+/// What activation codes stand for.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum ActFormat {
+    /// See [`quantize_acts`].
+    Uniform {
+        /// 2 to 8.
+        bits: u8,
+    },
+    /// See [`quantize_acts_gaussian`].
+    Gaussian,
+}
+
+/// How tokens are quantized.
+#[derive(Debug, Clone, Copy, PartialEq)]
+pub struct ActQuantizer {
+    /// Values per token.
+    pub cols: usize,
+    /// What codes stand for.
+    pub format: ActFormat,
+    /// What a token's range is multiplied with.
+    pub clip: f32,
+}
+
+/// Quantizes tokens in N parts each, some tokens at a time, which are computed right before and so still lie in the core's cache.
+///
+/// tokens: called for every `at_once` of the `rows` tokens, on all threads; gives the parts of each of them in order, `[to[i].cols]`, to the function that it gets.
+///
+/// # Panics
+/// If a part has another length, tokens are missing, `at_once` is 0 or there are no such bits.
+pub fn quantize_tokens<const N: usize>(
+    rows: usize,
+    at_once: usize,
+    to: [ActQuantizer; N],
+    tokens: impl Fn(Range<usize>, &mut dyn FnMut([&[f32]; N])) + Sync,
+) -> [QuantizedActs; N] {
+    quantize_with(Isa::active(), rows, at_once, to, tokens)
+}
+
+fn quantize_with<const N: usize>(
+    isa: Isa,
+    rows: usize,
+    at_once: usize,
+    to: [ActQuantizer; N],
+    tokens: impl Fn(Range<usize>, &mut dyn FnMut([&[f32]; N])) + Sync,
+) -> [QuantizedActs; N] {
+    let mut acts = to.map(|to| {
+        let stride = stride(to.cols);
+        let bits = match to.format {
+            ActFormat::Uniform { bits } => bits,
+            ActFormat::Gaussian => 7,
+        };
+        assert!((2..=8).contains(&bits), "{bits} bits for activations");
+        QuantizedActs {
+            rows,
+            cols: to.cols,
+            stride,
+            bits,
+            codes: Buffer::new(rows * stride),
+            scale: Buffer::zeros(rows),
+            zero: Buffer::zeros(rows),
         }
+    });
+    let places = acts.each_mut().map(|a| {
+        let (codes, scale, zero) = (a.codes.as_mut_ptr(), a.scale.as_mut_ptr(), a.zero.as_mut_ptr());
+        (a.stride, Shared(codes), Shared(scale), Shared(zero))
+    });
+    with_token!(isa, k => for_each_index(rows.div_ceil(at_once), |i| {
+        let (mut t, end) = (i * at_once, rows.min((i + 1) * at_once));
+        tokens(t..end, &mut |parts: [&[f32]; N]| {
+            assert!(t < end, "more tokens than {at_once}");
+            for ((x, to), (stride, codes, scale, zero)) in parts.into_iter().zip(&to).zip(&places) {
+                assert_eq!(x.len(), to.cols, "values of a token");
+                // SAFETY: there are as many codes, scales and zero points as tokens, and this task alone has token t.
+                unsafe {
+                    let codes = std::slice::from_raw_parts_mut(codes.get().add(t * stride), *stride);
+                    (*scale.get().add(t), *zero.get().add(t)) = token(&k, x, to, &mut codes[..to.cols]);
+                    codes[to.cols..].fill(0);
+                }
+            }
+            t += 1;
+        });
+        assert_eq!(t, end, "tokens are missing");
     }));
-    a
+    acts
 }
 
 /// Codes from one token to the next. Tokens a multiple of a kilobyte apart would share a few sets of the first cache: a line between them
@@ -167,14 +217,24 @@ fn stride(cols: usize) -> usize {
 }
 
 /// Quantizes one token; returns scale and zero point. codes: as x.
-fn token(k: &dyn Quantizer, x: &[f32], bits: u8, clip: f32, codes: &mut [u8]) -> (f32, i32) {
-    let steps = ((1u32 << bits) - 1) as f32;
+fn token(k: &dyn Quantizer, x: &[f32], to: &ActQuantizer, codes: &mut [u8]) -> (f32, i32) {
     let (min, max) = k.range(x);
-    let (min, max) = (min * clip, max * clip);
-    let scale = ((max - min) / steps).max(MIN_SCALE);
-    let zero = (-min / scale).round_ties_even().clamp(0., steps);
-    k.codes(x, scale, zero, steps, codes);
-    (scale, zero as i32)
+    match to.format {
+        ActFormat::Uniform { bits } => {
+            let steps = ((1u32 << bits) - 1) as f32;
+            let (min, max) = (min * to.clip, max * to.clip);
+            let scale = ((max - min) / steps).max(MIN_SCALE);
+            let zero = (-min / scale).round_ties_even().clamp(0., steps);
+            k.codes(x, scale, zero, steps, codes);
+            (scale, zero as i32)
+        }
+        ActFormat::Gaussian => {
+            let scale = (max.max(-min) * to.clip / GAUSSIAN_MAX as f32).max(MIN_SCALE);
+            k.codes(x, scale, GAUSSIAN_MAX as f32, 2.0 * GAUSSIAN_MAX as f32, codes);
+            k.to_levels(codes);
+            (scale, GAUSSIAN_MAX)
+        }
+    }
 }
 
 trait Quantizer: Send + Sync {
@@ -182,6 +242,8 @@ trait Quantizer: Send + Sync {
     fn range(&self, x: &[f32]) -> (f32, f32);
     /// clamp(round(x / scale) + zero, 0, steps)
     fn codes(&self, x: &[f32], scale: f32, zero: f32, steps: f32, codes: &mut [u8]);
+    /// Codes of 7 bits to those of the nearest levels, see [`GAUSSIAN_ACT_CODES`].
+    fn to_levels(&self, codes: &mut [u8]);
 }
 
 impl Quantizer for Scalar {
@@ -193,6 +255,10 @@ impl Quantizer for Scalar {
         for (q, v) in codes.iter_mut().zip(x) {
             *q = ((v / scale).round_ties_even() + zero).max(0.).min(steps) as u8;
         }
+    }
+
+    fn to_levels(&self, codes: &mut [u8]) {
+        codes.iter_mut().for_each(|q| *q = GAUSSIAN_ACT_CODES[usize::from(*q & 127)]);
     }
 }
 
@@ -207,6 +273,11 @@ impl Quantizer for Avx2 {
         // SAFETY: the token proves AVX2.
         unsafe { x86::codes(x, scale, zero, steps, codes) }
     }
+
+    fn to_levels(&self, codes: &mut [u8]) {
+        // SAFETY: the token proves AVX2.
+        unsafe { x86::to_levels(codes) }
+    }
 }
 
 #[cfg(target_arch = "x86_64")]
@@ -218,11 +289,15 @@ impl Quantizer for Avx512Vnni {
     fn codes(&self, x: &[f32], scale: f32, zero: f32, steps: f32, codes: &mut [u8]) {
         self.avx2.codes(x, scale, zero, steps, codes);
     }
+
+    fn to_levels(&self, codes: &mut [u8]) {
+        self.avx2.to_levels(codes);
+    }
 }
 
 #[cfg(target_arch = "x86_64")]
 mod x86 {
-    use super::{Quantizer, Scalar};
+    use super::{GAUSSIAN_ACT_CODES, Quantizer, Scalar};
     use std::arch::x86_64::*;
 
     #[target_feature(enable = "avx2")]
@@ -265,6 +340,29 @@ mod x86 {
             unsafe { _mm_storel_epi64(out.as_mut_ptr().cast(), _mm_packus_epi16(q, q)) };
         }
         Scalar.codes(rest, scale, zero, steps, out_rest);
+    }
+
+    #[target_feature(enable = "avx2")]
+    pub(super) fn to_levels(codes: &mut [u8]) {
+        let (blocks, rest) = codes.as_chunks_mut::<32>();
+        let mut tables = [_mm256_setzero_si256(); 8];
+        for (table, codes) in tables.iter_mut().zip(GAUSSIAN_ACT_CODES.as_chunks::<16>().0) {
+            // SAFETY: 16 codes.
+            *table = unsafe { _mm256_broadcastsi128_si256(_mm_loadu_si128(codes.as_ptr().cast())) };
+        }
+        for block in blocks {
+            // SAFETY: 32 codes, each below 128, of which the shuffles read the low four bits.
+            let q = unsafe { _mm256_loadu_si256(block.as_ptr().cast()) };
+            let high = _mm256_and_si256(_mm256_srli_epi16::<4>(q), _mm256_set1_epi8(7));
+            let mut levels = _mm256_shuffle_epi8(tables[0], q);
+            for (i, table) in tables.iter().enumerate().skip(1) {
+                let mine = _mm256_cmpeq_epi8(high, _mm256_set1_epi8(i as i8));
+                levels = _mm256_blendv_epi8(levels, _mm256_shuffle_epi8(*table, q), mine);
+            }
+            // SAFETY: as above.
+            unsafe { _mm256_storeu_si256(block.as_mut_ptr().cast(), levels) };
+        }
+        Scalar.to_levels(rest);
     }
 }
 
@@ -341,6 +439,29 @@ mod tests {
             }
         }
         assert_eq!(quantize_acts_gaussian(&[0.0; 8], 1, 8, 1.0).scale[..], [MIN_SCALE]);
+    }
+
+    #[test]
+    fn every_instruction_set_finds_the_same_levels() {
+        // All codes there are, and a rest.
+        let codes: Vec<u8> = (0..=126).chain(0..=84).collect();
+        let want: Vec<u8> = codes.iter().map(|&q| GAUSSIAN_ACT_CODES[usize::from(q)]).collect();
+        for isa in Isa::available() {
+            let mut codes = codes.clone();
+            with_token!(isa, k => k.to_levels(&mut codes));
+            assert_eq!(codes, want, "{isa:?}");
+        }
+    }
+
+    #[test]
+    #[should_panic(expected = "tokens are missing")]
+    fn every_token_is_wanted() {
+        let to = ActQuantizer { cols: 2, format: ActFormat::Gaussian, clip: 1.0 };
+        quantize_tokens(5, 2, [to], |tokens, put| {
+            if tokens.start < 4 {
+                tokens.for_each(|_| put([&[1.0, 2.0]]));
+            }
+        });
     }
 
     /// Less error for Gaussian values, both at their best clip.

@@ -9,6 +9,8 @@ use crate::{Activation, InputTransform, ModelConfig, Result, Rotations};
 
 /// See [`Block::rows_at_once`]: of a block 4096 wide, some 60 MB.
 const ROWS_AT_ONCE: usize = 512;
+/// Values that one thread adds something to at least; below, sharing costs more than it saves.
+const ROW_VALUES: usize = 1 << 15;
 /// Spans that are enough to keep all threads busy, and the tokens of a long one.
 pub(crate) const FEW_SPANS: usize = 16;
 
@@ -98,25 +100,31 @@ pub struct KvCenter {
     pub values: Vec<f32>,
 }
 
+/// `f(i, row)` of every row of x `[rows, width]`, on all threads if there are many.
+fn each_row(x: &mut [f32], width: usize, f: impl Fn(usize, &mut [f32]) + Sync) {
+    let at_once = ROW_VALUES.div_ceil(width);
+    kernels::for_each_chunk(x, at_once * width, |i, x| {
+        x.chunks_exact_mut(width).zip(i * at_once..).for_each(|(row, i)| f(i, row));
+    });
+}
+
 impl KvCenter {
     /// k, v: `[rows, kv_heads * head_dim]`.
     fn subtract(&self, k: &mut [f32], v: &mut [f32]) {
         for (x, center) in [(k, &self.keys), (v, &self.values)] {
-            for row in x.chunks_exact_mut(center.len()) {
-                row.iter_mut().zip(center).for_each(|(x, c)| *x -= c);
-            }
+            each_row(x, center.len(), |_, row| row.iter_mut().zip(center).for_each(|(x, c)| *x -= c));
         }
     }
 
     /// attended: `[rows, heads * head_dim]`.
     fn add_back(&self, attended: &mut [f32], config: &ModelConfig) {
         let group = config.num_heads / config.num_kv_heads;
-        for row in attended.chunks_exact_mut(config.num_heads * config.head_dim) {
+        each_row(attended, config.num_heads * config.head_dim, |_, row| {
             for (head, x) in row.chunks_exact_mut(config.head_dim).enumerate() {
                 let center = &self.values[head / group * config.head_dim..];
                 x.iter_mut().zip(center).for_each(|(x, c)| *x += c);
             }
-        }
+        });
     }
 }
 
@@ -313,7 +321,8 @@ impl Block {
             let raw = Buffer::from(&*y);
             kernels::rms_norm(&raw, &norms[which], config.rms_norm_eps, y);
         }
-        x.iter_mut().zip(y).for_each(|(x, y)| *x += *y);
+        let width = config.hidden_size;
+        each_row(x, width, |i, x| x.iter_mut().zip(&y[i * width..]).for_each(|(x, y)| *x += *y));
     }
 
     /// The layers of a site on their input, `[rows, in]`; y: `[rows, out]` each.

@@ -5,9 +5,9 @@ use std::sync::Arc;
 
 use rayon::prelude::*;
 use specquant_kernels as kernels;
-use specquant_kernels::{Basis, BranchCoeffs, Buffer, PackedDense, PackedWeights};
+use specquant_kernels::{ActFormat, Basis, BranchCoeffs, Buffer, PackedDense, PackedWeights, QuantizedActs};
 
-use crate::{InputTransform, Levels, MappedMatrix, Result, SplitInput};
+use crate::{InputTransform, Levels, MappedMatrix, Result};
 
 /// Output channels widened at a time: 128 × 4096 f32 are 2 MiB, about a core's L2.
 const PANEL: usize = 128;
@@ -231,14 +231,26 @@ impl Linear {
     }
 }
 
+/// The kernels' name of what activation codes of `bits` bits stand for.
+fn act_format(bits: u8, levels: Levels) -> ActFormat {
+    match levels {
+        Levels::Gaussian => ActFormat::Gaussian,
+        Levels::Uniform => ActFormat::Uniform { bits },
+    }
+}
+
 /// Quantizes inputs x `[rows, in]` per token to below 16 bits, as a [`QuantLinear`] does.
 ///
 /// # Panics
 /// If there are no rows, or not whole ones.
-pub fn quantize_input(x: &[f32], rows: usize, bits: u8, levels: Levels, clip: f32) -> kernels::QuantizedActs {
-    match levels {
-        Levels::Gaussian => kernels::quantize_acts_gaussian(x, rows, x.len() / rows, clip),
-        Levels::Uniform => kernels::quantize_acts(x, rows, x.len() / rows, bits, clip),
+pub fn quantize_input(x: &[f32], rows: usize, bits: u8, levels: Levels, clip: f32) -> QuantizedActs {
+    quantize(x, rows, act_format(bits, levels), clip)
+}
+
+fn quantize(x: &[f32], rows: usize, format: ActFormat, clip: f32) -> QuantizedActs {
+    match format {
+        ActFormat::Gaussian => kernels::quantize_acts_gaussian(x, rows, x.len() / rows, clip),
+        ActFormat::Uniform { bits } => kernels::quantize_acts(x, rows, x.len() / rows, bits, clip),
     }
 }
 
@@ -257,17 +269,29 @@ pub fn forward_shared<const N: usize>(
     mut outputs: [&mut [f32]; N],
 ) -> Result<()> {
     debug_assert!(layers.iter().all(|l| x.len() == rows * l.in_features()));
-    let split = transform.map(|t| t.apply(x, rows));
-    let (kept, x) = match &split {
-        Some(SplitInput { kept, rest }) => (&**kept, &**rest),
-        None => (&[][..], x),
-    };
-    multiply(layers, x, kept, rows, outputs.each_mut())?;
     let branch = |l: &&Linear| match l {
         Linear::Quantized(q) => q.branch.as_ref().map(|b| (Arc::as_ptr(&b.basis), b.coeffs.rank())),
         Linear::Dense(_) => None,
     };
     let branches = layers.each_ref().map(branch);
+    let split;
+    let x = match (transform, integer_input(&layers)) {
+        (Some(transform), Some((format, clip, kept_bits))) if branches.iter().all(Option::is_none) => {
+            // Nobody asks for the transformed input itself.
+            let [codes, kept] = transform.apply_quantized(x, rows, (format, clip), kept_bits.unwrap_or(8));
+            multiply_codes(layers, &codes, kept_bits.map(|_| &kept), outputs.each_mut());
+            x
+        }
+        (Some(transform), _) => {
+            split = transform.apply(x, rows);
+            multiply(layers, &split.rest, &split.kept, rows, outputs.each_mut())?;
+            &split.rest
+        }
+        (None, _) => {
+            multiply(layers, x, &[], rows, outputs.each_mut())?;
+            x
+        }
+    };
     let mut projected: Option<(*const Basis, Buffer<f32>)> = None;
     for (layer, y) in layers.into_iter().zip(outputs) {
         let bias = match layer {
@@ -294,6 +318,19 @@ pub fn forward_shared<const N: usize>(
     Ok(())
 }
 
+/// What the layers quantize their input to, its clip ratio and the bits of their kept coordinates, if all multiply integers and agree on that.
+fn integer_input(layers: &[&Linear]) -> Option<(ActFormat, f32, Option<u8>)> {
+    let input = |l: &&Linear| match l {
+        Linear::Quantized(l) if l.act_bits < 16 => {
+            let format = act_format(l.act_bits, l.act_levels);
+            Some((format, l.act_clip, l.kept.as_ref().map(|k| k.act_bits)))
+        }
+        _ => None,
+    };
+    let first = layers.first().and_then(input);
+    first.filter(|_| layers.iter().all(|l| input(l) == first))
+}
+
 /// The layers' products without branch and bias. x: `[rows, in]`, kept: `[rows, r]`, the two parts of the transformed input.
 fn multiply<const N: usize>(
     layers: [&Linear; N],
@@ -302,42 +339,39 @@ fn multiply<const N: usize>(
     rows: usize,
     outputs: [&mut &mut [f32]; N],
 ) -> Result<()> {
-    let input = |l: &QuantLinear| {
-        let kept_bits = l.kept.as_ref().map(|k| k.act_bits);
-        (l.act_bits, l.act_levels, l.act_clip.to_bits(), kept_bits)
-    };
-    let first = match layers.first() {
-        Some(Linear::Quantized(l)) if l.act_bits < 16 => Some(l),
-        _ => None,
-    };
-    let same =
-        |l: &&Linear| matches!((l, first), (Linear::Quantized(l), Some(first)) if input(l) == input(first));
-    let (Some(first), true) = (first, layers.iter().all(same)) else {
-        // One by one.
-        for (layer, y) in layers.into_iter().zip(outputs) {
-            match layer {
-                Linear::Dense(l) => l.forward(x, rows, y)?,
-                Linear::Quantized(l) if l.act_bits == 16 => {
-                    kernels::matmul_float(x, rows, &l.weights, y);
-                    if let Some(Kept { weights, .. }) = &l.kept {
-                        kernels::add_matmul_float(kept, rows, weights, y);
-                    }
-                }
-                Linear::Quantized(_) => multiply([layer], x, kept, rows, [y])?,
-            }
-        }
+    if let Some((format, clip, kept_bits)) = integer_input(&layers) {
+        let codes = quantize(x, rows, format, clip);
+        let kept = kept_bits.map(|bits| kernels::quantize_acts(kept, rows, kept.len() / rows, bits, 1.0));
+        multiply_codes(layers, &codes, kept.as_ref(), outputs);
         return Ok(());
-    };
-    let codes = quantize_input(x, rows, first.act_bits, first.act_levels, first.act_clip);
-    let kept_codes =
-        first.kept.as_ref().map(|k| kernels::quantize_acts(kept, rows, kept.len() / rows, k.act_bits, 1.0));
+    }
+    // One by one.
+    for (layer, y) in layers.into_iter().zip(outputs) {
+        match layer {
+            Linear::Dense(l) => l.forward(x, rows, y)?,
+            Linear::Quantized(l) if l.act_bits == 16 => {
+                kernels::matmul_float(x, rows, &l.weights, y);
+                if let Some(Kept { weights, .. }) = &l.kept {
+                    kernels::add_matmul_float(kept, rows, weights, y);
+                }
+            }
+            Linear::Quantized(_) => multiply([layer], x, kept, rows, [y])?,
+        }
+    }
+    Ok(())
+}
+
+/// The products of layers that [`integer_input`] says something of.
+fn multiply_codes<const N: usize>(
+    layers: [&Linear; N],
+    codes: &QuantizedActs,
+    kept_codes: Option<&QuantizedActs>,
+    outputs: [&mut &mut [f32]; N],
+) {
     let parts = layers.map(|layer| {
-        let l = match layer {
-            Linear::Quantized(l) => l,
-            Linear::Dense(_) => first,
-        };
+        let Linear::Quantized(l) = layer else { unreachable!("a dense layer has no integer input") };
         let kept = l.kept.as_ref().map_or(&l.weights, |k| &k.weights);
-        [(&codes, &l.weights), (kept_codes.as_ref().unwrap_or(&codes), kept)]
+        [(codes, &l.weights), (kept_codes.unwrap_or(codes), kept)]
     });
     let used = if kept_codes.is_some() { 2 } else { 1 };
     let mut outputs = outputs.into_iter();
@@ -346,5 +380,4 @@ fn multiply<const N: usize>(
         y: outputs.next().map_or(&mut [][..], |y| y),
     });
     kernels::matmul_int_all(products);
-    Ok(())
 }

@@ -1,7 +1,10 @@
 //! Orthonormal transforms that run on activations because they could not be folded into weights (QuaRot, arXiv 2404.00456).
 
 use serde::{Deserialize, Serialize};
-use specquant_kernels::{Buffer, Dct, Hadamard, Kronecker, Reflections, for_each_chunk, for_each_chunk_pair};
+use specquant_kernels::{
+    ActFormat, ActQuantizer, Buffer, Dct, Hadamard, Kronecker, QuantizedActs, Reflections, for_each_chunk,
+    for_each_chunk_pair, quantize_tokens,
+};
 
 use crate::ModelConfig;
 
@@ -354,8 +357,7 @@ impl InputTransform {
         let (n, r) = (self.width(), self.kept());
         assert_eq!(x.len(), rows * n, "input transform: x is not [{rows}, {n}]");
         let (mut kept, mut rest) = (Buffer::new(rows * r), Buffer::new(rows * (n - r)));
-        let share = rows.div_ceil(rayon::current_num_threads());
-        let block = (BLOCK_VALUES / n).min(share).max(1).next_multiple_of(16);
+        let block = self.rows_at_once(rows);
         if r == 0 {
             for_each_chunk(&mut rest, block * n, |i, rest| {
                 rest.copy_from_slice(&x[i * block * n..][..rest.len()]);
@@ -376,6 +378,42 @@ impl InputTransform {
             }
         });
         SplitInput { kept, rest }
+    }
+
+    /// As [`InputTransform::apply`], with both parts quantized per token while they lie in a core's cache: first what is not kept, by
+    /// `format` and `clip`, then the kept coordinates, evenly to `kept_bits`.
+    ///
+    /// # Panics
+    /// If x is not `[rows, n]`.
+    pub fn apply_quantized(
+        &self,
+        x: &[f32],
+        rows: usize,
+        (format, clip): (ActFormat, f32),
+        kept_bits: u8,
+    ) -> [QuantizedActs; 2] {
+        let (n, r) = (self.width(), self.kept());
+        assert_eq!(x.len(), rows * n, "input transform: x is not [{rows}, {n}]");
+        let parts = [
+            ActQuantizer { cols: n - r, format, clip },
+            ActQuantizer { cols: r, format: ActFormat::Uniform { bits: kept_bits }, clip: 1.0 },
+        ];
+        quantize_tokens(rows, self.rows_at_once(rows), parts, |tokens, put| {
+            let mut x = Buffer::from(&x[tokens.start * n..tokens.end * n]);
+            self.mix.apply(&mut x, tokens.len());
+            self.reflections.apply(&mut x, tokens.len());
+            for row in x.chunks_exact_mut(n) {
+                let (kept, rest) = row.split_at_mut(r);
+                kept.iter_mut().zip(&self.norms).for_each(|(kept, norm)| *kept /= norm);
+                put([rest, kept]);
+            }
+        })
+    }
+
+    /// Rows that go through all steps together.
+    fn rows_at_once(&self, rows: usize) -> usize {
+        let share = rows.div_ceil(rayon::current_num_threads());
+        (BLOCK_VALUES / self.width()).min(share).max(1).next_multiple_of(16)
     }
 }
 
@@ -438,6 +476,10 @@ mod tests {
                 None => InputTransform::kronecker(Kronecker::new(n, matrix(6), matrix(10))).unwrap(),
             };
             let (a, b) = (transform.apply(&x, rows), transform.apply_to_weight(&w, out));
+            // Quantized at once, or one after the other.
+            let codes = transform.apply_quantized(&x, rows, (ActFormat::Gaussian, 0.9), 8);
+            assert_eq!(codes[0], specquant_kernels::quantize_acts_gaussian(&a.rest, rows, n - keep, 0.9));
+            assert_eq!(codes[1], specquant_kernels::quantize_acts(&a.kept, rows, keep, 8, 1.0));
             assert_eq!((a.kept.len(), b.rest.len()), (rows * keep, out * (n - keep)));
             let (kept, rest) = (product(&a.kept, &b.kept, keep), product(&a.rest, &b.rest, n - keep));
             for ((kept, rest), want) in kept.iter().zip(&rest).zip(&want) {

@@ -65,7 +65,7 @@ trait Kernel {
 
 impl Kernel for Scalar {
     fn transform(self, x: &mut [f32], steps: &Steps, scratch: &mut Scratch) {
-        run(self, x, steps, scratch);
+        run(self, self, x, steps, scratch);
     }
 }
 
@@ -74,7 +74,7 @@ impl Kernel for Avx2 {
     fn transform(self, x: &mut [f32], steps: &Steps, scratch: &mut Scratch) {
         #[target_feature(enable = "avx2")]
         fn avx2(token: Avx2, x: &mut [f32], steps: &Steps, scratch: &mut Scratch) {
-            run(token, x, steps, scratch);
+            run(token, token, x, steps, scratch);
         }
         // SAFETY: the token proves AVX2.
         unsafe { avx2(self, x, steps, scratch) }
@@ -84,14 +84,27 @@ impl Kernel for Avx2 {
 #[cfg(target_arch = "x86_64")]
 impl Kernel for Avx512Vnni {
     fn transform(self, x: &mut [f32], steps: &Steps, scratch: &mut Scratch) {
-        self.avx2.transform(x, steps, scratch);
+        // Butterflies wait for memory, which wider registers do not change.
+        #[target_feature(enable = "avx2,avx512f,avx512vl")]
+        fn avx512(token: Avx512Vnni, x: &mut [f32], steps: &Steps, scratch: &mut Scratch) {
+            run(token.avx2, token, x, steps, scratch);
+        }
+        // SAFETY: the token proves AVX-512.
+        unsafe { avx512(self, x, steps, scratch) }
     }
 }
 
 // The loops below are written out where closures would do: a closure is compiled by itself, without the instruction set.
 
+/// s: for butterflies; wide: for strips of columns.
 #[inline(always)]
-fn run<S: Butterflies<LANES>>(s: S, x: &mut [f32], steps: &Steps, scratch: &mut Scratch) {
+fn run<S: Butterflies<LANES>, W: Lanes<STRIP>>(
+    s: S,
+    wide: W,
+    x: &mut [f32],
+    steps: &Steps,
+    scratch: &mut Scratch,
+) {
     if steps.orders.is_empty() {
         return butterflies(s, x, steps.low, steps.inner, steps.scale);
     }
@@ -107,7 +120,7 @@ fn run<S: Butterflies<LANES>>(s: S, x: &mut [f32], steps: &Steps, scratch: &mut 
         }
         for order in steps.orders {
             for x in x.chunks_exact_mut(order.k * stride) {
-                mix_all(s, x, stride, order.codes(steps.transposed), scale, scratch);
+                mix_all(s, wide, x, stride, order.codes(steps.transposed), scale, scratch);
             }
             stride *= order.k;
             scale = 1.0;
@@ -221,8 +234,9 @@ fn pass<const N: usize, S: Lanes<N>, const R: usize>(
 
 /// Replaces the columns of x, `[k, stride]`, by their products with the signs of `codes`, times `scale`.
 #[inline(always)]
-fn mix_all<S: Lanes<LANES>>(
+fn mix_all<S: Lanes<LANES>, W: Lanes<STRIP>>(
     s: S,
+    wide: W,
     x: &mut [f32],
     stride: usize,
     codes: &[u32],
@@ -232,25 +246,25 @@ fn mix_all<S: Lanes<LANES>>(
     let k = x.len() / stride;
     let mut at = 0;
     while at + STRIP <= stride {
-        mix::<LANES, S, 2>(s, &mut x[at..], k, stride, codes, scale, scratch);
+        mix::<STRIP, W>(wide, &mut x[at..], k, stride, codes, scale, scratch);
         at += STRIP;
     }
     if at + LANES <= stride {
-        mix::<LANES, S, 1>(s, &mut x[at..], k, stride, codes, scale, scratch);
+        mix::<LANES, S>(s, &mut x[at..], k, stride, codes, scale, scratch);
         at += LANES;
     }
     while at < stride {
-        mix::<1, _, 1>(Scalar, &mut x[at..], k, stride, codes, scale, scratch);
+        mix::<1, _>(Scalar, &mut x[at..], k, stride, codes, scale, scratch);
         at += 1;
     }
 }
 
-/// [`mix_all`] for the first C vectors of columns.
+/// [`mix_all`] for the first N columns.
 ///
 /// Four inputs have 16 sums, one for every choice of signs: each is made once, and an output adds one of them where a plain
 /// product would take four additions.
 #[inline(always)]
-fn mix<const N: usize, S: Lanes<N>, const C: usize>(
+fn mix<const N: usize, S: Lanes<N>>(
     s: S,
     x: &mut [f32],
     k: usize,
@@ -262,50 +276,67 @@ fn mix<const N: usize, S: Lanes<N>, const C: usize>(
     for first in (0..k).step_by(GROUP * GROUPS) {
         let tables = &mut scratch.tables[..GROUPS.min((k - first) / GROUP)];
         for (g, table) in tables.iter_mut().enumerate() {
-            let table = table.0.as_chunks_mut::<N>().0;
-            for c in 0..C {
-                let mut v = [s.zero(); GROUP];
-                for i in 0..GROUP {
-                    let x = x[(first + g * GROUP + i) * stride..].as_chunks::<N>().0;
-                    v[i] = s.scale(s.load(&x[c]), scale);
-                }
-                let (low, high) = (choices(s, v[0], v[1]), choices(s, v[2], v[3]));
-                for code in 0..1 << GROUP {
-                    s.store(s.add(low[code % 4], high[code / 4]), &mut table[code * (STRIP / N) + c]);
-                }
+            let mut v = [s.zero(); GROUP];
+            for i in 0..GROUP {
+                let x = x[(first + g * GROUP + i) * stride..].as_chunks::<N>().0;
+                v[i] = s.scale(s.load(&x[0]), scale);
+            }
+            let (low, high) = (choices(s, v[0], v[1]), choices(s, v[2], v[3]));
+            for (code, sums) in table.0.as_chunks_mut::<STRIP>().0.iter_mut().enumerate() {
+                s.store(s.add(low[code % 4], high[code / 4]), &mut sums.as_chunks_mut::<N>().0[0]);
             }
         }
-        for sums in &mut scratch.sums[..k / OUTPUTS] {
-            let sums = sums.0.as_chunks_mut::<N>().0;
-            let (mine, others) = codes.split_at(tables.len());
-            codes = others;
-            let mut acc = [[s.zero(); C]; OUTPUTS];
-            if first > 0 {
-                for o in 0..OUTPUTS {
-                    for c in 0..C {
-                        acc[o][c] = s.load(&sums[o * (STRIP / N) + c]);
-                    }
-                }
-            }
-            for (code, table) in mine.iter().zip(tables.iter()) {
-                let table = table.0.as_chunks::<N>().0;
-                for o in 0..OUTPUTS {
-                    let code = (code >> (8 * o)) as usize % (1 << GROUP);
-                    for c in 0..C {
-                        acc[o][c] = s.add(acc[o][c], s.load(&table[code * (STRIP / N) + c]));
-                    }
-                }
-            }
-            for o in 0..OUTPUTS {
-                for c in 0..C {
-                    s.store(acc[o][c], &mut sums[o * (STRIP / N) + c]);
-                }
-            }
+        let (of_this, others) = codes.split_at(k / OUTPUTS * tables.len());
+        codes = others;
+        let mut of_this = of_this.chunks_exact(tables.len());
+        // Two at a time, whose additions do not wait for each other.
+        let (pairs, last) = scratch.sums[..k / OUTPUTS].as_chunks_mut::<2>();
+        for pair in pairs {
+            let mine = [(); 2].map(|()| of_this.next().unwrap_or_default());
+            add_sums(s, pair, mine, tables, first > 0);
+        }
+        if let [sums] = last {
+            add_sums(s, std::array::from_mut(sums), [of_this.next().unwrap_or_default()], tables, first > 0);
         }
     }
     for (i, sums) in scratch.sums[..k / OUTPUTS].iter().enumerate() {
         for o in 0..OUTPUTS {
-            x[(i * OUTPUTS + o) * stride..][..C * N].copy_from_slice(&sums.0[o * STRIP..][..C * N]);
+            x[(i * OUTPUTS + o) * stride..][..N].copy_from_slice(&sums.0[o * STRIP..][..N]);
+        }
+    }
+}
+
+/// P times [`OUTPUTS`] outputs: of every table the entry that their codes name, added to what is there if `more`.
+#[inline(always)]
+fn add_sums<const N: usize, S: Lanes<N>, const P: usize>(
+    s: S,
+    sums: &mut [Aligned<{ STRIP * OUTPUTS }>; P],
+    codes: [&[u32]; P],
+    tables: &[Aligned<{ STRIP << GROUP }>],
+    more: bool,
+) {
+    let mut acc = [[s.zero(); OUTPUTS]; P];
+    if more {
+        for p in 0..P {
+            for o in 0..OUTPUTS {
+                acc[p][o] = s.load(&sums[p].0[o * STRIP..].as_chunks::<N>().0[0]);
+            }
+        }
+    }
+    let codes: [&[u32]; P] = codes.map(|codes| &codes[..tables.len()]);
+    for (g, table) in tables.iter().enumerate() {
+        for p in 0..P {
+            let code = codes[p][g];
+            for o in 0..OUTPUTS {
+                // (The mask tells the compiler that the line lies in the table.)
+                let line = &table.0[(code >> (8 * o)) as usize & 0xf0..];
+                acc[p][o] = s.add(acc[p][o], s.load(&line.as_chunks::<N>().0[0]));
+            }
+        }
+    }
+    for p in 0..P {
+        for o in 0..OUTPUTS {
+            s.store(acc[p][o], &mut sums[p].0[o * STRIP..].as_chunks_mut::<N>().0[0]);
         }
     }
 }

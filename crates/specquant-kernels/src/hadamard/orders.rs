@@ -98,8 +98,8 @@ pub(super) struct Order {
     pub k: usize,
     /// [k, k] of ±1.
     signs: Vec<i8>,
-    /// The signs that x·H and x·Hᵀ take of x: [inputs / 64, outputs / 4, inputs / 4 (16, fewer in the last), 4 outputs], bit i
-    /// of each number set where the group's input i is subtracted.
+    /// The signs that x·H and x·Hᵀ take of x: [inputs / 64, outputs / 4, inputs / 4 (16, fewer in the last), 4 outputs], a byte each,
+    /// whose bit 4 + i is set where the group's input i is subtracted: in a table of 16 lines of 16 sums, the first sum's number.
     codes: [Vec<u32>; 2],
 }
 
@@ -179,7 +179,7 @@ fn codes(k: usize, sign: impl Fn(usize, usize) -> i8) -> Vec<u32> {
             for input in (first..k.min(first + GROUP * GROUPS)).step_by(GROUP) {
                 let negative = |i, o| u32::from(sign(input + i, output + o) < 0);
                 let bits = (0..GROUP * OUTPUTS).map(|e| (e % GROUP, e / GROUP));
-                codes.push(bits.fold(0, |code, (i, o)| code | negative(i, o) << (8 * o + i)));
+                codes.push(bits.fold(0, |code, (i, o)| code | negative(i, o) << (8 * o + GROUP + i)));
             }
         }
     }
