@@ -27,6 +27,7 @@ mod neon;
 #[cfg(target_arch = "aarch64")]
 pub(crate) use neon::dot_loop;
 
+use crate::buffer::element;
 use crate::isa::with_every_token;
 use crate::parallel::for_each_index;
 use crate::weights::{Chunk, PANEL};
@@ -188,6 +189,20 @@ trait Kernel: Copy + Send + Sync {
     ) {
         fold(group, zero, acc, sum, begin);
     }
+    /// [`fold`](Self::fold) and [`store`](Self::store) of a product of one group, in one pass.
+    #[allow(clippy::too_many_arguments)] // those of both
+    fn finish(
+        self,
+        group: (&[f32; PANEL], &[i32; PANEL]),
+        zero: &[i32],
+        acc: &mut [[i32; PANEL]],
+        scale: &[f32],
+        y: &mut Rect,
+        col: usize,
+        accumulate: bool,
+    ) {
+        finish(group, zero, acc, scale, y, col, accumulate);
+    }
     /// Writes a panel's sums times the tokens' scales to the columns from `col` on, or adds them; columns that y does not have are
     /// dropped.
     fn store(self, sum: &[[f32; PANEL]], scale: &[f32], y: &mut Rect, col: usize, accumulate: bool) {
@@ -229,28 +244,27 @@ struct FloatBlock<'a> {
 
 fn int_rect<K: Kernel>(kernel: K, parts: &[(&QuantizedActs, &PackedWeights)], rect: Rect) {
     if rect.rows <= FEW_ROWS {
-        const N: usize = PANELS * FEW_ROWS;
-        int_panels(kernel, parts, rect, &mut [[0; PANEL]; N], &mut [[0.; PANEL]; N]);
+        int_panels(kernel, parts, rect, &mut [[0; PANEL]; PANELS * FEW_ROWS]);
     } else {
-        const N: usize = PANELS * ROWS;
-        int_panels(kernel, parts, rect, &mut [[0; PANEL]; N], &mut [[0.; PANEL]; N]);
+        let mut acc = Buffer::zeros(PANELS * rect.rows);
+        int_panels(kernel, parts, rect, &mut acc);
     }
 }
 
-/// acc: zeros; sums: anything; of every panel that is side by side with others, a row for each of the rectangle's.
+/// acc: zeros; of every panel that is side by side with others, a row for each of the rectangle's.
 fn int_panels<K: Kernel>(
     kernel: K,
     parts: &[(&QuantizedActs, &PackedWeights)],
     mut rect: Rect,
     acc: &mut [[i32; PANEL]],
-    sums: &mut [[f32; PANEL]],
 ) {
     let (row, rows) = (rect.row, rect.rows);
     let mut scratch = Buffer::default();
+    let mut sums = Buffer::default();
     for (col, range) in panels(&rect, K::INT_PANELS) {
-        let (acc, sums) = (&mut acc[..range.len() * rows], &mut sums[..range.len() * rows]);
+        let acc = &mut acc[..range.len() * rows];
         for (i, (a, w)) in parts.iter().enumerate() {
-            let zero = &a.zero[row..][..rows];
+            let (scale, zero) = (&a.scale[row..][..rows], &a.zero[row..][..rows]);
             for g in 0..w.groups() {
                 for (k, end) in blocks(g * w.group_size(), w.group_size(), INT_DEPTH) {
                     let mut chunks = [&[][..]; PANELS];
@@ -267,11 +281,21 @@ fn int_panels<K: Kernel>(
                     };
                     kernel.int_block(&block, &mut scratch, acc);
                 }
-                let each = acc.chunks_exact_mut(rows).zip(sums.chunks_exact_mut(rows)).zip(range.clone());
-                each.for_each(|((acc, sum), panel)| kernel.fold(w.group(panel, g), zero, acc, sum, g == 0));
+                if w.groups() > 1 {
+                    sums.resize(range.len() * rows);
+                    let each = acc.chunks_exact_mut(rows).zip(sums.chunks_exact_mut(rows)).zip(range.clone());
+                    each.for_each(|((acc, sum), panel)| {
+                        kernel.fold(w.group(panel, g), zero, acc, sum, g == 0)
+                    });
+                }
             }
-            for (j, sum) in sums.chunks_exact(rows).enumerate() {
-                kernel.store(sum, &a.scale[row..][..rows], &mut rect, col + j * PANEL, i > 0);
+            for (j, panel) in range.clone().enumerate() {
+                let (rows, col) = (j * rows..(j + 1) * rows, col + j * PANEL);
+                if w.groups() > 1 {
+                    kernel.store(&sums[rows], scale, &mut rect, col, i > 0);
+                } else {
+                    kernel.finish(w.group(panel, 0), zero, &mut acc[rows], scale, &mut rect, col, i > 0);
+                }
             }
         }
     }
@@ -328,19 +352,43 @@ fn fold(
 }
 
 #[inline(always)]
-fn store(sum: &[[f32; PANEL]], scale: &[f32], y: &mut Rect, col: usize, accumulate: bool) {
-    for (i, (sum, scale)) in sum.iter().zip(scale).enumerate() {
-        let y = &mut y.row_mut(i)[col..];
-        let width = y.len().min(PANEL);
-        // A whole panel has a length that the compiler knows.
-        match y.first_chunk_mut::<PANEL>() {
-            Some(y) if accumulate => (0..PANEL).for_each(|c| y[c] += scale * sum[c]),
-            Some(y) => (0..PANEL).for_each(|c| y[c] = scale * sum[c]),
-            None if accumulate => (0..width).for_each(|c| y[c] += scale * sum[c]),
-            None => (0..width).for_each(|c| y[c] = scale * sum[c]),
-        }
+fn finish(
+    group: (&[f32; PANEL], &[i32; PANEL]),
+    zero: &[i32],
+    acc: &mut [[i32; PANEL]],
+    scale: &[f32],
+    y: &mut Rect,
+    col: usize,
+    accumulate: bool,
+) {
+    for (i, ((acc, zero), scale)) in acc.chunks_exact_mut(1).zip(zero).zip(scale).enumerate() {
+        let mut sum = [[0.; PANEL]];
+        fold(group, std::slice::from_ref(zero), acc, &mut sum, true);
+        store_row(&sum[0], *scale, &mut y.row_mut(i)[col..], accumulate);
     }
 }
+
+#[inline(always)]
+fn store(sum: &[[f32; PANEL]], scale: &[f32], y: &mut Rect, col: usize, accumulate: bool) {
+    for (i, (sum, scale)) in sum.iter().zip(scale).enumerate() {
+        store_row(sum, *scale, &mut y.row_mut(i)[col..], accumulate);
+    }
+}
+
+#[inline(always)]
+fn store_row(sum: &[f32; PANEL], scale: f32, y: &mut [f32], accumulate: bool) {
+    let width = y.len().min(PANEL);
+    // A whole panel has a length that the compiler knows.
+    match y.first_chunk_mut::<PANEL>() {
+        Some(y) if accumulate => (0..PANEL).for_each(|c| y[c] += scale * sum[c]),
+        Some(y) => (0..PANEL).for_each(|c| y[c] = scale * sum[c]),
+        None if accumulate => (0..width).for_each(|c| y[c] += scale * sum[c]),
+        None => (0..width).for_each(|c| y[c] = scale * sum[c]),
+    }
+}
+
+element!([i32; PANEL], [0; PANEL]);
+element!([f32; PANEL], [0.0; PANEL]);
 
 #[cfg(test)]
 mod tests;

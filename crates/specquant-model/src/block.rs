@@ -377,8 +377,8 @@ fn position(x: &mut [f32], norm: Option<&[f32]>, config: &ModelConfig, heads: us
         kernels::rms_norm(&raw, norm, config.rms_norm_eps, x);
     }
     let half = config.head_dim / 2;
-    let angles = rope.cos.chunks_exact(half).zip(rope.sin.chunks_exact(half));
-    for (row, (cos, sin)) in x.chunks_exact_mut(heads * config.head_dim).zip(angles) {
+    each_row(x, heads * config.head_dim, |i, row| {
+        let [cos, sin] = [&rope.cos, &rope.sin].map(|angles| &angles[i * half..][..half]);
         kernels::rope(row, heads, config.head_dim, cos, sin);
-    }
+    });
 }

@@ -54,14 +54,17 @@ impl Sampler {
         let max = order.iter().map(|&id| logits[id as usize]).fold(f32::NEG_INFINITY, f32::max);
         let weight = |id: &u32| f64::from((logits[*id as usize] - max) / temperature).exp();
         let mut weights: Vec<f64> = order.iter().map(weight).collect();
-        let total: f64 = weights.iter().sum();
-        let mut mass = 0.0;
-        let kept = weights.iter().position(|w| {
-            mass += w;
-            mass >= f64::from(top_p) * total
-        });
-        weights.truncate(kept.map_or(weights.len(), |last| last + 1));
-        let mut left = self.rng.random::<f64>() * weights.iter().sum::<f64>();
+        let mut total: f64 = weights.iter().sum();
+        if top_p < 1.0 {
+            let mut mass = 0.0;
+            let kept = weights.iter().position(|w| {
+                mass += w;
+                mass >= f64::from(top_p) * total
+            });
+            weights.truncate(kept.map_or(weights.len(), |last| last + 1));
+            total = weights.iter().sum();
+        }
+        let mut left = self.rng.random::<f64>() * total;
         let chosen = weights.iter().position(|w| {
             left -= w;
             left < 0.0

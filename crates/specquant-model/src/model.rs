@@ -1,6 +1,7 @@
 //! A whole model: embeddings, blocks, head, and the batch that runs through them.
 
 use std::path::Path;
+use std::sync::atomic::{AtomicBool, Ordering};
 
 use rayon::prelude::*;
 use smallvec::SmallVec;
@@ -17,6 +18,8 @@ use crate::{Error, InputTransform, MappedMatrix, ModelConfig, Result, Rotations,
 
 /// Rows of logits computed at a time: `64 × 49152` f32 are 12 MiB, which the thread's free buffers keep.
 const LOGIT_ROWS: usize = 64;
+/// Values that one thread looks at.
+const FINITE_VALUES: usize = 1 << 16;
 
 /// Token embeddings, read a row at a time from the memory map.
 pub struct Embedding(MappedMatrix);
@@ -414,9 +417,8 @@ impl Model {
         });
         let last = self.hidden_of(batch, &SmallVec::<[usize; FEW_SPANS]>::from_iter(ends))?;
         let logits = self.logits(&last)?;
-        // Without a branch, which makes it vector code. A finite state can still overflow in the head.
-        let finite = |x: &[f32]| x.iter().fold(true, |finite, v| finite & v.is_finite());
-        if finite(&last) && finite(&logits) { Ok(logits) } else { Err(Error::NotFiniteStates) }
+        // A finite state can still overflow in the head.
+        if all_finite(&last) && all_finite(&logits) { Ok(logits) } else { Err(Error::NotFiniteStates) }
     }
 
     /// Decoder blocks.
@@ -431,4 +433,16 @@ fn gather(x: &[f32], width: usize, rows: &[usize]) -> Buffer<f32> {
     let each = gathered.chunks_exact_mut(width).zip(rows);
     each.for_each(|(to, row)| to.copy_from_slice(&x[row * width..][..width]));
     gathered
+}
+
+fn all_finite(x: &[f32]) -> bool {
+    let finite = AtomicBool::new(true);
+    kernels::for_each_index(x.len().div_ceil(FINITE_VALUES), |i| {
+        let part = &x[i * FINITE_VALUES..x.len().min((i + 1) * FINITE_VALUES)];
+        // Without a branch, which makes it vector code.
+        if !part.iter().fold(true, |finite, v| finite & v.is_finite()) {
+            finite.store(false, Ordering::Relaxed);
+        }
+    });
+    finite.into_inner()
 }

@@ -7,7 +7,7 @@
 //!
 //! Float: a 32-bit lane holds a channel's quad; codes become floats where they stand in the lane (see [`widen`]).
 
-use super::{FloatBlock, IntBlock, Kernel, Rect, fold, i16_steps, store as store_sums};
+use super::{FloatBlock, IntBlock, Kernel, Rect, finish, fold, i16_steps, store as store_sums};
 use crate::Buffer;
 use crate::isa::Avx2;
 use crate::weights::{Chunk, PANEL, UNIFORM_LEVELS};
@@ -60,6 +60,32 @@ impl Kernel for Avx2 {
         }
         // SAFETY: the token proves AVX2.
         unsafe { fold_avx2(group, zero, acc, sum, begin) }
+    }
+
+    fn finish(
+        self,
+        group: (&[f32; PANEL], &[i32; PANEL]),
+        zero: &[i32],
+        acc: &mut [[i32; PANEL]],
+        scale: &[f32],
+        y: &mut Rect,
+        col: usize,
+        accumulate: bool,
+    ) {
+        #[target_feature(enable = "avx2")]
+        fn finish_avx2(
+            g: (&[f32; PANEL], &[i32; PANEL]),
+            zero: &[i32],
+            acc: &mut [[i32; PANEL]],
+            scale: &[f32],
+            y: &mut Rect,
+            col: usize,
+            accumulate: bool,
+        ) {
+            finish(g, zero, acc, scale, y, col, accumulate);
+        }
+        // SAFETY: the token proves AVX2.
+        unsafe { finish_avx2(group, zero, acc, scale, y, col, accumulate) }
     }
 
     fn store(self, sum: &[[f32; PANEL]], scale: &[f32], y: &mut Rect, col: usize, accumulate: bool) {

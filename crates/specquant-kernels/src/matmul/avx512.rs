@@ -51,50 +51,100 @@ impl Kernel for Avx512Vnni {
         unsafe { fold(group, zero, acc, sum, begin) }
     }
 
+    fn finish(
+        self,
+        group: (&[f32; PANEL], &[i32; PANEL]),
+        zero: &[i32],
+        acc: &mut [[i32; PANEL]],
+        scale: &[f32],
+        y: &mut Rect,
+        col: usize,
+        accumulate: bool,
+    ) {
+        // SAFETY: the token proves AVX-512 F.
+        unsafe { finish(group, zero, acc, scale, y, col, accumulate) }
+    }
+
     fn store(self, sum: &[[f32; PANEL]], scale: &[f32], y: &mut Rect, col: usize, accumulate: bool) {
         // SAFETY: the token proves AVX-512 F.
         unsafe { store(sum, scale, y, col, accumulate) }
     }
 }
 
+/// scale · (acc − zero · colsum) of one token, whose acc is cleared.
+#[target_feature(enable = "avx512f")]
+fn product(acc: &mut [i32; PANEL], zero: i32, (scale, colsum): (__m512, __m512i)) -> __m512 {
+    let acc = acc.as_mut_ptr();
+    let offset = _mm512_mullo_epi32(_mm512_set1_epi32(zero), colsum);
+    // SAFETY: 16 lanes from and to an array of 16.
+    let sum = unsafe { _mm512_loadu_si512(acc.cast_const().cast()) };
+    unsafe { _mm512_storeu_si512(acc.cast(), _mm512_setzero_si512()) };
+    _mm512_mul_ps(scale, _mm512_cvtepi32_ps(_mm512_sub_epi32(sum, offset)))
+}
+
+/// Scales and sums of a panel's channels.
+#[target_feature(enable = "avx512f")]
+fn load_group((scale, colsum): (&[f32; PANEL], &[i32; PANEL])) -> (__m512, __m512i) {
+    // SAFETY: 16 lanes from arrays of 16.
+    unsafe { (_mm512_loadu_ps(scale.as_ptr()), _mm512_loadu_si512(colsum.as_ptr().cast())) }
+}
+
 #[target_feature(enable = "avx512f")]
 fn fold(
-    (scale, colsum): (&[f32; PANEL], &[i32; PANEL]),
+    group: (&[f32; PANEL], &[i32; PANEL]),
     zero: &[i32],
     acc: &mut [[i32; PANEL]],
     sum: &mut [[f32; PANEL]],
     begin: bool,
 ) {
-    // SAFETY: 16 lanes from and to arrays of 16.
-    unsafe {
-        let (scale, colsum) = (_mm512_loadu_ps(scale.as_ptr()), _mm512_loadu_si512(colsum.as_ptr().cast()));
-        for ((acc, sum), zero) in acc.iter_mut().zip(sum).zip(zero) {
-            let acc = acc.as_mut_ptr();
-            let offset = _mm512_mullo_epi32(_mm512_set1_epi32(*zero), colsum);
-            let code_sum = _mm512_sub_epi32(_mm512_loadu_si512(acc.cast_const().cast()), offset);
-            let product = _mm512_mul_ps(scale, _mm512_cvtepi32_ps(code_sum));
-            let before = sum.as_ptr();
+    let group = load_group(group);
+    for ((acc, sum), zero) in acc.iter_mut().zip(sum).zip(zero) {
+        let product = product(acc, *zero, group);
+        let before = sum.as_ptr();
+        // SAFETY: 16 lanes from and to an array of 16.
+        unsafe {
             let total = if begin { product } else { _mm512_add_ps(_mm512_loadu_ps(before), product) };
             _mm512_storeu_ps(sum.as_mut_ptr(), total);
-            _mm512_storeu_si512(acc.cast(), _mm512_setzero_si512());
         }
+    }
+}
+
+#[target_feature(enable = "avx512f")]
+fn finish(
+    group: (&[f32; PANEL], &[i32; PANEL]),
+    zero: &[i32],
+    acc: &mut [[i32; PANEL]],
+    scale: &[f32],
+    y: &mut Rect,
+    col: usize,
+    accumulate: bool,
+) {
+    let group = load_group(group);
+    for (i, ((acc, zero), scale)) in acc.iter_mut().zip(zero).zip(scale).enumerate() {
+        store_row(product(acc, *zero, group), *scale, &mut y.row_mut(i)[col..], accumulate);
     }
 }
 
 #[target_feature(enable = "avx512f")]
 fn store(sum: &[[f32; PANEL]], scale: &[f32], y: &mut Rect, col: usize, accumulate: bool) {
     for (i, (sum, scale)) in sum.iter().zip(scale).enumerate() {
-        let y = &mut y.row_mut(i)[col..];
-        // The lanes that y has.
-        let mask = if y.len() < PANEL { (1u16 << y.len()) - 1 } else { u16::MAX };
-        // SAFETY: 16 lanes from an array of 16; of y, only those that it has.
-        unsafe {
-            let mut v = _mm512_mul_ps(_mm512_set1_ps(*scale), _mm512_loadu_ps(sum.as_ptr()));
-            if accumulate {
-                v = _mm512_add_ps(_mm512_maskz_loadu_ps(mask, y.as_ptr()), v);
-            }
-            _mm512_mask_storeu_ps(y.as_mut_ptr(), mask, v);
+        // SAFETY: 16 lanes from an array of 16.
+        let sum = unsafe { _mm512_loadu_ps(sum.as_ptr()) };
+        store_row(sum, *scale, &mut y.row_mut(i)[col..], accumulate);
+    }
+}
+
+/// Sums times the token's scale, to the lanes that y has.
+#[target_feature(enable = "avx512f")]
+fn store_row(sum: __m512, scale: f32, y: &mut [f32], accumulate: bool) {
+    let mask = if y.len() < PANEL { (1u16 << y.len()) - 1 } else { u16::MAX };
+    // SAFETY: of y, only the lanes that it has.
+    unsafe {
+        let mut v = _mm512_mul_ps(_mm512_set1_ps(scale), sum);
+        if accumulate {
+            v = _mm512_add_ps(_mm512_maskz_loadu_ps(mask, y.as_ptr()), v);
         }
+        _mm512_mask_storeu_ps(y.as_mut_ptr(), mask, v);
     }
 }
 

@@ -35,6 +35,19 @@ impl Kernel for AvxVnni {
         self.avx2.fold(group, zero, acc, sum, begin);
     }
 
+    fn finish(
+        self,
+        group: (&[f32; PANEL], &[i32; PANEL]),
+        zero: &[i32],
+        acc: &mut [[i32; PANEL]],
+        scale: &[f32],
+        y: &mut Rect,
+        col: usize,
+        accumulate: bool,
+    ) {
+        self.avx2.finish(group, zero, acc, scale, y, col, accumulate);
+    }
+
     fn store(self, sum: &[[f32; PANEL]], scale: &[f32], y: &mut Rect, col: usize, accumulate: bool) {
         self.avx2.store(sum, scale, y, col, accumulate);
     }
