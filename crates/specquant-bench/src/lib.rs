@@ -20,7 +20,7 @@ pub use products::{Product, ProductRow};
 pub use synth::{ARCHS, Arch, synthesize};
 
 use std::path::PathBuf;
-use std::time::{Duration, Instant};
+use std::time::Instant;
 
 use serde::Serialize;
 use specquant_kernels::{Isa, cpu_name, measure_ceilings};
@@ -155,21 +155,24 @@ pub fn run(settings: &Settings, progress: &mut dyn FnMut(Step)) -> Result<Report
     Ok(report)
 }
 
-/// Shortest time of each of some calls, in seconds: they take turns for at least `seconds` each and twice each.
-fn best<const N: usize>(seconds: f64, mut calls: [&mut dyn FnMut(); N]) -> [f64; N] {
-    let mut least = [f64::INFINITY; N];
-    let (start, mut rounds) = (Instant::now(), 0);
-    let enough = Duration::from_secs_f64((seconds * N as f64).clamp(0.0, 1e6));
-    // The first round warms up.
-    while rounds < 3 || start.elapsed() < enough {
-        for (call, least) in calls.iter_mut().zip(&mut least) {
-            let begun = Instant::now();
-            call();
-            if rounds > 0 {
-                *least = least.min(begun.elapsed().as_secs_f64());
-            }
+/// Shortest time of each of some calls, in seconds: they take turns for `seconds` on average, but twice each, and whichever has had the least time is next, so that
+/// the short ones are called as often as the long ones leave time for.
+fn best<const N: usize>(seconds: f64, calls: [&mut dyn FnMut(); N]) -> [f64; N] {
+    let (mut least, mut spent, mut done) = ([f64::INFINITY; N], [0.0f64; N], [0; N]);
+    let enough = (seconds * N as f64).clamp(0.0, 1e6);
+    // Twice at least, and once before that warms up.
+    while done.iter().any(|&n| n < 3) || spent.iter().sum::<f64>() < enough {
+        let sated = |i: usize| done[i] >= 3;
+        let next = (0..N).min_by(|&a, &b| sated(a).cmp(&sated(b)).then(spent[a].total_cmp(&spent[b])));
+        let Some(i) = next else { break };
+        let begun = Instant::now();
+        calls[i]();
+        let took = begun.elapsed().as_secs_f64();
+        spent[i] += took;
+        if done[i] > 0 {
+            least[i] = least[i].min(took);
         }
-        rounds += 1;
+        done[i] += 1;
     }
     least
 }

@@ -190,7 +190,6 @@ trait Kernel: Copy + Send + Sync {
         fold(group, zero, acc, sum, begin);
     }
     /// [`fold`](Self::fold) and [`store`](Self::store) of a product of one group, in one pass.
-    #[allow(clippy::too_many_arguments)] // those of both
     fn finish(
         self,
         group: (&[f32; PANEL], &[i32; PANEL]),
