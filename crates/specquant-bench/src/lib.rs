@@ -155,24 +155,28 @@ pub fn run(settings: &Settings, progress: &mut dyn FnMut(Step)) -> Result<Report
     Ok(report)
 }
 
-/// Shortest time of each of some calls, in seconds: they take turns for `seconds` on average, but twice each, and whichever has had the least time is next, so that
-/// the short ones are called as often as the long ones leave time for.
-fn best<const N: usize>(seconds: f64, calls: [&mut dyn FnMut(); N]) -> [f64; N] {
-    let (mut least, mut spent, mut done) = ([f64::INFINITY; N], [0.0f64; N], [0; N]);
-    let enough = (seconds * N as f64).clamp(0.0, 1e6);
-    // Twice at least, and once before that warms up.
-    while done.iter().any(|&n| n < 3) || spent.iter().sum::<f64>() < enough {
-        let sated = |i: usize| done[i] >= 3;
-        let next = (0..N).min_by(|&a, &b| sated(a).cmp(&sated(b)).then(spent[a].total_cmp(&spent[b])));
-        let Some(i) = next else { break };
-        let begun = Instant::now();
-        calls[i]();
-        let took = begun.elapsed().as_secs_f64();
-        spent[i] += took;
-        if done[i] > 0 {
-            least[i] = least[i].min(took);
+/// Shortest time of each of some calls, in seconds: they take turns, twice each at least after one that warms up, until each has had `seconds` on average. Who has
+/// had more than twice that waits for the others, so that a slow call does not keep them from being called often.
+fn best<const N: usize>(seconds: f64, mut calls: [&mut dyn FnMut(); N]) -> [f64; N] {
+    let (mut least, mut spent) = ([f64::INFINITY; N], [0.0f64; N]);
+    let seconds = seconds.clamp(0.0, 1e6);
+    for round in 0.. {
+        let waits = |spent: f64| round > 2 && spent >= 2.0 * seconds;
+        let others = spent.iter().filter(|spent| !waits(**spent));
+        if round > 2 && others.clone().sum::<f64>() >= seconds * others.count() as f64 {
+            break;
         }
-        done[i] += 1;
+        for ((call, spent), least) in calls.iter_mut().zip(&mut spent).zip(&mut least) {
+            if waits(*spent) {
+                continue;
+            }
+            let begun = Instant::now();
+            call();
+            let took = begun.elapsed().as_secs_f64();
+            if round > 0 {
+                (*spent, *least) = (*spent + took, least.min(took));
+            }
+        }
     }
     least
 }

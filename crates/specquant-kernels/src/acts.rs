@@ -98,7 +98,15 @@ const GAUSSIAN_ACT_CODES: [u8; 128] = {
 /// # Panics
 /// If `x` is not `[rows, cols]`.
 pub fn quantize_acts_gaussian(x: &[f32], rows: usize, cols: usize, clip: f32) -> QuantizedActs {
-    quantize(Isa::active(), x, rows, ActQuantizer { cols, format: ActFormat::Gaussian, clip })
+    quantize_acts_to(x, rows, ActQuantizer { cols, format: ActFormat::Gaussian, clip })
+}
+
+/// [`quantize_acts`] or [`quantize_acts_gaussian`].
+///
+/// # Panics
+/// As those.
+pub fn quantize_acts_to(x: &[f32], rows: usize, to: ActQuantizer) -> QuantizedActs {
+    quantize(Isa::active(), x, rows, to)
 }
 
 /// [`quantize_acts`] on a given instruction set, for tests.
@@ -151,7 +159,7 @@ pub struct ActQuantizer {
 /// tokens: called for every `at_once` of the `rows` tokens, on all threads; gives the parts of each of them in order, `[to[i].cols]`, to the function that it gets.
 ///
 /// # Panics
-/// If a part has another length, tokens are missing, `at_once` is 0 or there are no such bits.
+/// If a part has another length, tokens are too few or too many, `at_once` is 0 or there are no such bits.
 pub fn quantize_tokens<const N: usize>(
     rows: usize,
     at_once: usize,
@@ -181,31 +189,34 @@ fn quantize_with<const N: usize>(
             stride,
             bits,
             codes: Buffer::new(rows * stride),
-            scale: Buffer::zeros(rows),
-            zero: Buffer::zeros(rows),
+            scale: Buffer::new(rows),
+            zero: Buffer::new(rows),
         }
     });
     let places = acts.each_mut().map(|a| {
         let (codes, scale, zero) = (a.codes.as_mut_ptr(), a.scale.as_mut_ptr(), a.zero.as_mut_ptr());
         (a.stride, Shared(codes), Shared(scale), Shared(zero))
     });
-    with_token!(isa, k => for_each_index(rows.div_ceil(at_once), |i| {
-        let (mut t, end) = (i * at_once, rows.min((i + 1) * at_once));
-        tokens(t..end, &mut |parts: [&[f32]; N]| {
-            assert!(t < end, "more tokens than {at_once}");
-            for ((x, to), (stride, codes, scale, zero)) in parts.into_iter().zip(&to).zip(&places) {
-                assert_eq!(x.len(), to.cols, "values of a token");
-                // SAFETY: there are as many codes, scales and zero points as tokens, and this task alone has token t.
-                unsafe {
-                    let codes = std::slice::from_raw_parts_mut(codes.get().add(t * stride), *stride);
-                    (*scale.get().add(t), *zero.get().add(t)) = token(&k, x, to, &mut codes[..to.cols]);
-                    codes[to.cols..].fill(0);
+    let quantize = |k: &dyn Quantizer| {
+        for_each_index(rows.div_ceil(at_once), |i| {
+            let (mut t, end) = (i * at_once, rows.min((i + 1) * at_once));
+            tokens(t..end, &mut |parts: [&[f32]; N]| {
+                assert!(t < end, "more tokens than {at_once}");
+                for ((x, to), (stride, codes, scale, zero)) in parts.into_iter().zip(&to).zip(&places) {
+                    assert_eq!(x.len(), to.cols, "values of a token");
+                    // SAFETY: there are as many codes, scales and zero points as tokens, and this task alone has token t.
+                    unsafe {
+                        let codes = std::slice::from_raw_parts_mut(codes.get().add(t * stride), *stride);
+                        (*scale.get().add(t), *zero.get().add(t)) = token(k, x, to, &mut codes[..to.cols]);
+                        codes[to.cols..].fill(0);
+                    }
                 }
-            }
-            t += 1;
+                t += 1;
+            });
+            assert_eq!(t, end, "tokens are missing");
         });
-        assert_eq!(t, end, "tokens are missing");
-    }));
+    };
+    with_token!(isa, k => quantize(&k));
     acts
 }
 

@@ -40,8 +40,6 @@ const ROWS: usize = 96;
 const TILE_ROWS: usize = 12;
 /// Panels that an instruction set may take side by side.
 const PANELS: usize = 2;
-/// Rows for which sums are kept in a small place: clearing a large one takes as long as such a product.
-const FEW_ROWS: usize = 8;
 /// Inputs of a block: unpacked, 32 channels take 24 kB.
 const INT_DEPTH: usize = 768;
 /// Inputs of a block: 16 channels of widened weights take 8 kB.
@@ -241,25 +239,11 @@ struct FloatBlock<'a> {
     levels: &'a [i8; 16],
 }
 
-fn int_rect<K: Kernel>(kernel: K, parts: &[(&QuantizedActs, &PackedWeights)], rect: Rect) {
-    if rect.rows <= FEW_ROWS {
-        int_panels(kernel, parts, rect, &mut [[0; PANEL]; PANELS * FEW_ROWS]);
-    } else {
-        let mut acc = Buffer::zeros(PANELS * rect.rows);
-        int_panels(kernel, parts, rect, &mut acc);
-    }
-}
-
-/// acc: zeros; of every panel that is side by side with others, a row for each of the rectangle's.
-fn int_panels<K: Kernel>(
-    kernel: K,
-    parts: &[(&QuantizedActs, &PackedWeights)],
-    mut rect: Rect,
-    acc: &mut [[i32; PANEL]],
-) {
+fn int_rect<K: Kernel>(kernel: K, parts: &[(&QuantizedActs, &PackedWeights)], mut rect: Rect) {
     let (row, rows) = (rect.row, rect.rows);
+    // Of every panel that is side by side with others, a row for each of the rectangle's.
+    let (mut acc, mut sums) = (Buffer::zeros(K::INT_PANELS * rows), Buffer::default());
     let mut scratch = Buffer::default();
-    let mut sums = Buffer::default();
     for (col, range) in panels(&rect, K::INT_PANELS) {
         let acc = &mut acc[..range.len() * rows];
         for (i, (a, w)) in parts.iter().enumerate() {

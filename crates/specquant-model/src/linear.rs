@@ -5,7 +5,9 @@ use std::sync::Arc;
 
 use rayon::prelude::*;
 use specquant_kernels as kernels;
-use specquant_kernels::{ActFormat, Basis, BranchCoeffs, Buffer, PackedDense, PackedWeights, QuantizedActs};
+use specquant_kernels::{
+    ActFormat, ActQuantizer, Basis, BranchCoeffs, Buffer, PackedDense, PackedWeights, QuantizedActs,
+};
 
 use crate::{InputTransform, Levels, MappedMatrix, Result};
 
@@ -244,19 +246,16 @@ fn act_format(bits: u8, levels: Levels) -> ActFormat {
 /// # Panics
 /// If there are no rows, or not whole ones.
 pub fn quantize_input(x: &[f32], rows: usize, bits: u8, levels: Levels, clip: f32) -> QuantizedActs {
-    quantize(x, rows, act_format(bits, levels), clip)
-}
-
-fn quantize(x: &[f32], rows: usize, format: ActFormat, clip: f32) -> QuantizedActs {
-    match format {
-        ActFormat::Gaussian => kernels::quantize_acts_gaussian(x, rows, x.len() / rows, clip),
-        ActFormat::Uniform { bits } => kernels::quantize_acts(x, rows, x.len() / rows, bits, clip),
-    }
+    kernels::quantize_acts_to(
+        x,
+        rows,
+        ActQuantizer { cols: x.len() / rows, format: act_format(bits, levels), clip },
+    )
 }
 
 /// Runs layers that read the same input, x: `[rows, in]`, and overwrites their outputs, `[rows, out]` each.
 ///
-/// The input is transformed once, quantized once per (bits, levels, clip), and projected once on a basis that the layers share, on as many of its
+/// The input is transformed once, quantized once if all layers quantize it alike, and projected once on a basis that the layers share, on as many of its
 /// rows as any of them uses.
 ///
 /// # Errors
@@ -320,15 +319,17 @@ pub fn forward_shared<const N: usize>(
 
 /// What the layers quantize their input to, its clip ratio and the bits of their kept coordinates, if all multiply integers and agree on that.
 fn integer_input(layers: &[&Linear]) -> Option<(ActFormat, f32, Option<u8>)> {
+    // By its bits, for even what is not a number equals itself then.
     let input = |l: &&Linear| match l {
         Linear::Quantized(l) if l.act_bits < 16 => {
             let format = act_format(l.act_bits, l.act_levels);
-            Some((format, l.act_clip, l.kept.as_ref().map(|k| k.act_bits)))
+            Some((format, l.act_clip.to_bits(), l.kept.as_ref().map(|k| k.act_bits)))
         }
         _ => None,
     };
     let first = layers.first().and_then(input);
-    first.filter(|_| layers.iter().all(|l| input(l) == first))
+    let agreed = first.filter(|_| layers.iter().all(|l| input(l) == first));
+    agreed.map(|(format, clip, kept_bits)| (format, f32::from_bits(clip), kept_bits))
 }
 
 /// The layers' products without branch and bias. x: `[rows, in]`, kept: `[rows, r]`, the two parts of the transformed input.
@@ -340,7 +341,7 @@ fn multiply<const N: usize>(
     outputs: [&mut &mut [f32]; N],
 ) -> Result<()> {
     if let Some((format, clip, kept_bits)) = integer_input(&layers) {
-        let codes = quantize(x, rows, format, clip);
+        let codes = kernels::quantize_acts_to(x, rows, ActQuantizer { cols: x.len() / rows, format, clip });
         let kept = kept_bits.map(|bits| kernels::quantize_acts(kept, rows, kept.len() / rows, bits, 1.0));
         multiply_codes(layers, &codes, kept.as_ref(), outputs);
         return Ok(());

@@ -10,6 +10,8 @@ use crate::ModelConfig;
 
 /// Values that go through all steps of an input's transform together, but 16 rows at least: 256 KiB, which stay in a core's L2, as 16 rows of 11008 do.
 const BLOCK_VALUES: usize = 1 << 16;
+/// Values that one thread quantizes at least, where there is one such block.
+const TASK_VALUES: usize = 1 << 14;
 
 /// Kind of a rotation.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
@@ -384,7 +386,7 @@ impl InputTransform {
     /// `format` and `clip`, then the kept coordinates, evenly to `kept_bits`.
     ///
     /// # Panics
-    /// If x is not `[rows, n]`.
+    /// If x is not `[rows, n]`, or `kept_bits` not 2 to 8.
     pub fn apply_quantized(
         &self,
         x: &[f32],
@@ -398,15 +400,31 @@ impl InputTransform {
             ActQuantizer { cols: n - r, format, clip },
             ActQuantizer { cols: r, format: ActFormat::Uniform { bits: kept_bits }, clip: 1.0 },
         ];
-        quantize_tokens(rows, self.rows_at_once(rows), parts, |tokens, put| {
-            let mut x = Buffer::from(&x[tokens.start * n..tokens.end * n]);
-            self.mix.apply(&mut x, tokens.len());
-            self.reflections.apply(&mut x, tokens.len());
+        let transformed = |x: &[f32], rows: usize| {
+            let mut x = Buffer::from(x);
+            self.mix.apply(&mut x, rows);
+            self.reflections.apply(&mut x, rows);
             for row in x.chunks_exact_mut(n) {
-                let (kept, rest) = row.split_at_mut(r);
-                kept.iter_mut().zip(&self.norms).for_each(|(kept, norm)| *kept /= norm);
+                row.iter_mut().zip(&self.norms).for_each(|(kept, norm)| *kept /= norm);
+            }
+            x
+        };
+        let put_all = |x: &[f32], put: &mut dyn FnMut([&[f32]; 2])| {
+            for row in x.chunks_exact(n) {
+                let (kept, rest) = row.split_at(r);
                 put([rest, kept]);
             }
+        };
+        let at_once = self.rows_at_once(rows);
+        if rows <= at_once {
+            // One block, whose steps are shared one by one.
+            let x = transformed(x, rows);
+            return quantize_tokens(rows, TASK_VALUES.div_ceil(n), parts, |tokens, put| {
+                put_all(&x[tokens.start * n..tokens.end * n], put);
+            });
+        }
+        quantize_tokens(rows, at_once, parts, |tokens, put| {
+            put_all(&transformed(&x[tokens.start * n..tokens.end * n], tokens.len()), put);
         })
     }
 

@@ -14,6 +14,8 @@ use std::sync::Arc;
 const LANES: usize = 8;
 /// Columns that are mixed side by side.
 const STRIP: usize = 2 * LANES;
+// What a code of [`Order::codes`] is made for.
+const _: () = assert!(STRIP == 16 && GROUP == 4);
 /// Values that the butterflies finish before they turn to wider strides: they stay in an L1 cache.
 const NEAR: usize = 4096;
 

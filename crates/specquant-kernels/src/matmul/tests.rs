@@ -162,6 +162,28 @@ fn results_depend_neither_on_threads_nor_on_other_tokens() {
     assert_eq!(last, z[(rows - 1) * out..]);
 }
 
+/// A part in groups and one of a single scale a channel, in either order, add up to what each gives alone.
+#[test]
+fn parts_of_different_groups_add_up() {
+    let mut rng = Lcg(6);
+    for (rows, out) in [(3, 40), (30, 19)] {
+        let grouped = random_weights(&mut rng, out, 64, 4, 16);
+        let whole = random_weights(&mut rng, out, 32, 8, 32);
+        let (a, b) = (random_acts(&mut rng, rows, 64, 4), random_acts(&mut rng, rows, 32, 8));
+        for isa in Isa::available() {
+            let product = |parts: &[(&QuantizedActs, &PackedWeights)]| {
+                let mut y = vec![f32::NAN; rows * out];
+                matmul_int_with(isa, [IntProduct { parts, y: &mut y }]);
+                y
+            };
+            let (first, second) = (product(&[(&a, &grouped)]), product(&[(&b, &whole)]));
+            let sum: Vec<f32> = first.iter().zip(&second).map(|(a, b)| a + b).collect();
+            assert_eq!(product(&[(&a, &grouped), (&b, &whole)]), sum, "{isa:?}");
+            assert_eq!(product(&[(&b, &whole), (&a, &grouped)]), sum, "{isa:?}");
+        }
+    }
+}
+
 #[test]
 fn empty_products() {
     let w = PackedWeights::pack(&[], &[], 0, 8, 4, 8).unwrap();
