@@ -3,7 +3,7 @@
 //! `cargo run --release -p specquant-kernels --example transform_speed`
 //!
 //! Microseconds a row, the best of several runs on all of rayon's threads, for one row and for 256 in blocks of 16, which stay in a core's cache as
-//! they do in the engine.
+//! they do in the engine (where the quantizers find them there, too).
 
 use specquant_kernels::{Dct, Hadamard, Reflections, for_each_chunk, quantize_acts, quantize_acts_gaussian};
 use std::time::Instant;
