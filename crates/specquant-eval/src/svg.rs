@@ -192,7 +192,7 @@ fn x_axis(canvas: &mut Canvas, axis: &Axis, left: f64, right: f64, top: f64, bot
 /// One line a row, values to the right.
 pub fn dots(rows: &[Row], axis: &Axis, title: &str, name: &str) -> Chart {
     let widest = |f: fn(&Row) -> &str| rows.iter().map(|r| f(r).chars().count()).max().unwrap_or(0) as f64;
-    let left = (8.0 + 7.2 * widest(|r| &r.label)).min(170.0);
+    let left = (8.0 + 7.9 * widest(|r| &r.label)).min(182.0);
     let right = WIDTH - 12.0 - 7.2 * widest(|r| &r.note);
     let heights: Vec<f64> = rows.iter().map(|r| (11.0 * r.marks.len() as f64 + 8.0).max(26.0)).collect();
     let bottom = 6.0 + heights.iter().sum::<f64>();
@@ -281,13 +281,16 @@ pub fn plane(series: &[Series], x: &Axis, y: &Axis, titles: (&str, &str), name: 
             // To the left of points in the right half, so that the text stays inside.
             let (anchor, at) =
                 if px > f64::midpoint(left, right) { ("end", px - 8.0) } else { ("start", px + 8.0) };
-            // Below the labels that are in the way.
-            let mut y = py - 6.0;
-            while labelled.iter().any(|(lx, ly)| (lx - px).abs() < 150.0 && (ly - y).abs() < 13.0) {
-                y += 13.0;
+            // Where there is no other label, as near as possible; where there is no such place in the plot, the legend must do.
+            let free = |y: &f64| {
+                let taken = |(lx, ly): &(f64, f64)| (lx - px).abs() < 150.0 && (ly - y).abs() < 13.0;
+                (top + 8.0..bottom - 3.0).contains(y) && !labelled.iter().any(taken)
+            };
+            let steps = (0..20).flat_map(|i| [f64::from(i), -f64::from(i)]);
+            if let Some(y) = steps.map(|step| py - 6.0 + 13.0 * step).find(free) {
+                labelled.push((px, y));
+                canvas.text("label", anchor, at, y, &cut(&s.label, 26));
             }
-            labelled.push((px, y));
-            canvas.text("label", anchor, at, y, &cut(&s.label, 26));
         }
     }
     canvas.finish(bottom + 40.0, name)
@@ -317,6 +320,28 @@ mod tests {
         }
         let nothing = Axis::around([f64::NAN, -1.0].into_iter(), true);
         assert!(nothing.place(0.0, 0.0, 1.0).is_finite());
+    }
+
+    #[test]
+    fn labels_stay_in_the_plot_and_apart() {
+        let series: Vec<Series> = (0..30)
+            .map(|i| Series {
+                series: i,
+                points: vec![(5.0, 1.0 + 0.01 * i as f64, String::new())],
+                label: format!("s{i}"),
+                drawn: Points::Loose,
+            })
+            .collect();
+        let axis = Axis::around([1.0, 9.0].into_iter(), false);
+        let svg = plane(&series, &axis, &axis, ("x", "y"), "n").inline();
+        let labels = svg.split("class=\"label\"").skip(1);
+        let mut heights: Vec<f64> = labels
+            .map(|l| l.split("y=\"").nth(1).and_then(|y| y.split('"').next()?.parse().ok()).unwrap())
+            .collect();
+        heights.sort_by(f64::total_cmp);
+        assert!((10..=18).contains(&heights.len()), "{heights:?}");
+        assert!(heights[0] > 26.0 && heights[heights.len() - 1] < 250.0, "{heights:?}");
+        assert!(heights.windows(2).all(|pair| pair[1] - pair[0] > 12.9), "{heights:?}");
     }
 
     #[test]
