@@ -177,34 +177,38 @@ trait Kernel: Copy + Send + Sync {
     /// Adds the block's float products to `acc`, inputs in ascending order.
     fn float_block(self, block: &FloatBlock, scratch: &mut Buffer<f32>, acc: &mut [[f32; PANEL]]);
     /// Adds a panel's group to the sum, which is `sum += scale · (acc − zero · colsum)`, or begins the sum with it; and clears `acc`.
-    fn fold(
-        self,
-        group: (&[f32; PANEL], &[i32; PANEL]),
-        zero: &[i32],
-        acc: &mut [[i32; PANEL]],
-        sum: &mut [[f32; PANEL]],
-        begin: bool,
-    ) {
-        fold(group, zero, acc, sum, begin);
+    fn fold(self, group: Group, acc: &mut [[i32; PANEL]], sum: &mut [[f32; PANEL]], begin: bool) {
+        fold(group, acc, sum, begin);
     }
     /// [`fold`](Self::fold) and [`store`](Self::store) of a product of one group, in one pass.
-    fn finish(
-        self,
-        group: (&[f32; PANEL], &[i32; PANEL]),
-        zero: &[i32],
-        acc: &mut [[i32; PANEL]],
-        scale: &[f32],
-        y: &mut Rect,
-        col: usize,
-        accumulate: bool,
-    ) {
-        finish(group, zero, acc, scale, y, col, accumulate);
+    fn finish(self, group: Group, acc: &mut [[i32; PANEL]], to: Columns) {
+        finish(group, acc, to);
     }
-    /// Writes a panel's sums times the tokens' scales to the columns from `col` on, or adds them; columns that y does not have are
-    /// dropped.
-    fn store(self, sum: &[[f32; PANEL]], scale: &[f32], y: &mut Rect, col: usize, accumulate: bool) {
-        store(sum, scale, y, col, accumulate);
+    /// Writes a panel's sums times the tokens' scales.
+    fn store(self, sum: &[[f32; PANEL]], to: Columns) {
+        store(sum, to);
     }
+}
+
+/// What the sums of a panel's group are scaled with.
+#[derive(Clone, Copy)]
+struct Group<'a> {
+    /// Of the channels.
+    scale: &'a [f32; PANEL],
+    /// Sums of the channels' codes.
+    colsum: &'a [i32; PANEL],
+    /// Zero points of the tokens.
+    zero: &'a [i32],
+}
+
+/// Where a panel's sums go: the columns of a rectangle from `col` on; those that it does not have are dropped.
+struct Columns<'a, 'y> {
+    rect: &'a mut Rect<'y>,
+    col: usize,
+    /// Of the tokens.
+    scale: &'a [f32],
+    /// Whether they are added to what is there.
+    accumulate: bool,
 }
 
 /// Some inputs of some tokens times the weights of a panel or two.
@@ -248,6 +252,10 @@ fn int_rect<K: Kernel>(kernel: K, parts: &[(&QuantizedActs, &PackedWeights)], mu
         let acc = &mut acc[..range.len() * rows];
         for (i, (a, w)) in parts.iter().enumerate() {
             let (scale, zero) = (&a.scale[row..][..rows], &a.zero[row..][..rows]);
+            let group = |panel, g| {
+                let (scale, colsum) = w.group(panel, g);
+                Group { scale, colsum, zero }
+            };
             for g in 0..w.groups() {
                 for (k, end) in blocks(g * w.group_size(), w.group_size(), INT_DEPTH) {
                     let mut chunks = [&[][..]; PANELS];
@@ -267,17 +275,16 @@ fn int_rect<K: Kernel>(kernel: K, parts: &[(&QuantizedActs, &PackedWeights)], mu
                 if w.groups() > 1 {
                     sums.resize(range.len() * rows);
                     let each = acc.chunks_exact_mut(rows).zip(sums.chunks_exact_mut(rows)).zip(range.clone());
-                    each.for_each(|((acc, sum), panel)| {
-                        kernel.fold(w.group(panel, g), zero, acc, sum, g == 0)
-                    });
+                    each.for_each(|((acc, sum), panel)| kernel.fold(group(panel, g), acc, sum, g == 0));
                 }
             }
             for (j, panel) in range.clone().enumerate() {
-                let (rows, col) = (j * rows..(j + 1) * rows, col + j * PANEL);
+                let rows = j * rows..(j + 1) * rows;
+                let to = Columns { rect: &mut rect, col: col + j * PANEL, scale, accumulate: i > 0 };
                 if w.groups() > 1 {
-                    kernel.store(&sums[rows], scale, &mut rect, col, i > 0);
+                    kernel.store(&sums[rows], to);
                 } else {
-                    kernel.finish(w.group(panel, 0), zero, &mut acc[rows], scale, &mut rect, col, i > 0);
+                    kernel.finish(group(panel, 0), &mut acc[rows], to);
                 }
             }
         }
@@ -313,49 +320,45 @@ fn float_rect(kernel: impl Kernel, x: &[f32], w: &PackedWeights, mut rect: Rect,
                 }
             }
         }
-        kernel.store(sums, &[1.; ROWS][..rows], &mut rect, col, accumulate);
+        kernel.store(sums, Columns { rect: &mut rect, col, scale: &[1.; ROWS][..rows], accumulate });
     }
 }
 
 #[inline(always)]
-fn fold(
-    (scale, colsum): (&[f32; PANEL], &[i32; PANEL]),
-    zero: &[i32],
-    acc: &mut [[i32; PANEL]],
-    sum: &mut [[f32; PANEL]],
-    begin: bool,
-) {
-    for ((acc, sum), &zero) in acc.iter_mut().zip(sum).zip(zero) {
+fn fold(group: Group, acc: &mut [[i32; PANEL]], sum: &mut [[f32; PANEL]], begin: bool) {
+    for ((acc, sum), &zero) in acc.iter_mut().zip(sum).zip(group.zero) {
+        let product = product(acc, zero, &group);
         for c in 0..PANEL {
-            let product = scale[c] * (acc[c] - zero * colsum[c]) as f32;
-            sum[c] = if begin { product } else { sum[c] + product };
-            acc[c] = 0;
+            sum[c] = if begin { product[c] } else { sum[c] + product[c] };
         }
     }
 }
 
 #[inline(always)]
-fn finish(
-    group: (&[f32; PANEL], &[i32; PANEL]),
-    zero: &[i32],
-    acc: &mut [[i32; PANEL]],
-    scale: &[f32],
-    y: &mut Rect,
-    col: usize,
-    accumulate: bool,
-) {
-    for (i, ((acc, zero), scale)) in acc.chunks_exact_mut(1).zip(zero).zip(scale).enumerate() {
-        let mut sum = [[0.; PANEL]];
-        fold(group, std::slice::from_ref(zero), acc, &mut sum, true);
-        store_row(&sum[0], *scale, &mut y.row_mut(i)[col..], accumulate);
+fn finish(group: Group, acc: &mut [[i32; PANEL]], to: Columns) {
+    let Columns { rect, col, scale, accumulate } = to;
+    for (i, ((acc, &zero), scale)) in acc.iter_mut().zip(group.zero).zip(scale).enumerate() {
+        store_row(&product(acc, zero, &group), *scale, &mut rect.row_mut(i)[col..], accumulate);
     }
 }
 
 #[inline(always)]
-fn store(sum: &[[f32; PANEL]], scale: &[f32], y: &mut Rect, col: usize, accumulate: bool) {
+fn store(sum: &[[f32; PANEL]], to: Columns) {
+    let Columns { rect, col, scale, accumulate } = to;
     for (i, (sum, scale)) in sum.iter().zip(scale).enumerate() {
-        store_row(sum, *scale, &mut y.row_mut(i)[col..], accumulate);
+        store_row(sum, *scale, &mut rect.row_mut(i)[col..], accumulate);
     }
+}
+
+/// One token's sums of a group, scaled; acc is cleared.
+#[inline(always)]
+fn product(acc: &mut [i32; PANEL], zero: i32, group: &Group) -> [f32; PANEL] {
+    let mut product = [0.; PANEL];
+    for c in 0..PANEL {
+        product[c] = group.scale[c] * (acc[c] - zero * group.colsum[c]) as f32;
+        acc[c] = 0;
+    }
+    product
 }
 
 #[inline(always)]

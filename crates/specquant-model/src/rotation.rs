@@ -369,13 +369,10 @@ impl InputTransform {
         }
         for_each_chunk_pair((&mut kept, block * r), (&mut rest, block * (n - r)), |i, kept, rest| {
             let rows = kept.len() / r;
-            let mut x = Buffer::from(&x[i * block * n..][..rows * n]);
-            mix(&self.mix, &mut x, rows);
-            self.reflections.apply(&mut x, rows);
+            let x = self.changed(&x[i * block * n..][..rows * n], rows, mix, scaled);
             let parts = kept.chunks_exact_mut(r).zip(rest.chunks_exact_mut(n - r));
             for (row, (kept, rest)) in x.chunks_exact(n).zip(parts) {
-                let each = kept.iter_mut().zip(row).zip(&self.norms);
-                each.for_each(|((kept, x), norm)| *kept = scaled(*x, *norm));
+                kept.copy_from_slice(&row[..r]);
                 rest.copy_from_slice(&row[r..]);
             }
         });
@@ -400,15 +397,7 @@ impl InputTransform {
             ActQuantizer { cols: n - r, format, clip },
             ActQuantizer { cols: r, format: ActFormat::Uniform { bits: kept_bits }, clip: 1.0 },
         ];
-        let transformed = |x: &[f32], rows: usize| {
-            let mut x = Buffer::from(x);
-            self.mix.apply(&mut x, rows);
-            self.reflections.apply(&mut x, rows);
-            for row in x.chunks_exact_mut(n) {
-                row.iter_mut().zip(&self.norms).for_each(|(kept, norm)| *kept /= norm);
-            }
-            x
-        };
+        let transformed = |x, rows| self.changed(x, rows, Mix::apply, |kept, norm| kept / norm);
         let put_all = |x: &[f32], put: &mut dyn FnMut([&[f32]; 2])| {
             for row in x.chunks_exact(n) {
                 let (kept, rest) = row.split_at(r);
@@ -426,6 +415,23 @@ impl InputTransform {
         quantize_tokens(rows, at_once, parts, |tokens, put| {
             put_all(&transformed(&x[tokens.start * n..tokens.end * n], tokens.len()), put);
         })
+    }
+
+    /// x `[rows, n]` in the new coordinates, the kept ones first.
+    fn changed(
+        &self,
+        x: &[f32],
+        rows: usize,
+        mix: fn(&Mix, &mut [f32], usize),
+        scaled: fn(f32, f32) -> f32,
+    ) -> Buffer<f32> {
+        let mut x = Buffer::from(x);
+        mix(&self.mix, &mut x, rows);
+        self.reflections.apply(&mut x, rows);
+        for row in x.chunks_exact_mut(self.width()) {
+            row.iter_mut().zip(&self.norms).for_each(|(kept, norm)| *kept = scaled(*kept, *norm));
+        }
+        x
     }
 
     /// Rows that go through all steps together.

@@ -7,7 +7,7 @@
 //!
 //! Float: a 32-bit lane holds a channel's quad; codes become floats where they stand in the lane (see [`widen`]).
 
-use super::{FloatBlock, IntBlock, Kernel, Rect, finish, fold, i16_steps, store as store_sums};
+use super::{Columns, FloatBlock, Group, IntBlock, Kernel, finish, fold, i16_steps, store as store_sums};
 use crate::Buffer;
 use crate::isa::Avx2;
 use crate::weights::{Chunk, PANEL, UNIFORM_LEVELS};
@@ -40,61 +40,31 @@ impl Kernel for Avx2 {
         }
     }
 
-    fn fold(
-        self,
-        group: (&[f32; PANEL], &[i32; PANEL]),
-        zero: &[i32],
-        acc: &mut [[i32; PANEL]],
-        sum: &mut [[f32; PANEL]],
-        begin: bool,
-    ) {
+    fn fold(self, group: Group, acc: &mut [[i32; PANEL]], sum: &mut [[f32; PANEL]], begin: bool) {
         #[target_feature(enable = "avx2")]
-        fn fold_avx2(
-            g: (&[f32; PANEL], &[i32; PANEL]),
-            z: &[i32],
-            acc: &mut [[i32; PANEL]],
-            sum: &mut [[f32; PANEL]],
-            begin: bool,
-        ) {
-            if begin { fold(g, z, acc, sum, true) } else { fold(g, z, acc, sum, false) }
+        fn fold_avx2(group: Group, acc: &mut [[i32; PANEL]], sum: &mut [[f32; PANEL]], begin: bool) {
+            if begin { fold(group, acc, sum, true) } else { fold(group, acc, sum, false) }
         }
         // SAFETY: the token proves AVX2.
-        unsafe { fold_avx2(group, zero, acc, sum, begin) }
+        unsafe { fold_avx2(group, acc, sum, begin) }
     }
 
-    fn finish(
-        self,
-        group: (&[f32; PANEL], &[i32; PANEL]),
-        zero: &[i32],
-        acc: &mut [[i32; PANEL]],
-        scale: &[f32],
-        y: &mut Rect,
-        col: usize,
-        accumulate: bool,
-    ) {
+    fn finish(self, group: Group, acc: &mut [[i32; PANEL]], to: Columns) {
         #[target_feature(enable = "avx2")]
-        fn finish_avx2(
-            g: (&[f32; PANEL], &[i32; PANEL]),
-            zero: &[i32],
-            acc: &mut [[i32; PANEL]],
-            scale: &[f32],
-            y: &mut Rect,
-            col: usize,
-            accumulate: bool,
-        ) {
-            finish(g, zero, acc, scale, y, col, accumulate);
+        fn finish_avx2(group: Group, acc: &mut [[i32; PANEL]], to: Columns) {
+            finish(group, acc, to);
         }
         // SAFETY: the token proves AVX2.
-        unsafe { finish_avx2(group, zero, acc, scale, y, col, accumulate) }
+        unsafe { finish_avx2(group, acc, to) }
     }
 
-    fn store(self, sum: &[[f32; PANEL]], scale: &[f32], y: &mut Rect, col: usize, accumulate: bool) {
+    fn store(self, sum: &[[f32; PANEL]], to: Columns) {
         #[target_feature(enable = "avx2")]
-        fn store_avx2(sum: &[[f32; PANEL]], scale: &[f32], y: &mut Rect, col: usize, accumulate: bool) {
-            store_sums(sum, scale, y, col, accumulate);
+        fn store_avx2(sum: &[[f32; PANEL]], to: Columns) {
+            store_sums(sum, to);
         }
         // SAFETY: the token proves AVX2.
-        unsafe { store_avx2(sum, scale, y, col, accumulate) }
+        unsafe { store_avx2(sum, to) }
     }
 }
 

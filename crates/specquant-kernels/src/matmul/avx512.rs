@@ -6,7 +6,7 @@
 //! Float products of many tokens take twelve of them and a panel, which the AVX2 code widens; few use the AVX2 code, to the same bits.
 
 use super::avx2::{self, check_float, fetch_ahead};
-use super::{FloatBlock, IntBlock, Kernel, PANELS, Rect};
+use super::{Columns, FloatBlock, Group, IntBlock, Kernel, PANELS};
 use crate::Buffer;
 use crate::isa::Avx512Vnni;
 use crate::weights::{Chunk, PANEL, UNIFORM_LEVELS};
@@ -39,67 +39,26 @@ impl Kernel for Avx512Vnni {
         unsafe { float_block(block, scratch, acc) }
     }
 
-    fn fold(
-        self,
-        group: (&[f32; PANEL], &[i32; PANEL]),
-        zero: &[i32],
-        acc: &mut [[i32; PANEL]],
-        sum: &mut [[f32; PANEL]],
-        begin: bool,
-    ) {
+    fn fold(self, group: Group, acc: &mut [[i32; PANEL]], sum: &mut [[f32; PANEL]], begin: bool) {
         // SAFETY: the token proves AVX-512 F.
-        unsafe { fold(group, zero, acc, sum, begin) }
+        unsafe { fold(group, acc, sum, begin) }
     }
 
-    fn finish(
-        self,
-        group: (&[f32; PANEL], &[i32; PANEL]),
-        zero: &[i32],
-        acc: &mut [[i32; PANEL]],
-        scale: &[f32],
-        y: &mut Rect,
-        col: usize,
-        accumulate: bool,
-    ) {
+    fn finish(self, group: Group, acc: &mut [[i32; PANEL]], to: Columns) {
         // SAFETY: the token proves AVX-512 F.
-        unsafe { finish(group, zero, acc, scale, y, col, accumulate) }
+        unsafe { finish(group, acc, to) }
     }
 
-    fn store(self, sum: &[[f32; PANEL]], scale: &[f32], y: &mut Rect, col: usize, accumulate: bool) {
+    fn store(self, sum: &[[f32; PANEL]], to: Columns) {
         // SAFETY: the token proves AVX-512 F.
-        unsafe { store(sum, scale, y, col, accumulate) }
+        unsafe { store(sum, to) }
     }
 }
 
-/// scale · (acc − zero · colsum) of one token, whose acc is cleared.
 #[target_feature(enable = "avx512f")]
-fn product(acc: &mut [i32; PANEL], zero: i32, (scale, colsum): (__m512, __m512i)) -> __m512 {
-    let acc = acc.as_mut_ptr();
-    let offset = _mm512_mullo_epi32(_mm512_set1_epi32(zero), colsum);
-    // SAFETY: 16 lanes from and to an array of 16.
-    let sum = unsafe { _mm512_loadu_si512(acc.cast_const().cast()) };
-    unsafe { _mm512_storeu_si512(acc.cast(), _mm512_setzero_si512()) };
-    _mm512_mul_ps(scale, _mm512_cvtepi32_ps(_mm512_sub_epi32(sum, offset)))
-}
-
-/// Scales and sums of a panel's channels.
-#[target_feature(enable = "avx512f")]
-fn load_group((scale, colsum): (&[f32; PANEL], &[i32; PANEL])) -> (__m512, __m512i) {
-    // SAFETY: 16 lanes from arrays of 16.
-    unsafe { (_mm512_loadu_ps(scale.as_ptr()), _mm512_loadu_si512(colsum.as_ptr().cast())) }
-}
-
-#[target_feature(enable = "avx512f")]
-fn fold(
-    group: (&[f32; PANEL], &[i32; PANEL]),
-    zero: &[i32],
-    acc: &mut [[i32; PANEL]],
-    sum: &mut [[f32; PANEL]],
-    begin: bool,
-) {
-    let group = load_group(group);
-    for ((acc, sum), zero) in acc.iter_mut().zip(sum).zip(zero) {
-        let product = product(acc, *zero, group);
+fn fold(group: Group, acc: &mut [[i32; PANEL]], sum: &mut [[f32; PANEL]], begin: bool) {
+    for ((acc, sum), zero) in acc.iter_mut().zip(sum).zip(group.zero) {
+        let product = product(acc, *zero, &group);
         let before = sum.as_ptr();
         // SAFETY: 16 lanes from and to an array of 16.
         unsafe {
@@ -110,27 +69,35 @@ fn fold(
 }
 
 #[target_feature(enable = "avx512f")]
-fn finish(
-    group: (&[f32; PANEL], &[i32; PANEL]),
-    zero: &[i32],
-    acc: &mut [[i32; PANEL]],
-    scale: &[f32],
-    y: &mut Rect,
-    col: usize,
-    accumulate: bool,
-) {
-    let group = load_group(group);
-    for (i, ((acc, zero), scale)) in acc.iter_mut().zip(zero).zip(scale).enumerate() {
-        store_row(product(acc, *zero, group), *scale, &mut y.row_mut(i)[col..], accumulate);
+fn finish(group: Group, acc: &mut [[i32; PANEL]], to: Columns) {
+    let Columns { rect, col, scale, accumulate } = to;
+    for (i, ((acc, zero), scale)) in acc.iter_mut().zip(group.zero).zip(scale).enumerate() {
+        store_row(product(acc, *zero, &group), *scale, &mut rect.row_mut(i)[col..], accumulate);
     }
 }
 
 #[target_feature(enable = "avx512f")]
-fn store(sum: &[[f32; PANEL]], scale: &[f32], y: &mut Rect, col: usize, accumulate: bool) {
+fn store(sum: &[[f32; PANEL]], to: Columns) {
+    let Columns { rect, col, scale, accumulate } = to;
     for (i, (sum, scale)) in sum.iter().zip(scale).enumerate() {
         // SAFETY: 16 lanes from an array of 16.
         let sum = unsafe { _mm512_loadu_ps(sum.as_ptr()) };
-        store_row(sum, *scale, &mut y.row_mut(i)[col..], accumulate);
+        store_row(sum, *scale, &mut rect.row_mut(i)[col..], accumulate);
+    }
+}
+
+/// One token's sums of a group, scaled; acc is cleared.
+#[target_feature(enable = "avx512f")]
+fn product(acc: &mut [i32; PANEL], zero: i32, group: &Group) -> __m512 {
+    let acc = acc.as_mut_ptr();
+    // SAFETY: 16 lanes from and to arrays of 16.
+    unsafe {
+        let (scale, colsum) =
+            (_mm512_loadu_ps(group.scale.as_ptr()), _mm512_loadu_si512(group.colsum.as_ptr().cast()));
+        let offset = _mm512_mullo_epi32(_mm512_set1_epi32(zero), colsum);
+        let sum = _mm512_sub_epi32(_mm512_loadu_si512(acc.cast_const().cast()), offset);
+        _mm512_storeu_si512(acc.cast(), _mm512_setzero_si512());
+        _mm512_mul_ps(scale, _mm512_cvtepi32_ps(sum))
     }
 }
 

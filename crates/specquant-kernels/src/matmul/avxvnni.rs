@@ -4,7 +4,7 @@
 //! products use the AVX2 code.
 
 use super::avx2::{add_to, check, expand, fetch_ahead, load, quad, table, unpack};
-use super::{FloatBlock, IntBlock, Kernel, Rect};
+use super::{Columns, FloatBlock, Group, IntBlock, Kernel};
 use crate::Buffer;
 use crate::isa::AvxVnni;
 use crate::weights::{Chunk, PANEL};
@@ -24,32 +24,16 @@ impl Kernel for AvxVnni {
         self.avx2.float_block(block, scratch, acc);
     }
 
-    fn fold(
-        self,
-        group: (&[f32; PANEL], &[i32; PANEL]),
-        zero: &[i32],
-        acc: &mut [[i32; PANEL]],
-        sum: &mut [[f32; PANEL]],
-        begin: bool,
-    ) {
-        self.avx2.fold(group, zero, acc, sum, begin);
+    fn fold(self, group: Group, acc: &mut [[i32; PANEL]], sum: &mut [[f32; PANEL]], begin: bool) {
+        self.avx2.fold(group, acc, sum, begin);
     }
 
-    fn finish(
-        self,
-        group: (&[f32; PANEL], &[i32; PANEL]),
-        zero: &[i32],
-        acc: &mut [[i32; PANEL]],
-        scale: &[f32],
-        y: &mut Rect,
-        col: usize,
-        accumulate: bool,
-    ) {
-        self.avx2.finish(group, zero, acc, scale, y, col, accumulate);
+    fn finish(self, group: Group, acc: &mut [[i32; PANEL]], to: Columns) {
+        self.avx2.finish(group, acc, to);
     }
 
-    fn store(self, sum: &[[f32; PANEL]], scale: &[f32], y: &mut Rect, col: usize, accumulate: bool) {
-        self.avx2.store(sum, scale, y, col, accumulate);
+    fn store(self, sum: &[[f32; PANEL]], to: Columns) {
+        self.avx2.store(sum, to);
     }
 }
 
