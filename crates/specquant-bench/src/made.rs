@@ -1,8 +1,9 @@
-//! Weights and inputs that are made up: speed does not depend on their values.
+//! Weights and inputs that are made up. Speed depends on how often each level occurs (see the kernels for AVX2), not on values otherwise.
 
 use half::f16;
 use specquant_kernels::{
     Basis, BranchCoeffs, GAUSSIAN_LEVELS, KernelError, PackedDense, PackedWeights, Reflections, fourier_rows,
+    nearest_levels,
 };
 use specquant_model::{
     Branch, DenseLinear, DenseWeight, Error, InputTransform, Kept, Levels, Linear, QuantLinear, Result,
@@ -14,6 +15,12 @@ use std::sync::Arc;
 pub(crate) struct Noise(pub(crate) u64);
 
 impl Noise {
+    /// Roughly Gaussian (the sum of four evenly spread numbers), with a standard deviation of 1.
+    fn gaussian(&mut self) -> f32 {
+        let sum: u32 = (self.bits() as u32).to_le_bytes().into_iter().map(u32::from).sum();
+        (sum as f32 - 510.0) / 147.8
+    }
+
     fn bits(&mut self) -> u64 {
         self.0 = self.0.wrapping_mul(6_364_136_223_846_793_005).wrapping_add(1_442_695_040_888_963_407);
         self.0 >> 32
@@ -29,6 +36,9 @@ fn named(cause: KernelError) -> Error {
     Error::Kernel { name: "a made-up layer".to_owned(), cause }
 }
 
+/// Of every i8 from the least on, the number of the level nearest to it.
+const NEAREST: [u8; 256] = nearest_levels(&GAUSSIAN_LEVELS, i8::MIN as i32);
+
 /// Codes of `bits` bits, `[out, inp]`, a scale a channel.
 pub(crate) fn weights(
     noise: &mut Noise,
@@ -39,7 +49,11 @@ pub(crate) fn weights(
 ) -> Result<PackedWeights> {
     let scales = vec![0.02 / (inp as f32).sqrt(); out];
     let packed = if levels == Levels::Gaussian {
-        let codes: Vec<i8> = (0..out * inp).map(|_| GAUSSIAN_LEVELS[noise.bits() as usize & 15]).collect();
+        // The outermost level stands for 2.73 standard deviations.
+        let unit = f32::from(GAUSSIAN_LEVELS[15]) / 2.73;
+        let nearest =
+            |v: f32| GAUSSIAN_LEVELS[usize::from(NEAREST[usize::from((v * unit) as i8 as u8 ^ 128)])];
+        let codes: Vec<i8> = (0..out * inp).map(|_| nearest(noise.gaussian())).collect();
         PackedWeights::pack_levels(&codes, &scales, out, inp, inp, &GAUSSIAN_LEVELS)
     } else {
         let codes: Vec<i8> = (0..out * inp).map(|_| noise.bits() as i8 >> (8 - bits)).collect();

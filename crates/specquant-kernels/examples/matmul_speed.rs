@@ -9,6 +9,9 @@
 use specquant_kernels::*;
 use std::time::{Duration, Instant};
 
+/// Of every i8 from the least on, the number of the level nearest to it.
+const NEAREST: [u8; 256] = nearest_levels(&GAUSSIAN_LEVELS, i8::MIN as i32);
+
 /// Shortest time of one call, in seconds.
 fn best(mut f: impl FnMut()) -> f64 {
     f();
@@ -39,10 +42,21 @@ fn main() {
         };
         let dense: Vec<f32> = (0..out * inp).map(|_| float()).collect();
         let (Ok(w4), Ok(w8)) = (pack(&dense, 4), pack(&dense, 8)) else { return };
+        // Levels as often as a Gaussian has them: a sum of four evenly spread numbers is nearly one, the outermost level 2.73 standard deviations.
+        let mut level = || {
+            let sum: f32 = (0..4).map(|_| float()).sum();
+            GAUSSIAN_LEVELS[usize::from(NEAREST[((sum / 1.155 * 127. / 2.73) as i8 as u8 ^ 128) as usize])]
+        };
+        let codes: Vec<i8> = (0..out * inp).map(|_| level()).collect();
+        let scales = vec![0.01; out];
+        let Ok(levels) = PackedWeights::pack_levels(&codes, &scales, out, inp, inp, &GAUSSIAN_LEVELS) else {
+            return;
+        };
         let packed = PackedDense::pack(&dense, out, inp);
         for rows in [1, 4, 16, 512] {
             let x: Vec<f32> = (0..rows * inp).map(|_| float()).collect();
             let (a4, a8) = (quantize_acts(&x, rows, inp, 4, 1.), quantize_acts(&x, rows, inp, 8, 1.));
+            let al = quantize_acts_gaussian(&x, rows, inp, 1.);
             let mut y = vec![0.; rows * out];
             let gop = 2e-9 * (rows * inp * out) as f64;
             let base = gop / best(|| matmul_nt(&x, &dense, &mut y, rows, inp, out, false));
@@ -51,6 +65,7 @@ fn main() {
                 |name, seconds: f64| print!("  {name} {:.1} ({:.2})", gop / seconds, gop / seconds / base);
             print("packed f32", best(|| matmul_packed(&x, &packed, &mut y, rows)));
             print("W4A4", best(|| matmul_int(&a4, &w4, &mut y)));
+            print("levels", best(|| matmul_int(&al, &levels, &mut y)));
             print("W4A8", best(|| matmul_int(&a8, &w4, &mut y)));
             print("W8A8", best(|| matmul_int(&a8, &w8, &mut y)));
             print("W4A16", best(|| matmul_float(&x, rows, &w4, &mut y)));

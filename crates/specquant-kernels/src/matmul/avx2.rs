@@ -7,6 +7,8 @@
 //!
 //! Float: a 32-bit lane holds a channel's quad; codes become floats where they stand in the lane (see [`widen`]).
 
+mod levels;
+
 use super::{Columns, FloatBlock, Group, IntBlock, Kernel, finish, fold, i16_steps, store as store_sums};
 use crate::Buffer;
 use crate::isa::Avx2;
@@ -89,6 +91,8 @@ unsafe fn int_block(block: &IntBlock, w: &[Chunk], scratch: &mut Buffer<Chunk>, 
     unsafe {
         if !block.nibbles {
             for_tiles(w, a, stride, steps, acc);
+        } else if steps < 2 && levels::fits(block.a_max, block.w_max) {
+            levels::int_block(w, block.levels, a, stride, scratch, acc);
         } else if block.rows <= 4 && steps >= 2 {
             match block.rows {
                 1 => nibbles::<1>(w, block.levels, a, stride, steps, acc),
