@@ -363,13 +363,21 @@ fn product(acc: &mut [i32; PANEL], zero: i32, group: &Group) -> [f32; PANEL] {
 
 #[inline(always)]
 fn store_row(sum: &[f32; PANEL], scale: f32, y: &mut [f32], accumulate: bool) {
+    // In an array of its own first: what may overlap with y is computed one channel after the other.
+    let mut row = [0.; PANEL];
+    for c in 0..PANEL {
+        row[c] = scale * sum[c];
+    }
     let width = y.len().min(PANEL);
-    // A whole panel has a length that the compiler knows.
-    match y.first_chunk_mut::<PANEL>() {
-        Some(y) if accumulate => (0..PANEL).for_each(|c| y[c] += scale * sum[c]),
-        Some(y) => (0..PANEL).for_each(|c| y[c] = scale * sum[c]),
-        None if accumulate => (0..width).for_each(|c| y[c] += scale * sum[c]),
-        None => (0..width).for_each(|c| y[c] = scale * sum[c]),
+    if accumulate {
+        match y.first_chunk::<PANEL>() {
+            Some(y) => (0..PANEL).for_each(|c| row[c] += y[c]),
+            None => (0..width).for_each(|c| row[c] += y[c]),
+        }
+    }
+    match y.first_chunk_mut() {
+        Some(y) => *y = row,
+        None => y[..width].copy_from_slice(&row[..width]),
     }
 }
 

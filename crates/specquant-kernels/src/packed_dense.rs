@@ -359,7 +359,11 @@ impl<W: Weight> Product<'_, W> {
         let part = |depth: usize, first: usize, count: usize| {
             let mut row = rows.start;
             while row < rows.end {
-                let height = T::HEIGHTS.into_iter().find(|h| *h <= rows.end - row).unwrap_or(1);
+                let left = rows.end - row;
+                // Better two halves than a whole tile and one of so few rows that its sums wait for each other.
+                let halved = (T::HEIGHTS[0] < left && left <= T::HEIGHTS[0] + 2).then(|| left.div_ceil(2));
+                let height = halved.filter(|h| T::HEIGHTS.contains(h));
+                let height = height.or(T::HEIGHTS.into_iter().find(|h| *h <= left)).unwrap_or(1);
                 let x = &self.x[row * self.pitch + depth..];
                 let begin = depth == 0 && !self.accumulate;
                 let w = &self.panels[(first * k + depth) * PANEL..];
