@@ -93,7 +93,7 @@ const GAUSSIAN_ACT_CODES: [u8; 128] = {
 /// ```
 ///
 /// Processors multiply bytes and not 4-bit numbers, so that with VNNI levels cost no more than evenly spaced codes; sums of `vpmaddubsw` (AVX2) have to be widened
-/// after every step instead of every 136. As codes of 7 bits, level + 63.
+/// after two steps or more, mostly four, instead of 136. As codes of 7 bits, level + 63.
 ///
 /// # Panics
 /// If `x` is not `[rows, cols]`.

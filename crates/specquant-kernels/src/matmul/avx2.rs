@@ -2,7 +2,7 @@
 //!
 //! Integer: `vpmaddubsw` multiplies unsigned activation codes with signed weight codes and adds pairs in i16. As many steps
 //! stay in i16 as cannot overflow (u4 × s4: 136, u8 × s4: 8), then `vpmaddwd` widens. u8 × s8 would overflow in the first step
-//! and takes `vpmaddwd` on widened codes. Nibbles are looked up among their 16 levels. Up to 4 tokens unpack
+//! and takes `vpmaddwd` on widened codes; for u7 times levels see [`levels`]. Nibbles are looked up among their 16 levels. Up to 4 tokens unpack
 //! nibbles in registers, where several steps stay in i16; otherwise tokens share one unpacking.
 //!
 //! Float: a 32-bit lane holds a channel's quad; codes become floats where they stand in the lane (see [`widen`]).
