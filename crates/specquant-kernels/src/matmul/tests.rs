@@ -139,6 +139,40 @@ fn extreme_codes_do_not_overflow() {
     assert_eq!((i16_steps(15, 8), i16_steps(255, 8), i16_steps(255, 128)), (136, 8, 0));
 }
 
+/// Sums of levels are widened as late as these allow.
+#[test]
+fn extreme_levels_do_not_overflow() {
+    let (inp, out) = (1000, 17);
+    // Inputs that lie in one lane, of one sign or of both.
+    for signs in [[127, 127, 127, 127], [-127, -127, -127, -127], [127, 127, -127, -127], [127, 6, 6, -6]] {
+        let codes: Vec<i8> = (0..out * inp).map(|i| signs[i % inp % 4]).collect();
+        let w = PackedWeights::pack_levels(&codes, &vec![1.; out], out, inp, inp, &crate::GAUSSIAN_LEVELS);
+        let w = w.unwrap();
+        for (rows, even, odd) in [(1, 127, 127), (9, 127, 127), (20, 127, 0), (20, 0, 127), (20, 0, 0)] {
+            let code = |k: usize| if k % 4 < 2 { even } else { odd };
+            let a = QuantizedActs {
+                rows,
+                cols: inp,
+                stride: inp,
+                bits: 7,
+                codes: (0..rows * inp).map(|i| code(i % inp)).collect::<Vec<u8>>().into(),
+                scale: vec![1.; rows].into(),
+                zero: vec![0; rows].into(),
+            };
+            let want: i32 = (0..inp).map(|k| i32::from(code(k)) * i32::from(signs[k % 4])).sum();
+            for isa in Isa::available() {
+                let mut y = vec![0.; rows * out];
+                matmul_int_with(isa, [IntProduct { parts: &[(&a, &w)], y: &mut y }]);
+                assert!(
+                    y.iter().all(|&y| y == want as f32),
+                    "{isa:?} {signs:?} {even} {odd}: {} {want}",
+                    y[0]
+                );
+            }
+        }
+    }
+}
+
 #[test]
 fn results_depend_neither_on_threads_nor_on_other_tokens() {
     let mut rng = Lcg(3);

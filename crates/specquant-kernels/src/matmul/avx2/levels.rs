@@ -1,8 +1,9 @@
 //! Activation codes of 7 bits times levels of 8: an i16 takes one sum of two products for certain, and to widen each of them takes as long as to multiply it.
 //!
 //! For given weights the sums that are possible reach over a range only half as wide: codes `a` lie within 64 of 64, so that Σ a·w − 64 Σ w is an i16 as long as
-//! Σ |w| ≤ 511. Additions wrap, so it does not matter what their sums are on the way. Chunks are taken together as long as that holds in every lane, two quads
-//! always (4 · 127) and mostly four of Gaussian weights, and only then widened; the 64 Σ w go back in at the end, once for every channel.
+//! Σ |w| ≤ 511. Additions wrap, so it does not matter what their sums are on the way. That holds for two quads always (4 · 127), and in all lanes for four of five
+//! runs of four quads of Gaussian weights. So a block is cut into long runs and short ones, which are only then widened, all long ones first: in the order in
+//! which they lie the processor would guess wrong at every fifth. The 64 Σ w go back in at the end, once for every channel.
 
 use super::{add_to, fetch_ahead, load, quad, table, unpack};
 use crate::Buffer;
@@ -16,6 +17,11 @@ const MIDDLE: i32 = 6;
 /// Σ |w| of what is added up in an i16.
 const LIMIT: i16 = i16::MAX >> MIDDLE;
 const _: () = assert!(4 * LARGEST <= LIMIT as i32);
+/// Quads of a long run and of a short one, which is a nibble chunk.
+const LONG: usize = 4;
+const SHORT: usize = 2;
+/// Nibble chunks of a block at most.
+const MOST: usize = INT_DEPTH / 8;
 
 /// Whether codes up to `a_max` and weights up to `w_max` are what this file multiplies.
 pub(super) fn fits(a_max: i32, w_max: i32) -> bool {
@@ -37,22 +43,27 @@ pub(super) unsafe fn int_block(
 ) {
     // SAFETY: forwarded; a tile's rows start 4 i rows on.
     unsafe {
-        match acc.len() {
-            1 => return few::<1, 2>(w, levels, a, stride, acc),
-            2 => return few::<2, 2>(w, levels, a, stride, acc),
-            3 => return few::<3, 1>(w, levels, a, stride, acc),
-            4 => return few::<4, 1>(w, levels, a, stride, acc),
-            _ => {}
+        if acc.len() <= FEW {
+            for (i, acc) in acc.chunks_mut(4).enumerate() {
+                let a = a.add(4 * i * stride);
+                match acc.len() {
+                    4 => few::<4, 1>(w, levels, a, stride, acc),
+                    3 => few::<3, 1>(w, levels, a, stride, acc),
+                    2 => few::<2, 2>(w, levels, a, stride, acc),
+                    _ => few::<1, 2>(w, levels, a, stride, acc),
+                }
+            }
+            return;
         }
-        let mut lengths = [0; INT_DEPTH / 8];
-        let (lengths, middle) = segments(w, levels, scratch, &mut lengths);
+        let mut places = [[0; MOST]; 2];
+        let (long, short, middle) = runs(w, levels, scratch, &mut places);
         for (i, acc) in acc.chunks_mut(4).enumerate() {
             let a = a.add(4 * i * stride);
             match acc.len() {
-                4 => tile::<4>(scratch, lengths, a, stride, acc),
-                3 => tile::<3>(scratch, lengths, a, stride, acc),
-                2 => tile::<2>(scratch, lengths, a, stride, acc),
-                _ => tile::<1>(scratch, lengths, a, stride, acc),
+                4 => tile::<4>(long, short, a, stride, acc),
+                3 => tile::<3>(long, short, a, stride, acc),
+                2 => tile::<2>(long, short, a, stride, acc),
+                _ => tile::<1>(long, short, a, stride, acc),
             }
             for acc in acc {
                 add_to(acc, middle);
@@ -61,59 +72,78 @@ pub(super) unsafe fn int_block(
     }
 }
 
-/// Cuts nibble chunks into segments: in `stream` of each −64 Σ w of every lane, which its sums begin with, and its byte chunks. Returns how many nibble chunks
-/// each has, and the 64 Σ w of all.
-#[target_feature(enable = "avx2")]
-fn segments<'a>(
-    w: &[Chunk],
-    levels: &[i8; 16],
-    stream: &mut Buffer<Chunk>,
-    lengths: &'a mut [u8; INT_DEPTH / 8],
-) -> (&'a [u8], [__m256i; 2]) {
-    let (zero, one) = (_mm256_setzero_si256(), _mm256_set1_epi8(1));
-    let (table, limit) = (table(levels), _mm256_set1_epi16(LIMIT));
-    stream.resize(3 * w.len());
-    // Of the segment: where its chunks begin in the stream, Σ |w| and Σ w.
-    let (mut count, mut start, mut end) = (0, 0, 0);
-    let (mut sizes, mut sums, mut middle) = ([zero; 2], [zero; 2], [zero; 2]);
-    for chunk in w {
-        fetch_ahead(chunk);
-        let quads = unpack(chunk, table);
-        let (mut joined, mut own, mut sum) = (sizes, [zero; 2], [zero; 2]);
-        for h in 0..2 {
-            for quad in quads {
-                own[h] = _mm256_add_epi16(own[h], _mm256_maddubs_epi16(_mm256_abs_epi8(quad[h]), one));
-                sum[h] = _mm256_add_epi16(sum[h], _mm256_maddubs_epi16(one, quad[h]));
-            }
-            joined[h] = _mm256_add_epi16(sizes[h], own[h]);
-        }
-        let over =
-            _mm256_or_si256(_mm256_cmpgt_epi16(joined[0], limit), _mm256_cmpgt_epi16(joined[1], limit));
-        if count == 0 || _mm256_movemask_epi8(over) != 0 {
-            if count > 0 {
-                close(&mut stream[start], sums, &mut middle);
-            }
-            (count, start, end) = (count + 1, end, end + 1);
-            (sizes, sums) = (own, sum);
-        } else {
-            sizes = joined;
-            sums = [_mm256_add_epi16(sums[0], sum[0]), _mm256_add_epi16(sums[1], sum[1])];
-        }
-        lengths[count - 1] += 1;
-        for quad in quads {
-            store(&mut stream[end], quad);
-            end += 1;
-        }
-    }
-    if count > 0 {
-        close(&mut stream[start], sums, &mut middle);
-    }
-    (&lengths[..count], middle)
+/// Rows up to which nibbles are looked up for every four of them.
+const FEW: usize = 8;
+
+/// Runs of Q quads: of each −64 Σ w of every lane, which its sums begin with, and its byte chunks.
+#[derive(Clone, Copy)]
+struct Runs<'a, const Q: usize> {
+    stream: &'a [Chunk],
+    /// Their first nibble chunks.
+    places: &'a [u8],
 }
 
-/// Writes what a segment's sums begin with; its 64 Σ w, which they lack then, are added to `middle`.
+/// Cuts nibble chunks into long and short runs. Returns the 64 Σ w of all, too.
 #[target_feature(enable = "avx2")]
-fn close(to: &mut Chunk, sums: [__m256i; 2], middle: &mut [__m256i; 2]) {
+fn runs<'a>(
+    w: &[Chunk],
+    levels: &[i8; 16],
+    scratch: &'a mut Buffer<Chunk>,
+    places: &'a mut [[u8; MOST]; 2],
+) -> (Runs<'a, LONG>, Runs<'a, SHORT>, [__m256i; 2]) {
+    let (table, limit) = (table(levels), _mm256_set1_epi16(LIMIT));
+    let longest = w.len() / 2 * (1 + LONG);
+    scratch.resize(longest + w.len() * (1 + SHORT));
+    let (long, short) = scratch.split_at_mut(longest);
+    let [long_places, short_places] = places;
+    let (mut longs, mut shorts, mut middle) = (0, 0, [_mm256_setzero_si256(); 2]);
+    for (i, pair) in w.chunks(2).enumerate() {
+        let mut quads = [[[_mm256_setzero_si256(); 2]; SHORT]; 2];
+        let mut sums = [[_mm256_setzero_si256(); 2]; 2];
+        let mut sizes = [_mm256_setzero_si256(); 2];
+        for (c, chunk) in pair.iter().enumerate() {
+            fetch_ahead(chunk);
+            quads[c] = unpack(chunk, table);
+            for h in 0..2 {
+                for quad in quads[c] {
+                    let one = _mm256_set1_epi8(1);
+                    sums[c][h] = _mm256_add_epi16(sums[c][h], _mm256_maddubs_epi16(one, quad[h]));
+                    let size = _mm256_maddubs_epi16(_mm256_abs_epi8(quad[h]), one);
+                    sizes[h] = _mm256_add_epi16(sizes[h], size);
+                }
+            }
+        }
+        let [a, b] = sizes;
+        let over = _mm256_or_si256(_mm256_cmpgt_epi16(a, limit), _mm256_cmpgt_epi16(b, limit));
+        if pair.len() == 2 && _mm256_movemask_epi8(over) == 0 {
+            let to = &mut long[longs * (1 + LONG)..][..1 + LONG];
+            let [first, second] = sums;
+            let both = [_mm256_add_epi16(first[0], second[0]), _mm256_add_epi16(first[1], second[1])];
+            begin(&mut to[0], both, &mut middle);
+            for (to, quad) in to[1..].iter_mut().zip(quads.as_flattened()) {
+                store(to, *quad);
+            }
+            long_places[longs] = 2 * i as u8;
+            longs += 1;
+        } else {
+            for c in 0..pair.len() {
+                let to = &mut short[shorts * (1 + SHORT)..][..1 + SHORT];
+                begin(&mut to[0], sums[c], &mut middle);
+                for (to, quad) in to[1..].iter_mut().zip(quads[c]) {
+                    store(to, quad);
+                }
+                short_places[shorts] = (2 * i + c) as u8;
+                shorts += 1;
+            }
+        }
+    }
+    let long = Runs { stream: &long[..longs * (1 + LONG)], places: &long_places[..longs] };
+    (long, Runs { stream: &short[..shorts * (1 + SHORT)], places: &short_places[..shorts] }, middle)
+}
+
+/// Writes what a run's sums begin with; its 64 Σ w, which they lack then, are added to `middle`.
+#[target_feature(enable = "avx2")]
+fn begin(to: &mut Chunk, sums: [__m256i; 2], middle: &mut [__m256i; 2]) {
     let mut begin = [_mm256_setzero_si256(); 2];
     for h in 0..2 {
         let lacks = _mm256_slli_epi16::<MIDDLE>(sums[h]);
@@ -132,30 +162,42 @@ fn store(chunk: &mut Chunk, v: [__m256i; 2]) {
     }
 }
 
-/// Products with what [`segments`] made, less 64 Σ w.
+/// Products with what [`runs`] made, less 64 Σ w.
 #[target_feature(enable = "avx2")]
 unsafe fn tile<const R: usize>(
-    mut stream: &[Chunk],
-    lengths: &[u8],
-    mut a: *const u8,
+    long: Runs<LONG>,
+    short: Runs<SHORT>,
+    a: *const u8,
+    stride: usize,
+    acc: &mut [[i32; PANEL]],
+) {
+    // SAFETY: forwarded.
+    unsafe {
+        add_runs::<R, LONG>(long, a, stride, acc);
+        add_runs::<R, SHORT>(short, a, stride, acc);
+    }
+}
+
+#[inline]
+#[target_feature(enable = "avx2")]
+unsafe fn add_runs<const R: usize, const Q: usize>(
+    runs: Runs<Q>,
+    a: *const u8,
     stride: usize,
     acc: &mut [[i32; PANEL]],
 ) {
     let ones = _mm256_set1_epi16(1);
-    for &length in lengths {
-        let (segment, rest) = stream.split_at(1 + 2 * usize::from(length));
-        stream = rest;
-        let mut sum = [load(&segment[0]); R];
-        for chunk in &segment[1..] {
-            let w = load(chunk);
+    for (run, &place) in runs.stream.chunks_exact(1 + Q).zip(runs.places) {
+        let mut sum = [load(&run[0]); R];
+        for q in 0..Q {
+            let w = load(&run[1 + q]);
             for r in 0..R {
-                // SAFETY: the row has as many quads as there are byte chunks.
-                let x = unsafe { quad(a.add(r * stride)) };
+                // SAFETY: the row has as many quads as there are byte chunks, and the run's start at its place.
+                let x = unsafe { quad(a.add(r * stride + 8 * usize::from(place) + 4 * q)) };
                 for h in 0..2 {
                     sum[r][h] = _mm256_add_epi16(sum[r][h], _mm256_maddubs_epi16(x, w[h]));
                 }
             }
-            a = a.wrapping_add(4);
         }
         for r in 0..R {
             let [a, b] = sum[r];
