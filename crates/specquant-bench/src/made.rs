@@ -2,8 +2,8 @@
 
 use half::f16;
 use specquant_kernels::{
-    Basis, BranchCoeffs, GAUSSIAN_LEVELS, KernelError, PackedDense, PackedWeights, Reflections, fourier_rows,
-    nearest_levels,
+    Basis, BranchCoeffs, GAUSSIAN_LEVELS, KernelError, NEAREST_LEVEL, PackedDense, PackedWeights,
+    Reflections, fourier_rows,
 };
 use specquant_model::{
     Branch, DenseLinear, DenseWeight, Error, InputTransform, Kept, Levels, Linear, QuantLinear, Result,
@@ -36,9 +36,6 @@ fn named(cause: KernelError) -> Error {
     Error::Kernel { name: "a made-up layer".to_owned(), cause }
 }
 
-/// Of every i8 from the least on, the number of the level nearest to it.
-const NEAREST: [u8; 256] = nearest_levels(&GAUSSIAN_LEVELS, i8::MIN as i32);
-
 /// Codes of `bits` bits, `[out, inp]`, a scale a channel.
 pub(crate) fn weights(
     noise: &mut Noise,
@@ -51,9 +48,9 @@ pub(crate) fn weights(
     let packed = if levels == Levels::Gaussian {
         // The outermost level stands for 2.73 standard deviations.
         let unit = f32::from(GAUSSIAN_LEVELS[15]) / 2.73;
-        let nearest =
-            |v: f32| GAUSSIAN_LEVELS[usize::from(NEAREST[usize::from((v * unit) as i8 as u8 ^ 128)])];
-        let codes: Vec<i8> = (0..out * inp).map(|_| nearest(noise.gaussian())).collect();
+        let codes =
+            (0..out * inp).map(|_| NEAREST_LEVEL[((noise.gaussian() * unit) as i8 as i32 + 128) as usize]);
+        let codes: Vec<i8> = codes.collect();
         PackedWeights::pack_levels(&codes, &scales, out, inp, inp, &GAUSSIAN_LEVELS)
     } else {
         let codes: Vec<i8> = (0..out * inp).map(|_| noise.bits() as i8 >> (8 - bits)).collect();

@@ -9,9 +9,6 @@
 use specquant_kernels::*;
 use std::time::{Duration, Instant};
 
-/// Of every i8 from the least on, the number of the level nearest to it.
-const NEAREST: [u8; 256] = nearest_levels(&GAUSSIAN_LEVELS, i8::MIN as i32);
-
 /// Shortest time of one call, in seconds.
 fn best(mut f: impl FnMut()) -> f64 {
     f();
@@ -45,7 +42,7 @@ fn main() {
         // Levels as often as a Gaussian has them: a sum of four evenly spread numbers is nearly one, the outermost level 2.73 standard deviations.
         let mut level = || {
             let sum: f32 = (0..4).map(|_| float()).sum();
-            GAUSSIAN_LEVELS[usize::from(NEAREST[((sum / 1.155 * 127. / 2.73) as i8 as u8 ^ 128) as usize])]
+            NEAREST_LEVEL[((sum / 1.155 * 127. / 2.73) as i8 as i32 + 128) as usize]
         };
         let codes: Vec<i8> = (0..out * inp).map(|_| level()).collect();
         let scales = vec![0.01; out];

@@ -33,7 +33,7 @@ pub const GAUSSIAN_LEVELS: [i8; 16] =
     [-127, -96, -75, -58, -44, -31, -18, -6, 6, 18, 31, 44, 58, 75, 96, 127];
 
 /// For every number from `first` on, the number of the level nearest to it; half-way the one away from zero.
-pub const fn nearest_levels<const N: usize>(levels: &[i8; 16], first: i32) -> [u8; N] {
+pub(crate) const fn nearest_levels<const N: usize>(levels: &[i8; 16], first: i32) -> [u8; N] {
     let mut nearest = [0; N];
     let mut at = 0;
     while at < N {
@@ -51,6 +51,16 @@ pub const fn nearest_levels<const N: usize>(levels: &[i8; 16], first: i32) -> [u
     }
     nearest
 }
+
+/// For every number of −128 to 127, the nearest of [`GAUSSIAN_LEVELS`]; zero, half-way between two levels, becomes the negative one.
+pub const NEAREST_LEVEL: [i8; 256] = {
+    let (numbers, mut levels, mut i) = (nearest_levels::<256>(&GAUSSIAN_LEVELS, -128), [0; 256], 0);
+    while i < levels.len() {
+        levels[i] = GAUSSIAN_LEVELS[numbers[i] as usize];
+        i += 1;
+    }
+    levels
+};
 
 /// Weight matrix `[out, in]` of signed integer codes with one scale per output channel and group of inputs.
 #[derive(Debug, Clone, PartialEq)]

@@ -135,6 +135,15 @@ pub(super) fn load(chunk: &Chunk) -> [__m256i; 2] {
     }
 }
 
+#[target_feature(enable = "avx2")]
+fn store_chunk(chunk: &mut Chunk, v: [__m256i; 2]) {
+    // SAFETY: a chunk is 64 aligned bytes.
+    unsafe {
+        _mm256_store_si256(chunk.0.as_mut_ptr().cast(), v[0]);
+        _mm256_store_si256(chunk.0.as_mut_ptr().add(32).cast(), v[1]);
+    }
+}
+
 /// Bytes of weights that are fetched before they are used: the processor's own prefetching stops at every page.
 const AHEAD: usize = 4096;
 
@@ -174,11 +183,7 @@ pub(super) fn expand(w: &[Chunk], levels: &[i8; 16], bytes: &mut Buffer<Chunk>) 
     for (chunk, pair) in w.iter().zip(bytes.as_chunks_mut::<2>().0) {
         fetch_ahead(chunk);
         for (quad, to) in unpack(chunk, table).into_iter().zip(pair) {
-            // SAFETY: a chunk is 64 aligned bytes.
-            unsafe {
-                _mm256_store_si256(to.0.as_mut_ptr().cast(), quad[0]);
-                _mm256_store_si256(to.0.as_mut_ptr().add(32).cast(), quad[1]);
-            }
+            store_chunk(to, quad);
         }
     }
 }
@@ -210,23 +215,37 @@ unsafe fn narrow<const R: usize>(
     steps: usize,
     acc: &mut [[i32; PANEL]],
 ) {
-    let ones = _mm256_set1_epi16(1);
     for (s, part) in w.chunks(steps).enumerate() {
-        let mut sum = [[_mm256_setzero_si256(); 2]; R];
-        for (q, chunk) in part.iter().enumerate() {
-            let w = load(chunk);
-            for r in 0..R {
-                // SAFETY: the row has as many quads as there are chunks.
-                let x = unsafe { quad(a.add(r * stride + 4 * (s * steps + q))) };
-                for h in 0..2 {
-                    sum[r][h] = _mm256_add_epi16(sum[r][h], _mm256_maddubs_epi16(x, w[h]));
-                }
+        // SAFETY: forwarded; the part's quads start 4 · steps · s codes on.
+        unsafe { add_quads::<R>([_mm256_setzero_si256(); 2], part, a.add(4 * steps * s), stride, acc) };
+    }
+}
+
+/// Byte chunks whose sums, from `begin` on, are i16 in the end.
+#[inline]
+#[target_feature(enable = "avx2")]
+unsafe fn add_quads<const R: usize>(
+    begin: [__m256i; 2],
+    w: &[Chunk],
+    a: *const u8,
+    stride: usize,
+    acc: &mut [[i32; PANEL]],
+) {
+    let ones = _mm256_set1_epi16(1);
+    let mut sum = [begin; R];
+    for (q, chunk) in w.iter().enumerate() {
+        let w = load(chunk);
+        for r in 0..R {
+            // SAFETY: the row has as many quads as there are chunks.
+            let x = unsafe { quad(a.add(r * stride + 4 * q)) };
+            for h in 0..2 {
+                sum[r][h] = _mm256_add_epi16(sum[r][h], _mm256_maddubs_epi16(x, w[h]));
             }
         }
-        for r in 0..R {
-            let [a, b] = sum[r];
-            add_to(&mut acc[r], [_mm256_madd_epi16(a, ones), _mm256_madd_epi16(b, ones)]);
-        }
+    }
+    for r in 0..R {
+        let [a, b] = sum[r];
+        add_to(&mut acc[r], [_mm256_madd_epi16(a, ones), _mm256_madd_epi16(b, ones)]);
     }
 }
 

@@ -16,7 +16,7 @@ mod output_clip;
 mod rtn;
 mod scales;
 
-use specquant_kernels::{GAUSSIAN_LEVELS, nearest_levels};
+use specquant_kernels::NEAREST_LEVEL;
 
 pub use gptq::*;
 pub use hessian::*;
@@ -63,18 +63,7 @@ fn limit(x: f32, low: f32, high: f32) -> f32 {
     if x < high { x } else { high }
 }
 
-/// For every number of −128 to 127, the nearest of [`GAUSSIAN_LEVELS`]. A weight is rounded in two steps, to whole units and then by this table; zero,
-/// half-way between two levels, becomes the negative one.
-const NEAREST_LEVEL: [i8; 256] = {
-    let (numbers, mut levels, mut i) = (nearest_levels::<256>(&GAUSSIAN_LEVELS, -128), [0; 256], 0);
-    while i < levels.len() {
-        levels[i] = GAUSSIAN_LEVELS[numbers[i] as usize];
-        i += 1;
-    }
-    levels
-};
-
-/// The level nearest to a code of −128 to 127.
+/// The level nearest to a code of −128 to 127: a weight is rounded in two steps, to whole units and then by a table.
 #[inline(always)]
 fn nearest_level(code: f32) -> f32 {
     f32::from(NEAREST_LEVEL[(code as i32 + 128) as usize & 255])

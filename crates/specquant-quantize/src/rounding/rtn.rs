@@ -90,7 +90,8 @@ mod tests {
     /// Levels for a Gaussian: what rounding and GPTQ return are levels, and of Gaussian weights they leave less error than even steps.
     #[test]
     fn gaussian_levels() {
-        use super::super::{GAUSSIAN_LEVELS, GptqConfig, Hessian, factorize, gptq, testing::correlated};
+        use super::super::{GptqConfig, Hessian, factorize, gptq, testing::correlated};
+        use specquant_kernels::GAUSSIAN_LEVELS;
         let (out, inp) = (40, 256);
         let w = gaussian(out * inp, 1);
         let mut hessian = Hessian::new(inp);

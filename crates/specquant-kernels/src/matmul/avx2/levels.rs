@@ -5,7 +5,7 @@
 //! runs of four quads of Gaussian weights. So a block is cut into long runs and short ones, which are only then widened, all long ones first: in the order in
 //! which they lie the processor would guess wrong at every fifth. The 64 Σ w go back in at the end, once for every channel.
 
-use super::{add_to, fetch_ahead, load, quad, table, unpack};
+use super::{add_quads, add_to, fetch_ahead, load, quad, store_chunk, table, unpack};
 use crate::Buffer;
 use crate::matmul::INT_DEPTH;
 use crate::weights::{Chunk, PANEL};
@@ -22,6 +22,9 @@ const LONG: usize = 4;
 const SHORT: usize = 2;
 /// Nibble chunks of a block at most.
 const MOST: usize = INT_DEPTH / 8;
+
+/// Rows up to which nibbles are looked up for every four of them: to cut a block into runs takes as long as to multiply it with some rows.
+const FEW: usize = 8;
 
 /// Whether codes up to `a_max` and weights up to `w_max` are what this file multiplies.
 pub(super) fn fits(a_max: i32, w_max: i32) -> bool {
@@ -72,9 +75,6 @@ pub(super) unsafe fn int_block(
     }
 }
 
-/// Rows up to which nibbles are looked up for every four of them.
-const FEW: usize = 8;
-
 /// Runs of Q quads: of each −64 Σ w of every lane, which its sums begin with, and its byte chunks.
 #[derive(Clone, Copy)]
 struct Runs<'a, const Q: usize> {
@@ -121,7 +121,7 @@ fn runs<'a>(
             let both = [_mm256_add_epi16(first[0], second[0]), _mm256_add_epi16(first[1], second[1])];
             begin(&mut to[0], both, &mut middle);
             for (to, quad) in to[1..].iter_mut().zip(quads.as_flattened()) {
-                store(to, *quad);
+                store_chunk(to, *quad);
             }
             long_places[longs] = 2 * i as u8;
             longs += 1;
@@ -130,7 +130,7 @@ fn runs<'a>(
                 let to = &mut short[shorts * (1 + SHORT)..][..1 + SHORT];
                 begin(&mut to[0], sums[c], &mut middle);
                 for (to, quad) in to[1..].iter_mut().zip(quads[c]) {
-                    store(to, quad);
+                    store_chunk(to, quad);
                 }
                 short_places[shorts] = (2 * i + c) as u8;
                 shorts += 1;
@@ -150,16 +150,7 @@ fn begin(to: &mut Chunk, sums: [__m256i; 2], middle: &mut [__m256i; 2]) {
         begin[h] = _mm256_sub_epi16(begin[h], lacks);
         middle[h] = _mm256_add_epi32(middle[h], _mm256_madd_epi16(lacks, _mm256_set1_epi16(1)));
     }
-    store(to, begin);
-}
-
-#[target_feature(enable = "avx2")]
-fn store(chunk: &mut Chunk, v: [__m256i; 2]) {
-    // SAFETY: a chunk is 64 aligned bytes.
-    unsafe {
-        _mm256_store_si256(chunk.0.as_mut_ptr().cast(), v[0]);
-        _mm256_store_si256(chunk.0.as_mut_ptr().add(32).cast(), v[1]);
-    }
+    store_chunk(to, begin);
 }
 
 /// Products with what [`runs`] made, less 64 Σ w.
@@ -186,23 +177,9 @@ unsafe fn add_runs<const R: usize, const Q: usize>(
     stride: usize,
     acc: &mut [[i32; PANEL]],
 ) {
-    let ones = _mm256_set1_epi16(1);
     for (run, &place) in runs.stream.chunks_exact(1 + Q).zip(runs.places) {
-        let mut sum = [load(&run[0]); R];
-        for q in 0..Q {
-            let w = load(&run[1 + q]);
-            for r in 0..R {
-                // SAFETY: the row has as many quads as there are byte chunks, and the run's start at its place.
-                let x = unsafe { quad(a.add(r * stride + 8 * usize::from(place) + 4 * q)) };
-                for h in 0..2 {
-                    sum[r][h] = _mm256_add_epi16(sum[r][h], _mm256_maddubs_epi16(x, w[h]));
-                }
-            }
-        }
-        for r in 0..R {
-            let [a, b] = sum[r];
-            add_to(&mut acc[r], [_mm256_madd_epi16(a, ones), _mm256_madd_epi16(b, ones)]);
-        }
+        // SAFETY: forwarded; the run's quads start at its place.
+        unsafe { add_quads::<R>(load(&run[0]), &run[1..], a.add(8 * usize::from(place)), stride, acc) };
     }
 }
 
