@@ -7,7 +7,9 @@ use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::path::{Path, PathBuf};
 
 use specquant_model::Source;
-use specquant_quantize::{BUILT_IN, Destination, Error, Learn, Recipe, Unfinished, run};
+#[cfg(feature = "learn")]
+use specquant_quantize::Learn;
+use specquant_quantize::{BUILT_IN, Destination, Error, Recipe, Unfinished, run};
 
 fn tiny(name: &str) -> Source {
     let golden = Path::new(env!("CARGO_MANIFEST_DIR")).join("../../../shared/golden/tiny");
