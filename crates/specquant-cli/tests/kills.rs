@@ -117,7 +117,10 @@ fn killed_at_random_moments() {
             }
         }
         if !out.exists() || out.join(".specquant-unfinished").exists() {
-            assert!(runs.command(&out, &["--resume"]).status().unwrap().success());
+            let output = runs.command(&out, &["--resume"]).output().unwrap();
+            let message = String::from_utf8_lossy(&output.stderr);
+            // Only in the very last moment nothing is left that tells whose the checkpoint is.
+            assert!(output.status.success() || message.contains("nothing is left to resume"), "{message}");
         }
         assert_same(&out, &whole);
         assert!(!partial(&out).exists());
@@ -179,6 +182,38 @@ fn signals_locks_and_changes() {
     assert_same(&out, &whole);
     let message = refused(&["--resume"]);
     assert!(message.contains("nothing is left to resume"), "{message}");
+}
+
+/// Killed when the checkpoint has its name and holds the state still: the same run tidies up, and another leaves everything as it is.
+#[test]
+fn killed_behind_the_rename() {
+    let runs = Runs::new();
+    let (whole, _) = runs.whole();
+    let out = runs.lab.out("named");
+    let mut child = runs.command(&out, &[]).spawn().unwrap();
+    wait_for_progress(&out);
+    child.kill().unwrap();
+    child.wait().unwrap();
+    let reached = fs::read(progress(&out)).unwrap();
+    assert!(runs.command(&out, &["--resume"]).status().unwrap().success());
+    let state = out.join(".specquant-unfinished");
+    fs::create_dir(&state).unwrap();
+    fs::write(state.join("progress.json"), &reached).unwrap();
+    let output = |flags: &[&str]| {
+        let output = runs.command(&out, flags).output().unwrap();
+        (output.status.code(), String::from_utf8(output.stderr).unwrap())
+    };
+    let (code, message) = output(&["--resume", "--seed", "5"]);
+    assert!(code == Some(2) && message.contains("nothing is left to resume"), "{message}");
+    assert!(state.join("progress.json").exists());
+    let (code, message) = output(&["--resume"]);
+    assert_eq!(code, Some(0), "{message}");
+    assert_same(&out, &whole);
+    // In the very last moment an empty directory is all that is left.
+    fs::create_dir(&state).unwrap();
+    let (code, message) = output(&["--resume"]);
+    assert!(code == Some(2) && message.contains("nothing is left to resume"), "{message}");
+    assert_same(&out, &whole);
 }
 
 /// A file that may not grow further is how a full disk looks to the one who writes.

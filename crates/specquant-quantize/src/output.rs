@@ -11,7 +11,7 @@ use safetensors::tensor::TensorView;
 use serde_json::{Map, Value, json};
 use specquant_model::{StoredTensor, sha256};
 
-use crate::progress::{Named, PART, Progress, STATE, differing, flush, remove_others, unwritten};
+use crate::progress::{FILE, Named, PART, Progress, STATE, differing, flush, remove_others, unwritten};
 use crate::{Error, Result};
 
 /// Where a checkpoint goes, and what becomes of what lies there.
@@ -105,6 +105,8 @@ impl Claim {
         // With the lock: a run that has just finished has its name by now.
         if destination.path.symlink_metadata().is_ok() {
             if !destination.overwrite {
+                // Empty, it is all that a run left which was killed in its last moment.
+                let _ = fs::remove_dir(destination.path.join(STATE));
                 let why = match destination.unfinished {
                     Unfinished::Resume => "is complete; nothing is left to resume",
                     _ => "exists already; choose another -o, or add --overwrite to replace it",
@@ -393,10 +395,7 @@ impl Output {
             return Err(moved(e));
         }
         self.claim.finished = true;
-        let _ = fs::remove_dir_all(destination.join(STATE));
-        if self.destination.overwrite {
-            let _ = if old.is_dir() { fs::remove_dir_all(&old) } else { fs::remove_file(&old) };
-        }
+        tidy(&self.destination, &old);
         // The rename itself lasts once the directory that holds it is on disk; not every file system can do that.
         if let Some(parent) = destination.parent() {
             let parent = if parent.as_os_str().is_empty() { Path::new(".") } else { parent };
@@ -434,16 +433,29 @@ pub(crate) fn tensors(bytes: &[u8]) -> std::result::Result<Vec<StoredTensor>, St
     Ok(tensors)
 }
 
+/// What is left to be done when the checkpoint has its name. What says that it may be undone goes last.
+fn tidy(destination: &Destination, old: &Path) {
+    let state = destination.path.join(STATE);
+    let _ = remove_others(&state, &[FILE]).and_then(|()| remove_others(&state, &[]));
+    let _ = fs::remove_dir(&state);
+    if destination.overwrite {
+        let _ = if old.is_dir() { fs::remove_dir_all(old) } else { fs::remove_file(old) };
+    }
+}
+
+/// Whether a run was killed after its checkpoint had got its name, and this one is to continue it.
+fn is_untidy(destination: &Destination) -> bool {
+    destination.unfinished == Unfinished::Resume && Progress::exists(&destination.path)
+}
+
 /// Whether this very run was killed after its checkpoint had got its name; then what is left to be done is done.
 pub(crate) fn finished(destination: &Destination, identity: &Map<String, Value>) -> Result<bool> {
-    let path = &destination.path;
-    let found = match destination.unfinished {
-        Unfinished::Resume if path.join(STATE).is_dir() => Progress::read(path)?,
-        _ => None,
-    };
-    let finished = found.is_some_and(|found| found.identity == *identity);
+    if !is_untidy(destination) {
+        return Ok(false);
+    }
+    let finished = Progress::read(&destination.path)?.is_some_and(|found| found.identity == *identity);
     if finished {
-        let _ = fs::remove_dir_all(path.join(STATE));
+        tidy(destination, &replaced_name(&destination.partial()?));
     }
     Ok(finished)
 }
@@ -453,7 +465,8 @@ pub(crate) fn finished(destination: &Destination, identity: &Map<String, Value>)
 /// # Errors
 /// As [`run`](crate::run) would report it.
 pub fn check_output(destination: &Destination) -> Result<()> {
-    Claim::new(destination).map(drop)
+    // Whether that was this run, `finished` will see.
+    if is_untidy(destination) { Ok(()) } else { Claim::new(destination).map(drop) }
 }
 
 /// Where a replaced checkpoint waits until the new one has its name.

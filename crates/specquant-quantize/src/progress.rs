@@ -23,7 +23,7 @@ use crate::{Error, Result};
 
 /// Tells an unfinished checkpoint of ours from somebody's directory of that name.
 pub(crate) const STATE: &str = ".specquant-unfinished";
-const FILE: &str = "progress.json";
+pub(crate) const FILE: &str = "progress.json";
 /// In the names of the second and further files of a shard.
 pub(crate) const PART: &str = ".part";
 
