@@ -19,6 +19,8 @@ fn features() -> Vec<(&'static str, bool)> {
         ("avxvnni", is_x86_feature_detected!("avxvnni")),
         ("avx512f", is_x86_feature_detected!("avx512f")),
         ("avx512vnni", is_x86_feature_detected!("avx512vnni")),
+        // Std cannot ask for it yet.
+        ("amx-int8", Isa::available().contains(&Isa::AmxInt8)),
     ];
     #[cfg(target_arch = "aarch64")]
     return vec![("dotprod", std::arch::is_aarch64_feature_detected!("dotprod"))];

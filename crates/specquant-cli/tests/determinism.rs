@@ -14,7 +14,7 @@ fn threads_instruction_sets_and_repetition_change_no_byte() {
     let there =
         |isa: &&str| specquant().env("SPECQUANT_ISA", isa).arg("doctor").output().unwrap().status.success();
     let isas: Vec<&str> =
-        ["scalar", "neondot", "avx2", "avxvnni", "avx512vnni"].into_iter().filter(there).collect();
+        ["scalar", "neondot", "avx2", "avxvnni", "avx512vnni", "amxint8"].into_iter().filter(there).collect();
     println!("{isas:?}");
     let mut differences = Vec::new();
     for recipe in ["rtn", "gptq", "specquant", "spectral", "quarot", "svdquant"] {

@@ -7,7 +7,7 @@ use crate::Isa;
 #[cfg(target_arch = "aarch64")]
 use crate::isa::NeonDot;
 #[cfg(target_arch = "x86_64")]
-use crate::isa::{Avx2, Avx512Vnni, AvxVnni};
+use crate::isa::{AmxInt8, Avx2, Avx512Vnni, AvxVnni};
 use crate::isa::{Scalar, with_every_token};
 use std::hint::black_box;
 use std::sync::Barrier;
@@ -24,7 +24,7 @@ pub struct Ceilings {
     /// Threads of the figures without `_single`.
     pub threads: usize,
     /// 8-bit multiply-accumulates in 10⁹ operations a second. AVX2: `vpmaddubsw` + `vpaddw`, what the 4-bit kernel consists
-    /// of; AVX-512: `vpdpbusd`.
+    /// of; AVX-512: `vpdpbusd`; AMX: `tdpbusd`.
     pub int8_gops: f64,
     /// [`int8_gops`](Self::int8_gops) of one thread.
     pub int8_gops_single: f64,
@@ -175,6 +175,17 @@ impl Loops for AvxVnni {
 
     fn float(self, rounds: usize) -> f64 {
         self.avx2.float(rounds)
+    }
+}
+
+#[cfg(target_arch = "x86_64")]
+impl Loops for AmxInt8 {
+    fn int8(self, rounds: usize) -> f64 {
+        crate::matmul::tile_loop(self, rounds)
+    }
+
+    fn float(self, rounds: usize) -> f64 {
+        self.avx512.float(rounds)
     }
 }
 

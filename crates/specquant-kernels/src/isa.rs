@@ -1,6 +1,6 @@
 //! Which instruction sets this machine has, and which one the kernels use.
 //!
-//! Every instruction set has a token type ([`Scalar`], `NeonDot`, `Avx2`, `AvxVnni`, `Avx512Vnni`) whose `new` answers `None` on a machine without
+//! Every instruction set has a token type ([`Scalar`], `NeonDot`, `Avx2`, `AvxVnni`, `Avx512Vnni`, `AmxInt8`) whose `new` answers `None` on a machine without
 //! it. Kernels are methods of tokens, so that a kernel for an absent instruction set cannot be called.
 
 use std::sync::OnceLock;
@@ -18,11 +18,15 @@ pub enum Isa {
     AvxVnni,
     /// x86-64 with AVX-512 F, BW, DQ, VL and VNNI (`vpdpbusd`), and everything that [`Isa::Avx2`] asks for.
     Avx512Vnni,
+    /// [`Isa::Avx512Vnni`] with AMX's tiles of 8-bit integers (`tdpbusd`), which integer products of more than a few tokens use: Intel's server
+    /// processors from Sapphire Rapids on, under Linux.
+    AmxInt8,
 }
 
 impl Isa {
     /// Every instruction set the code is written for, worst first.
-    pub const ALL: [Isa; 5] = [Isa::Scalar, Isa::NeonDot, Isa::Avx2, Isa::AvxVnni, Isa::Avx512Vnni];
+    pub const ALL: [Isa; 6] =
+        [Isa::Scalar, Isa::NeonDot, Isa::Avx2, Isa::AvxVnni, Isa::Avx512Vnni, Isa::AmxInt8];
 
     /// The instruction sets of this machine, worst first; [`Isa::Scalar`] is always there.
     pub fn available() -> Vec<Isa> {
@@ -30,7 +34,7 @@ impl Isa {
     }
 
     /// The instruction set that the kernels use: the best one, or the one that the environment variable `SPECQUANT_ISA` names
-    /// (`scalar`, `neondot`, `avx2`, `avxvnni` or `avx512vnni`). A name that is unknown, or whose instruction set is absent, counts for nothing.
+    /// (`scalar`, `neondot`, `avx2`, `avxvnni`, `avx512vnni` or `amxint8`). A name that is unknown, or whose instruction set is absent, counts for nothing.
     /// Read once.
     pub fn active() -> Isa {
         static ACTIVE: OnceLock<Isa> = OnceLock::new();
@@ -45,6 +49,16 @@ impl Isa {
             Isa::Avx2 => "avx2",
             Isa::AvxVnni => "avxvnni",
             Isa::Avx512Vnni => "avx512vnni",
+            Isa::AmxInt8 => "amxint8",
+        }
+    }
+
+    /// The one whose kernels everything but integer products uses: what floats are computed with.
+    pub fn vectors(self) -> Isa {
+        match self {
+            Isa::Scalar | Isa::NeonDot => Isa::Scalar,
+            Isa::Avx2 | Isa::AvxVnni => Isa::Avx2,
+            Isa::Avx512Vnni | Isa::AmxInt8 => Isa::Avx512Vnni,
         }
     }
 
@@ -57,6 +71,8 @@ impl Isa {
             Isa::AvxVnni => AvxVnni::new().is_some(),
             #[cfg(target_arch = "x86_64")]
             Isa::Avx512Vnni => Avx512Vnni::new().is_some(),
+            #[cfg(target_arch = "x86_64")]
+            Isa::AmxInt8 => AmxInt8::new().is_some(),
             #[cfg(target_arch = "aarch64")]
             Isa::NeonDot => NeonDot::new().is_some(),
             // Another architecture's.
@@ -137,18 +153,51 @@ impl Avx512Vnni {
     }
 }
 
+/// Token of [`Isa::AmxInt8`]: proof that the machine has it, and that the system lets this process use it. What is no integer product uses `avx512`.
+#[cfg(target_arch = "x86_64")]
+#[derive(Clone, Copy)]
+pub(crate) struct AmxInt8 {
+    pub(crate) avx512: Avx512Vnni,
+}
+
+#[cfg(target_arch = "x86_64")]
+impl AmxInt8 {
+    pub(crate) fn new() -> Option<Self> {
+        static GRANTED: OnceLock<bool> = OnceLock::new();
+        Avx512Vnni::new().filter(|_| *GRANTED.get_or_init(tiles_granted)).map(|avx512| AmxInt8 { avx512 })
+    }
+}
+
+/// Whether the processor multiplies tiles of bytes, and Linux has let all threads of this process use them, now and later. It asks to be asked,
+/// for tiles make the saved state of a thread 8 kB larger (Linux, Documentation/arch/x86/xstate.rst).
+#[cfg(all(target_arch = "x86_64", target_os = "linux"))]
+fn tiles_granted() -> bool {
+    use std::arch::x86_64::{__cpuid, __cpuid_count};
+    const AMX_TILE: u32 = 1 << 24;
+    const AMX_INT8: u32 = 1 << 25;
+    const ARCH_REQ_XCOMP_PERM: libc::c_ulong = 0x1023;
+    const XFEATURE_XTILEDATA: libc::c_ulong = 18;
+    let features = if __cpuid(0).eax < 7 { 0 } else { __cpuid_count(7, 0).edx };
+    // SAFETY: the call changes nothing but what this process may use; a system that does not know it says so.
+    let ask = || unsafe { libc::syscall(libc::SYS_arch_prctl, ARCH_REQ_XCOMP_PERM, XFEATURE_XTILEDATA) };
+    features & AMX_TILE != 0 && features & AMX_INT8 != 0 && ask() == 0
+}
+
+#[cfg(all(target_arch = "x86_64", not(target_os = "linux")))]
+fn tiles_granted() -> bool {
+    false
+}
+
 /// Evaluates an expression with `$k` bound to the token of `$isa`, or to [`Scalar`] if the machine lacks it. Instruction sets that only integer
 /// products have kernels of their own for count as what they build on.
 macro_rules! with_token {
     ($isa:expr, $k:ident => $body:expr) => {{
         #[cfg(target_arch = "x86_64")]
         {
-            let isa = $isa;
+            let isa = $crate::Isa::vectors($isa);
             if let Some($k) = $crate::isa::Avx512Vnni::new().filter(|_| isa == $crate::Isa::Avx512Vnni) {
                 $body
-            } else if let Some($k) =
-                $crate::isa::Avx2::new().filter(|_| [$crate::Isa::Avx2, $crate::Isa::AvxVnni].contains(&isa))
-            {
+            } else if let Some($k) = $crate::isa::Avx2::new().filter(|_| isa == $crate::Isa::Avx2) {
                 $body
             } else {
                 let $k = $crate::isa::Scalar;
@@ -170,12 +219,27 @@ macro_rules! with_every_token {
     ($isa:expr, $k:ident => $body:expr) => {{
         let isa = $isa;
         #[cfg(target_arch = "x86_64")]
-        let own = if isa == $crate::Isa::AvxVnni { $crate::isa::AvxVnni::new() } else { None };
+        {
+            if let Some($k) = $crate::isa::AmxInt8::new().filter(|_| isa == $crate::Isa::AmxInt8) {
+                $body
+            } else if let Some($k) = $crate::isa::AvxVnni::new().filter(|_| isa == $crate::Isa::AvxVnni) {
+                $body
+            } else {
+                $crate::isa::with_token!(isa, $k => $body)
+            }
+        }
         #[cfg(target_arch = "aarch64")]
-        let own = if isa == $crate::Isa::NeonDot { $crate::isa::NeonDot::new() } else { None };
+        {
+            if let Some($k) = $crate::isa::NeonDot::new().filter(|_| isa == $crate::Isa::NeonDot) {
+                $body
+            } else {
+                $crate::isa::with_token!(isa, $k => $body)
+            }
+        }
         #[cfg(not(any(target_arch = "x86_64", target_arch = "aarch64")))]
-        let own = None::<$crate::isa::Scalar>;
-        if let Some($k) = own { $body } else { $crate::isa::with_token!(isa, $k => $body) }
+        {
+            $crate::isa::with_token!(isa, $k => $body)
+        }
     }};
 }
 pub(crate) use with_every_token;

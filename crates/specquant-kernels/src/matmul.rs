@@ -9,13 +9,17 @@
 //! ```
 //!
 //! This file cuts the product into rectangles of `y`, which threads share, and blocks of depth that fit the first cache; an
-//! instruction set's file ([`scalar`], `avx2`, `avxvnni`, `avx512`, `neon`) multiplies one block. The cuts depend on the shape alone and every
-//! float sum has a fixed order, so that results depend neither on the number of threads nor, for integer products, on the
-//! instruction set; nor does a token's result depend on the other tokens.
+//! instruction set's file ([`scalar`], `avx2`, `avxvnni`, `avx512`, `amx`, `neon`) multiplies one block. The cuts depend on the shape and the
+//! instruction set and every float sum has a fixed order, so that results depend neither on the number of threads nor, for integer products,
+//! on the instruction set; nor does a token's result depend on the other tokens.
 
 mod grid;
 mod scalar;
 
+#[cfg(target_arch = "x86_64")]
+mod amx;
+#[cfg(target_arch = "x86_64")]
+pub(crate) use amx::tile_loop;
 #[cfg(target_arch = "x86_64")]
 mod avx2;
 #[cfg(target_arch = "x86_64")]
@@ -40,8 +44,9 @@ const ROWS: usize = 96;
 const TILE_ROWS: usize = 12;
 /// Panels that an instruction set may take side by side.
 const PANELS: usize = 2;
-/// Inputs of a block: unpacked, 32 channels take 24 kB.
+/// Inputs of a block: unpacked, 32 channels take 24 kB. Blocks start at multiples of what AMX takes at once.
 const INT_DEPTH: usize = 768;
+const INT_STEP: usize = 64;
 /// Inputs of a block: 16 channels of widened weights take 8 kB.
 const FLOAT_DEPTH: usize = 128;
 
@@ -74,6 +79,10 @@ pub fn matmul_int_all<const N: usize>(products: [IntProduct; N]) {
 /// [`matmul_int_all`] on a given instruction set, for tests.
 #[doc(hidden)]
 pub fn matmul_int_with<const N: usize>(isa: Isa, products: [IntProduct; N]) {
+    with_every_token!(isa, kernel => int_products(kernel, products));
+}
+
+fn int_products<K: Kernel, const N: usize>(kernel: K, products: [IntProduct; N]) {
     let grids = products.map(|IntProduct { parts, y }| {
         let (rows, out) = parts.first().map_or((0, 0), |(a, w)| (a.rows, w.out_features()));
         for (a, w) in parts {
@@ -85,9 +94,9 @@ pub fn matmul_int_with<const N: usize>(isa: Isa, products: [IntProduct; N]) {
             assert!(a.rows == rows && w.out_features() == out, "parts of one product");
         }
         let inp = parts.iter().map(|(_, w)| w.in_features()).sum();
-        (parts, Grid::new(y, rows, out, inp))
+        (parts, Grid::new(y, [rows, out, inp], K::INT_ROWS, K::INT_TILE_ROWS))
     });
-    with_every_token!(isa, kernel => for_each_index(grids.iter().map(|(_, grid)| grid.len()).sum(), |mut i| {
+    for_each_index(grids.iter().map(|(_, grid)| grid.len()).sum(), |mut i| {
         for (parts, grid) in &grids {
             if i < grid.len() {
                 // SAFETY: every rectangle is taken once.
@@ -95,7 +104,7 @@ pub fn matmul_int_with<const N: usize>(isa: Isa, products: [IntProduct; N]) {
             }
             i -= grid.len();
         }
-    }));
+    });
 }
 
 /// Product of float activations with quantized weights, whose codes are widened to f32 (for 16-bit activations).
@@ -129,7 +138,7 @@ pub fn matmul_float_with(
     let (out, inp) = (w.out_features(), w.in_features());
     assert_eq!(x.len(), rows * inp, "x must be [rows, in]");
     assert_eq!(y.len(), rows * out, "y must be [rows, out]");
-    let grid = Grid::new(y, rows, out, inp);
+    let grid = Grid::new(y, [rows, out, inp], ROWS, TILE_ROWS);
     with_every_token!(isa, kernel => for_each_index(grid.len(), |i| {
         // SAFETY: every rectangle is taken once.
         float_rect(kernel, x, w, unsafe { grid.rect(i) }, accumulate);
@@ -172,6 +181,9 @@ fn i16_steps(a_max: i32, w_max: i32) -> usize {
 trait Kernel: Copy + Send + Sync {
     /// Panels that [`int_block`](Self::int_block) likes to have side by side, at most [`PANELS`].
     const INT_PANELS: usize = 1;
+    /// Tokens of a rectangle of an integer product at most, and of the tallest tile.
+    const INT_ROWS: usize = ROWS;
+    const INT_TILE_ROWS: usize = TILE_ROWS;
     /// Adds the block's integer products to `acc`.
     fn int_block(self, block: &IntBlock, scratch: &mut Buffer<Chunk>, acc: &mut [[i32; PANEL]]);
     /// Adds the block's float products to `acc`, inputs in ascending order.
@@ -257,7 +269,7 @@ fn int_rect<K: Kernel>(kernel: K, parts: &[(&QuantizedActs, &PackedWeights)], mu
                 Group { scale, colsum, zero }
             };
             for g in 0..w.groups() {
-                for (k, end) in blocks(g * w.group_size(), w.group_size(), INT_DEPTH) {
+                for (k, end) in blocks(g * w.group_size(), w.group_size(), INT_DEPTH, INT_STEP) {
                     let mut chunks = [&[][..]; PANELS];
                     chunks.iter_mut().zip(range.clone()).for_each(|(to, p)| *to = w.chunks(p, k, end));
                     let block = IntBlock {
@@ -300,7 +312,7 @@ fn float_rect(kernel: impl Kernel, x: &[f32], w: &PackedWeights, mut rect: Rect,
         sums.fill([0.; PANEL]);
         for g in 0..w.groups() {
             let (scale, _) = w.group(panel.start, g);
-            for (k, end) in blocks(g * w.group_size(), w.group_size(), FLOAT_DEPTH) {
+            for (k, end) in blocks(g * w.group_size(), w.group_size(), FLOAT_DEPTH, 8) {
                 let block = FloatBlock {
                     x: &x[row * stride + k..(row + rows) * stride],
                     stride,

@@ -23,12 +23,12 @@ macro_rules! twin {
                 fn avx2($($arg: $ty),*) $(-> $ret)? {
                     $body($($arg),*)
                 }
-                match $crate::Isa::active() {
+                match $crate::Isa::active().vectors() {
                     // SAFETY: an instruction set is active only on a machine that has it, and this one means AVX-512 F, BW, DQ and VL, too.
                     $crate::Isa::Avx512Vnni => return unsafe { avx512($($arg),*) },
                     // SAFETY: as above; AVX2 and FMA.
-                    $crate::Isa::Avx2 | $crate::Isa::AvxVnni => return unsafe { avx2($($arg),*) },
-                    $crate::Isa::Scalar | $crate::Isa::NeonDot => {}
+                    $crate::Isa::Avx2 => return unsafe { avx2($($arg),*) },
+                    _ => {}
                 }
             }
             $body($($arg),*)

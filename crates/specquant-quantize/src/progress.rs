@@ -65,7 +65,7 @@ pub(crate) fn identity(
     identity.insert("specquant_version".to_owned(), json!(env!("CARGO_PKG_VERSION")));
     identity.insert("format_version".to_owned(), json!(FORMAT_VERSION));
     // Sums in another order round otherwise.
-    identity.insert("kernels".to_owned(), json!(Isa::active().name()));
+    identity.insert("kernels".to_owned(), json!(Isa::active().vectors().name()));
     identity.insert("model_sha256".to_owned(), json!(source.fingerprint()?));
     identity.insert("calibration_sha256".to_owned(), json!(texts_sha256));
     // The calibration text is what it says, wherever it lies.

@@ -52,9 +52,9 @@ mod x86 {
     impl Kernel {
         /// For heads of `d` values; nothing where the processor or the width has no such code.
         pub(in crate::attention) fn new(isa: Isa, d: usize) -> Option<Self> {
-            let token = match isa {
+            let token = match isa.vectors() {
                 Isa::Avx512Vnni => Avx512Vnni::new().map(Token::Avx512Vnni),
-                Isa::Avx2 | Isa::AvxVnni => Avx2::new().map(Token::Avx2),
+                Isa::Avx2 => Avx2::new().map(Token::Avx2),
                 _ => None,
             };
             token.filter(|_| WIDTHS.contains(&d)).map(|token| Kernel { token, d })

@@ -13,7 +13,7 @@ use crate::weights::{Chunk, PANEL, UNIFORM_LEVELS};
 use std::arch::x86_64::*;
 
 /// Up to as many tokens unpack nibbles in registers: for more, unpacking once costs less.
-const FEW_ROWS: usize = 8;
+pub(super) const FEW_ROWS: usize = 8;
 /// From as many tokens on float products are this file's.
 const FLOAT_ROWS: usize = 6;
 
@@ -202,7 +202,7 @@ fn unpack(chunk: &Chunk, table: __m512i) -> [__m512i; 2] {
 
 /// Nibble chunks to twice as many byte chunks.
 #[target_feature(enable = "avx512f,avx512bw")]
-fn expand(w: &[Chunk], levels: &[i8; 16], bytes: &mut [Chunk]) {
+pub(super) fn expand(w: &[Chunk], levels: &[i8; 16], bytes: &mut [Chunk]) {
     let table = table(levels);
     for (chunk, pair) in w.iter().zip(bytes.as_chunks_mut::<2>().0) {
         fetch_ahead(chunk);

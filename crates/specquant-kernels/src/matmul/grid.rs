@@ -1,6 +1,6 @@
 //! How the output of a product is cut into rectangles, the depth into blocks.
 
-use super::{PANELS, ROWS, TILE_ROWS};
+use super::PANELS;
 use crate::parallel::Shared;
 use crate::weights::PANEL;
 use std::marker::PhantomData;
@@ -46,14 +46,14 @@ pub(super) struct Grid<'a> {
 }
 
 impl<'a> Grid<'a> {
-    /// inp: depth of the product.
-    pub(super) fn new(y: &'a mut [f32], rows: usize, out: usize, inp: usize) -> Self {
+    /// inp: depth of the product; most: rows of a rectangle at most, a multiple of those of a tile.
+    pub(super) fn new(y: &'a mut [f32], [rows, out, inp]: [usize; 3], most: usize, tile: usize) -> Self {
         assert_eq!(y.len(), rows * out, "y must be [rows, out]");
         let (start, empty) = (Shared(y.as_mut_ptr()), y.is_empty());
         if empty {
             return Grid { rows, out, high: 1, wide: 1, down: 0, across: 0, start, y: PhantomData };
         }
-        let high = rows.div_ceil(rows.div_ceil(ROWS)).next_multiple_of(TILE_ROWS);
+        let high = rows.div_ceil(rows.div_ceil(most)).next_multiple_of(tile);
         let least = GRAIN / (high.min(rows) * inp);
         let across = (out / least.max(PANELS * PANEL)).max(1);
         let wide = out.div_ceil(across).next_multiple_of(PANELS * PANEL);
@@ -77,9 +77,14 @@ impl<'a> Grid<'a> {
     }
 }
 
-/// The blocks of a group: (start, end), of `depth` inputs at most, evenly, starting at multiples of 8.
-pub(super) fn blocks(start: usize, size: usize, depth: usize) -> impl Iterator<Item = (usize, usize)> {
-    let even = size.div_ceil(size.div_ceil(depth)).next_multiple_of(8);
+/// The blocks of a group: (start, end), of `depth` inputs at most, evenly, starting at multiples of `step`, which is one of 8.
+pub(super) fn blocks(
+    start: usize,
+    size: usize,
+    depth: usize,
+    step: usize,
+) -> impl Iterator<Item = (usize, usize)> {
+    let even = size.div_ceil(size.div_ceil(depth)).next_multiple_of(step);
     (start..start + size).step_by(even).map(move |k| (k, (k + even).min(start + size)))
 }
 

@@ -85,6 +85,20 @@ fn widths_of_models() {
     check_all(&random_acts(&mut rng, 150, 128, 4), &w);
 }
 
+/// Heights and depths that fill the largest tiles, and those that leave every kind of rest.
+#[test]
+fn many_tokens() {
+    let mut rng = Lcg(7);
+    for (inp, out, group) in [(64, 32, 64), (8, 16, 8), (72, 33, 72), (1500, 48, 1500), (384, 80, 128)] {
+        for rows in [8, 9, 16, 24, 31, 32, 33, 47, 49, 64, 97, 300] {
+            for (act_bits, bits) in [(4, 4), (8, 8)] {
+                let w = random_weights(&mut rng, out, inp, bits, group);
+                check_all(&random_acts(&mut rng, rows, inp, act_bits), &w);
+            }
+        }
+    }
+}
+
 #[test]
 fn levels_are_looked_up() {
     let mut rng = Lcg(2);
@@ -115,7 +129,7 @@ fn extreme_codes_do_not_overflow() {
             let w = PackedWeights::pack(&vec![code as i8; out * inp], &vec![1.; out], out, inp, bits, inp)
                 .unwrap();
             for act_bits in 2..=8 {
-                for rows in [1, 3, 6] {
+                for rows in [1, 3, 6, 33] {
                     let top = code_max(act_bits);
                     let a = QuantizedActs {
                         rows,
