@@ -46,10 +46,15 @@ element!(i32, 0);
 element!(u8, 0);
 element!(u32, 0);
 
+/// A cache line, at which buffers of numbers begin: what crosses lines is read at half the speed, and where rows are whole lines either none
+/// of them does or all do.
+const LINE: usize = 64;
+
 /// A slice of fixed length whose memory is used again when it is dropped.
 pub struct Buffer<T: Element> {
-    /// At least `len` values; what is behind them stays, so that nothing is cleared.
+    /// At least `start + len` values; what is around them stays, so that nothing is cleared.
     memory: Vec<T>,
+    start: usize,
     len: usize,
 }
 
@@ -59,9 +64,13 @@ impl<T: Element> Buffer<T> {
         if len == 0 {
             return Buffer::default();
         }
-        let free = T::free().with_borrow_mut(|free| take(free, len));
-        let memory = free.filter(|memory| memory.len() >= len).unwrap_or_else(|| vec![T::ZERO; len]);
-        Buffer { memory, len }
+        let spare = if size_of::<T>() < LINE { LINE / size_of::<T>() } else { 0 };
+        let least = len + spare;
+        let free = T::free().with_borrow_mut(|free| take(free, least));
+        let memory = free.filter(|memory| memory.len() >= least).unwrap_or_else(|| vec![T::ZERO; least]);
+        // Miri may answer that there is no such place.
+        let start = Some(memory.as_ptr().align_offset(LINE)).filter(|start| *start <= spare).unwrap_or(0);
+        Buffer { memory, start, len }
     }
 
     /// `len` zeros.
@@ -73,7 +82,7 @@ impl<T: Element> Buffer<T> {
 
     /// Makes it `len` values, whatever they are.
     pub fn resize(&mut self, len: usize) {
-        if len > self.memory.len() {
+        if self.start + len > self.memory.len() {
             *self = Buffer::new(len);
         }
         self.len = len;
@@ -82,7 +91,8 @@ impl<T: Element> Buffer<T> {
     /// The values alone.
     pub fn into_vec(mut self) -> Vec<T> {
         let mut values = std::mem::take(&mut self.memory);
-        values.truncate(self.len);
+        values.truncate(self.start + self.len);
+        values.drain(..self.start);
         // Who keeps them keeps no more than them.
         if values.capacity() > 2 * self.len {
             values.shrink_to_fit();
@@ -138,13 +148,13 @@ impl<T: Element> Deref for Buffer<T> {
     type Target = [T];
 
     fn deref(&self) -> &[T] {
-        &self.memory[..self.len]
+        &self.memory[self.start..][..self.len]
     }
 }
 
 impl<T: Element> DerefMut for Buffer<T> {
     fn deref_mut(&mut self) -> &mut [T] {
-        &mut self.memory[..self.len]
+        &mut self.memory[self.start..][..self.len]
     }
 }
 
@@ -160,7 +170,7 @@ impl<'a, T: Element> IntoIterator for &'a Buffer<T> {
 impl<T: Element> From<Vec<T>> for Buffer<T> {
     fn from(memory: Vec<T>) -> Self {
         let len = memory.len();
-        Buffer { memory, len }
+        Buffer { memory, start: 0, len }
     }
 }
 
@@ -174,7 +184,7 @@ impl<T: Element> From<&[T]> for Buffer<T> {
 
 impl<T: Element> Default for Buffer<T> {
     fn default() -> Self {
-        Buffer { memory: Vec::new(), len: 0 }
+        Buffer { memory: Vec::new(), start: 0, len: 0 }
     }
 }
 
@@ -220,6 +230,7 @@ mod tests {
         assert_eq!((ones.clone().into_vec(), ones.len()), (vec![1; 3], 3));
         ones.resize(1000);
         assert_eq!(ones.len(), 1000);
+        assert_eq!(ones.as_ptr() as usize % LINE, 0);
     }
 
     #[test]
@@ -228,7 +239,7 @@ mod tests {
         assert_eq!(i32::free().with_borrow(|free| free.len()), 0);
         drop(Vec::from_iter((0..2 * MOST).map(|_| Buffer::<i32>::new(3))));
         assert_eq!(i32::free().with_borrow(|free| free.len()), MOST);
-        drop((Buffer::<u8>::new(SMALL), Buffer::<u8>::new(SMALL + 1)));
+        drop((Buffer::<u8>::new(SMALL - LINE), Buffer::<u8>::new(SMALL)));
         trim_buffers();
         assert_eq!(u8::free().with_borrow(|free| Vec::from_iter(free.iter().map(Vec::len))), [SMALL]);
         let whole = Buffer::<i32>::new(3).into_vec();

@@ -31,7 +31,6 @@ mod neon;
 #[cfg(target_arch = "aarch64")]
 pub(crate) use neon::dot_loop;
 
-use crate::buffer::element;
 use crate::isa::with_every_token;
 use crate::parallel::for_each_index;
 use crate::weights::{Chunk, PANEL};
@@ -258,10 +257,10 @@ struct FloatBlock<'a> {
 fn int_rect<K: Kernel>(kernel: K, parts: &[(&QuantizedActs, &PackedWeights)], mut rect: Rect) {
     let (row, rows) = (rect.row, rect.rows);
     // Of every panel that is side by side with others, a row for each of the rectangle's.
-    let (mut acc, mut sums) = (Buffer::zeros(K::INT_PANELS * rows), Buffer::default());
+    let (mut acc, mut sums) = (Buffer::zeros(K::INT_PANELS * rows * PANEL), Buffer::default());
     let mut scratch = Buffer::default();
     for (col, range) in panels(&rect, K::INT_PANELS) {
-        let acc = &mut acc[..range.len() * rows];
+        let acc = &mut acc.as_chunks_mut::<PANEL>().0[..range.len() * rows];
         for (i, (a, w)) in parts.iter().enumerate() {
             let (scale, zero) = (&a.scale[row..][..rows], &a.zero[row..][..rows]);
             let group = |panel, g| {
@@ -285,8 +284,9 @@ fn int_rect<K: Kernel>(kernel: K, parts: &[(&QuantizedActs, &PackedWeights)], mu
                     kernel.int_block(&block, &mut scratch, acc);
                 }
                 if w.groups() > 1 {
-                    sums.resize(range.len() * rows);
-                    let each = acc.chunks_exact_mut(rows).zip(sums.chunks_exact_mut(rows)).zip(range.clone());
+                    sums.resize(range.len() * rows * PANEL);
+                    let sums = sums.as_chunks_mut().0.chunks_exact_mut(rows);
+                    let each = acc.chunks_exact_mut(rows).zip(sums).zip(range.clone());
                     each.for_each(|((acc, sum), panel)| kernel.fold(group(panel, g), acc, sum, g == 0));
                 }
             }
@@ -294,7 +294,7 @@ fn int_rect<K: Kernel>(kernel: K, parts: &[(&QuantizedActs, &PackedWeights)], mu
                 let rows = j * rows..(j + 1) * rows;
                 let to = Columns { rect: &mut rect, col: col + j * PANEL, scale, accumulate: i > 0 };
                 if w.groups() > 1 {
-                    kernel.store(&sums[rows], to);
+                    kernel.store(&sums.as_chunks().0[rows], to);
                 } else {
                     kernel.finish(group(panel, 0), &mut acc[rows], to);
                 }
@@ -392,9 +392,6 @@ fn store_row(sum: &[f32; PANEL], scale: f32, y: &mut [f32], accumulate: bool) {
         None => y[..width].copy_from_slice(&row[..width]),
     }
 }
-
-element!([i32; PANEL], [0; PANEL]);
-element!([f32; PANEL], [0.0; PANEL]);
 
 #[cfg(test)]
 mod tests;
