@@ -149,7 +149,7 @@ pub fn matmul_float_with(
 pub fn kernel_name(act_bits: u8, weight_bits: u8, levels: bool) -> String {
     let isa = Isa::active();
     let variant = if act_bits > 8 {
-        return format!("{}-f32s{weight_bits}-fma", isa.name());
+        return format!("{}-f32s{weight_bits}-fma", isa.vectors().name());
     } else if levels && weight_bits == 4 {
         "levels"
     } else if isa == Isa::Avx2 && i16_steps(code_max(act_bits), weight_max(weight_bits)) > 0 {

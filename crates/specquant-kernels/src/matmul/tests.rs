@@ -255,7 +255,7 @@ fn names() {
     assert_eq!(kernel_name(4, 4, false), format!("{}-u4s4-{narrow}", isa.name()));
     assert_eq!(kernel_name(4, 4, true), format!("{}-u4s4-levels", isa.name()));
     assert_eq!(kernel_name(8, 8, false), format!("{}-u8s8-i32acc", isa.name()));
-    assert_eq!(kernel_name(16, 4, false), format!("{}-f32s4-fma", isa.name()));
+    assert_eq!(kernel_name(16, 4, false), format!("{}-f32s4-fma", isa.vectors().name()));
 }
 
 proptest! {
