@@ -54,7 +54,8 @@ fn main() {
             let x: Vec<f32> = (0..rows * inp).map(|_| float()).collect();
             let (a4, a8) = (quantize_acts(&x, rows, inp, 4, 1.), quantize_acts(&x, rows, inp, 8, 1.));
             let al = quantize_acts_gaussian(&x, rows, inp, 1.);
-            let mut y = vec![0.; rows * out];
+            // As the engine has it, at the beginning of a cache line.
+            let mut y = Buffer::zeros(rows * out);
             let gop = 2e-9 * (rows * inp * out) as f64;
             let base = gop / best(|| matmul_nt(&x, &dense, &mut y, rows, inp, out, false));
             print!("{:>12} {rows:>5}  {base:>10.1}", format!("{inp} x {out}"));
