@@ -45,7 +45,9 @@ def llama_cpp(args):
         # gcc 12 does not see that AMX reads the shapes of tiles from memory, leaves them unwritten, and llama.cpp dies of an illegal instruction.
         amx = source / "ggml/src/ggml-cpu/amx/mmq.cpp"
         written = 'asm volatile("" : : "r"(&tc) : "memory");'
-        amx.write_text(amx.read_text().replace("_tile_loadconfig(&tc);", f"{written} _tile_loadconfig(&tc);"))
+        text = amx.read_text()
+        assert text.count("_tile_loadconfig(&tc);") == 1, f"{amx} is not as it was"
+        amx.write_text(text.replace("_tile_loadconfig(&tc);", f"{written} _tile_loadconfig(&tc);"))
         flags = ["-DGGML_NATIVE=ON"] if args.isa == "native" else ["-DGGML_NATIVE=OFF"]  # whose default is AVX2, FMA, F16C and BMI2
         run("cmake", "-S", source, "-B", build, "-G", "Ninja", "-DCMAKE_BUILD_TYPE=Release", *flags,
             "-DLLAMA_CURL=OFF", "-DLLAMA_BUILD_TESTS=OFF", "-DBUILD_SHARED_LIBS=OFF")

@@ -19,7 +19,7 @@ fn features() -> Vec<(&'static str, bool)> {
         ("avxvnni", is_x86_feature_detected!("avxvnni")),
         ("avx512f", is_x86_feature_detected!("avx512f")),
         ("avx512vnni", is_x86_feature_detected!("avx512vnni")),
-        // Std cannot ask for it yet.
+        // Where the system grants it as well: it has to be asked.
         ("amx-int8", Isa::available().contains(&Isa::AmxInt8)),
     ];
     #[cfg(target_arch = "aarch64")]

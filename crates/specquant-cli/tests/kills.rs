@@ -209,6 +209,7 @@ fn killed_behind_the_rename() {
     let (code, message) = output(&["--resume"]);
     assert_eq!(code, Some(0), "{message}");
     assert_same(&out, &whole);
+    assert!(!partial(&out).exists());
     // In the very last moment an empty directory is all that is left.
     fs::create_dir(&state).unwrap();
     let (code, message) = output(&["--resume"]);

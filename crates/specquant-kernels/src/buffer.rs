@@ -105,7 +105,7 @@ impl<T: Element> Buffer<T> {
 /// decoding does not need.
 pub fn trim_buffers() {
     fn trim<T: Element>() {
-        T::free().with_borrow_mut(|free| free.retain(|memory| memory.len() * size_of::<T>() <= SMALL));
+        T::free().with_borrow_mut(|free| free.retain(|memory| memory.len() * size_of::<T>() <= SMALL + LINE));
     }
     trim::<f32>();
     trim::<u8>();
@@ -131,7 +131,7 @@ fn take<T>(free: &mut Vec<Vec<T>>, len: usize) -> Option<Vec<T>> {
 impl<T: Element> Drop for Buffer<T> {
     fn drop(&mut self) {
         let memory = std::mem::take(&mut self.memory);
-        if memory.is_empty() || memory.len() * size_of::<T>() > LARGEST {
+        if memory.is_empty() || memory.len() * size_of::<T>() > LARGEST + LINE {
             return;
         }
         // A thread that ends has no free buffers any more.
@@ -239,9 +239,9 @@ mod tests {
         assert_eq!(i32::free().with_borrow(|free| free.len()), 0);
         drop(Vec::from_iter((0..2 * MOST).map(|_| Buffer::<i32>::new(3))));
         assert_eq!(i32::free().with_borrow(|free| free.len()), MOST);
-        drop((Buffer::<u8>::new(SMALL - LINE), Buffer::<u8>::new(SMALL)));
+        drop((Buffer::<u8>::new(SMALL), Buffer::<u8>::new(SMALL + 1)));
         trim_buffers();
-        assert_eq!(u8::free().with_borrow(|free| Vec::from_iter(free.iter().map(Vec::len))), [SMALL]);
+        assert_eq!(u8::free().with_borrow(|free| Vec::from_iter(free.iter().map(Vec::len))), [SMALL + LINE]);
         let whole = Buffer::<i32>::new(3).into_vec();
         assert_eq!((whole.len(), i32::free().with_borrow(|free| free.len())), (3, MOST - 1));
     }

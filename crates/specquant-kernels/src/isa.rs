@@ -177,7 +177,9 @@ fn tiles_granted() -> bool {
     const AMX_INT8: u32 = 1 << 25;
     const ARCH_REQ_XCOMP_PERM: libc::c_ulong = 0x1023;
     const XFEATURE_XTILEDATA: libc::c_ulong = 18;
-    let features = if __cpuid(0).eax < 7 { 0 } else { __cpuid_count(7, 0).edx };
+    // SAFETY: x86-64 has the instruction; Rust asks for the word until 1.90.
+    #[allow(unused_unsafe)]
+    let features = unsafe { if __cpuid(0).eax < 7 { 0 } else { __cpuid_count(7, 0).edx } };
     // SAFETY: the call changes nothing but what this process may use; a system that does not know it says so.
     let ask = || unsafe { libc::syscall(libc::SYS_arch_prctl, ARCH_REQ_XCOMP_PERM, XFEATURE_XTILEDATA) };
     features & AMX_TILE != 0 && features & AMX_INT8 != 0 && ask() == 0

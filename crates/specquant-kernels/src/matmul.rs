@@ -43,7 +43,7 @@ const ROWS: usize = 96;
 const TILE_ROWS: usize = 12;
 /// Panels that an instruction set may take side by side.
 const PANELS: usize = 2;
-/// Inputs of a block: unpacked, 32 channels take 24 kB. Blocks start at multiples of what AMX takes at once.
+/// Inputs of a block: unpacked, 32 channels take 24 kB. Blocks of a group lie multiples of what AMX takes at once apart.
 const INT_DEPTH: usize = 768;
 const INT_STEP: usize = 64;
 /// Inputs of a block: 16 channels of widened weights take 8 kB.

@@ -386,6 +386,8 @@ impl Output {
         let old = replaced_name(&partial);
         let replaces = self.destination.overwrite && destination.exists();
         if replaces {
+            self.progress.replaced = true;
+            self.commit()?;
             fs::rename(&destination, &old).map_err(moved)?;
         }
         if let Err(e) = fs::rename(&partial, &destination) {
@@ -395,7 +397,7 @@ impl Output {
             return Err(moved(e));
         }
         self.claim.finished = true;
-        tidy(&self.destination, &old);
+        tidy(&destination, self.progress.replaced.then_some(&old));
         // The rename itself lasts once the directory that holds it is on disk; not every file system can do that.
         if let Some(parent) = destination.parent() {
             let parent = if parent.as_os_str().is_empty() { Path::new(".") } else { parent };
@@ -433,19 +435,23 @@ pub(crate) fn tensors(bytes: &[u8]) -> std::result::Result<Vec<StoredTensor>, St
     Ok(tensors)
 }
 
-/// What is left to be done when the checkpoint has its name. What says that it may be undone goes last.
-fn tidy(destination: &Destination, old: &Path) {
-    let state = destination.path.join(STATE);
-    let _ = remove_others(&state, &[FILE]).and_then(|()| remove_others(&state, &[]));
-    let _ = fs::remove_dir(&state);
-    if destination.overwrite {
-        let _ = if old.is_dir() { fs::remove_dir_all(old) } else { fs::remove_file(old) };
+/// What is left to be done when the checkpoint has its name. What says that it may be undone goes last. old: what it has replaced.
+fn tidy(checkpoint: &Path, old: Option<&PathBuf>) {
+    let state = checkpoint.join(STATE);
+    let _ = remove_others(&state, &[FILE]);
+    if let Some(old) = old.filter(|old| is_ours(old)) {
+        let _ = fs::remove_dir_all(old);
     }
+    let _ = remove_others(&state, &[]);
+    let _ = fs::remove_dir(&state);
 }
 
 /// Whether a run was killed after its checkpoint had got its name, and this one is to continue it.
 fn is_untidy(destination: &Destination) -> bool {
-    destination.unfinished == Unfinished::Resume && Progress::exists(&destination.path)
+    let path = &destination.path;
+    // The last file that is written: a directory with a state and without it was moved there by somebody.
+    let whole = path.join(specquant_model::CHECKSUMS).exists();
+    destination.unfinished == Unfinished::Resume && whole && Progress::exists(path)
 }
 
 /// Whether this very run was killed after its checkpoint had got its name; then what is left to be done is done.
@@ -453,19 +459,20 @@ pub(crate) fn finished(destination: &Destination, identity: &Map<String, Value>)
     if !is_untidy(destination) {
         return Ok(false);
     }
-    let finished = Progress::read(&destination.path)?.is_some_and(|found| found.identity == *identity);
-    if finished {
-        tidy(destination, &replaced_name(&destination.partial()?));
+    let found = Progress::read(&destination.path)?.filter(|found| found.identity == *identity);
+    if let Some(found) = &found {
+        let old = replaced_name(&destination.partial()?);
+        tidy(&destination.path, found.replaced.then_some(&old));
     }
-    Ok(finished)
+    Ok(found.is_some())
 }
 
 /// Finds out before the long part whether `destination` can be written.
 ///
 /// # Errors
-/// As [`run`](crate::run) would report it.
+/// As [`run`](crate::run) would report it; a checkpoint that a run finished and was killed before it had tidied up passes: whether it was this
+/// run's, only [`run`](crate::run) sees.
 pub fn check_output(destination: &Destination) -> Result<()> {
-    // Whether that was this run, `finished` will see.
     if is_untidy(destination) { Ok(()) } else { Claim::new(destination).map(drop) }
 }
 

@@ -48,6 +48,9 @@ pub(crate) struct Progress {
     pub layers: Vec<LayerReport>,
     /// Of the tuning's steps until the state that is kept of it.
     pub losses: Vec<f64>,
+    /// Whether the checkpoint that lay at the destination is about to be moved aside, or was.
+    #[serde(default)]
+    pub replaced: bool,
 }
 
 /// Everything that the result depends on, by name.

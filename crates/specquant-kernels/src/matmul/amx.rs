@@ -5,9 +5,9 @@
 //! narrower tiles take the rest of the tokens and of the inputs, so that nothing is computed beside what is asked for.
 //!
 //! Up to 8 tokens, for whom tiles are mostly empty and unpacking to memory costs more than it saves, float products and everything behind the
-//! sums use the AVX-512 code. Rust has no intrinsics for tiles yet, hence assembly; in one block, for the compiler knows nothing of their shapes.
+//! sums use the AVX-512 code. Stable Rust has no intrinsics for tiles yet, hence assembly; in one block, for the compiler knows nothing of their shapes.
 
-use super::avx512::{FEW_ROWS, expand};
+use super::avx512::{FEW_ROWS, byte_panels};
 use super::{Columns, FloatBlock, Group, IntBlock, Kernel, PANELS};
 use crate::Buffer;
 use crate::isa::AmxInt8;
@@ -31,18 +31,8 @@ impl Kernel for AmxInt8 {
         let quads = panels[0].len() * if block.nibbles { 2 } else { 1 };
         assert!(panels.iter().all(|p| p.len() == panels[0].len()) && panels.len() <= PANELS);
         assert!(acc.len() == panels.len() * rows && block.a.len() >= (rows - 1) * block.stride + 4 * quads);
-        let mut bytes = [&[][..]; PANELS];
-        if block.nibbles {
-            scratch.resize(panels.len() * quads);
-            let each = panels.iter().zip(scratch.chunks_exact_mut(quads)).zip(&mut bytes);
-            each.for_each(|((nibbles, to), panel)| {
-                // SAFETY: the token proves AVX-512 F and BW.
-                unsafe { expand(nibbles, block.levels, to) };
-                *panel = to;
-            });
-        } else {
-            bytes[..panels.len()].copy_from_slice(panels);
-        }
+        // SAFETY: the token proves AVX-512 F and BW.
+        let bytes = unsafe { byte_panels(block, scratch) };
         let whole = quads / ROWS;
         // What is left of the inputs is one step of shorter tiles.
         for (first, steps, step) in [(0, whole, ROWS), (whole * ROWS, 1, quads % ROWS)] {

@@ -138,19 +138,7 @@ unsafe fn int_block(block: &IntBlock, scratch: &mut Buffer<Chunk>, acc: &mut [[i
         }
         return;
     }
-    let mut panels = [&[][..]; PANELS];
-    if block.nibbles {
-        let quads = 2 * block.panels[0].len();
-        scratch.resize(block.panels.len() * quads);
-        for ((nibbles, bytes), panel) in
-            block.panels.iter().zip(scratch.chunks_exact_mut(quads)).zip(&mut panels)
-        {
-            expand(nibbles, block.levels, bytes);
-            *panel = bytes;
-        }
-    } else {
-        panels[..block.panels.len()].copy_from_slice(block.panels);
-    }
+    let panels = byte_panels(block, scratch);
     let mut row = 0;
     while row < rows {
         macro_rules! tiles {
@@ -200,9 +188,27 @@ fn unpack(chunk: &Chunk, table: __m512i) -> [__m512i; 2] {
     ]
 }
 
+/// The block's panels in byte chunks, unpacked into `scratch` if need be.
+#[target_feature(enable = "avx512f,avx512bw")]
+pub(super) fn byte_panels<'a>(block: &IntBlock<'a>, scratch: &'a mut Buffer<Chunk>) -> [&'a [Chunk]; PANELS] {
+    let mut panels = [&[][..]; PANELS];
+    if !block.nibbles {
+        panels[..block.panels.len()].copy_from_slice(block.panels);
+        return panels;
+    }
+    let quads = 2 * block.panels[0].len();
+    scratch.resize(block.panels.len() * quads);
+    for ((nibbles, bytes), panel) in block.panels.iter().zip(scratch.chunks_exact_mut(quads)).zip(&mut panels)
+    {
+        expand(nibbles, block.levels, bytes);
+        *panel = bytes;
+    }
+    panels
+}
+
 /// Nibble chunks to twice as many byte chunks.
 #[target_feature(enable = "avx512f,avx512bw")]
-pub(super) fn expand(w: &[Chunk], levels: &[i8; 16], bytes: &mut [Chunk]) {
+fn expand(w: &[Chunk], levels: &[i8; 16], bytes: &mut [Chunk]) {
     let table = table(levels);
     for (chunk, pair) in w.iter().zip(bytes.as_chunks_mut::<2>().0) {
         fetch_ahead(chunk);

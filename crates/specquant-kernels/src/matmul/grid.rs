@@ -77,7 +77,7 @@ impl<'a> Grid<'a> {
     }
 }
 
-/// The blocks of a group: (start, end), of `depth` inputs at most, evenly, starting at multiples of `step`, which is one of 8.
+/// The blocks of a group: (start, end), of `depth` inputs at most, evenly, starting multiples of `step`, which is one of 8, after `start`.
 pub(super) fn blocks(
     start: usize,
     size: usize,

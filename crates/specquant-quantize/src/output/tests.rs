@@ -130,3 +130,32 @@ fn shards_roll() {
     }
     assert_eq!(index["weight_map"]["block"], "model-00002-of-00002.safetensors");
 }
+
+/// A run that was killed behind the rename: what it replaced goes, what it did not stays, and so does what it had not finished.
+#[test]
+fn only_what_was_replaced_goes() {
+    for (replaced, whole) in [(true, true), (false, true), (true, false)] {
+        let dir = tempfile::tempdir().unwrap();
+        let fresh = Destination::new(dir.path().join("out"));
+        open(&fresh, 0).unwrap().finish().unwrap();
+        let config = r#"{"quantization_config": {"quant_method": "specquant"}}"#;
+        let old = dir.path().join("out.replaced");
+        fs::create_dir(&old).unwrap();
+        fs::write(old.join("config.json"), config).unwrap();
+        let state = fresh.path.join(STATE);
+        fs::create_dir(&state).unwrap();
+        fs::write(state.join("states.0"), "x").unwrap();
+        Progress { replaced, ..Progress::default() }.commit(&fresh.path).unwrap();
+        fs::write(state.join("states.0"), "x").unwrap();
+        if !whole {
+            fs::remove_file(fresh.path.join(specquant_model::CHECKSUMS)).unwrap();
+        }
+        let resumed = Destination { unfinished: Unfinished::Resume, ..fresh.clone() };
+        assert!(!finished(&fresh, &Map::new()).unwrap());
+        let other = Map::from_iter([("model_sha256".to_owned(), json!("x"))]);
+        assert!(!finished(&resumed, &other).unwrap() && state.join("states.0").exists());
+        assert_eq!(check_output(&resumed).is_ok(), whole);
+        assert_eq!(finished(&resumed, &Map::new()).unwrap(), whole);
+        assert_eq!((state.exists(), old.exists()), (!whole, !(replaced && whole)));
+    }
+}
