@@ -46,6 +46,7 @@ impl Kernel for AmxInt8 {
                 let at = row * block.stride + 4 * first;
                 let work = Work {
                     block,
+                    // A second panel that is not there is empty.
                     bytes: bytes.map(|p| p.get(first..).unwrap_or(p)),
                     at,
                     row,
