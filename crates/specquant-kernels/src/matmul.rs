@@ -36,6 +36,7 @@ use crate::parallel::for_each_index;
 use crate::weights::{Chunk, PANEL};
 use crate::{Buffer, Isa, PackedWeights, QuantizedActs};
 use grid::{Grid, Rect, blocks, panels};
+use std::ops::Range;
 
 /// Tokens of a rectangle at most: what the unpacking of a block of weights is shared by. A multiple of the rows of every tile.
 const ROWS: usize = 96;
@@ -183,8 +184,17 @@ trait Kernel: Copy + Send + Sync {
     /// Tokens of a rectangle of an integer product at most, and of the tallest tile.
     const INT_ROWS: usize = ROWS;
     const INT_TILE_ROWS: usize = TILE_ROWS;
+    /// Tokens of a rectangle whose sums are finished together, so that they are still in the first cache.
+    const INT_STRIP: usize = ROWS;
+    /// What [`int_block`](Self::int_block) has for itself, from one to the next of a rectangle.
+    type Scratch: Default;
+    /// The block as [`int_block`](Self::int_block) likes to have it for every strip; `bytes` may hold its panels.
+    fn unpacked<'a>(self, block: IntBlock<'a>, bytes: &'a mut Buffer<Chunk>) -> IntBlock<'a> {
+        let _ = bytes;
+        block
+    }
     /// Adds the block's integer products to `acc`.
-    fn int_block(self, block: &IntBlock, scratch: &mut Buffer<Chunk>, acc: &mut [[i32; PANEL]]);
+    fn int_block(self, block: &IntBlock, scratch: &mut Self::Scratch, acc: &mut [[i32; PANEL]]);
     /// Adds the block's float products to `acc`, inputs in ascending order.
     fn float_block(self, block: &FloatBlock, scratch: &mut Buffer<f32>, acc: &mut [[f32; PANEL]]);
     /// Adds a panel's group to the sum, which is `sum += scale · (acc − zero · colsum)`, or begins the sum with it; and clears `acc`.
@@ -212,9 +222,11 @@ struct Group<'a> {
     zero: &'a [i32],
 }
 
-/// Where a panel's sums go: the columns of a rectangle from `col` on; those that it does not have are dropped.
+/// Where a panel's sums of some tokens go: the columns of a rectangle from `col` on; those that it does not have are dropped.
 struct Columns<'a, 'y> {
     rect: &'a mut Rect<'y>,
+    /// Of the first token.
+    row: usize,
     col: usize,
     /// Of the tokens.
     scale: &'a [f32],
@@ -229,8 +241,9 @@ struct IntBlock<'a> {
     a: &'a [u8],
     stride: usize,
     rows: usize,
-    /// Whole chunks of every panel, as many of each; their depth is a multiple of 8, and every token has as many codes.
-    panels: &'a [&'a [Chunk]],
+    /// Whole chunks of every panel, as many of each; their depth is a multiple of 8, and every token has as many codes. Only the first `count` are there.
+    panels: [&'a [Chunk]; PANELS],
+    count: usize,
     nibbles: bool,
     /// What nibbles stand for.
     levels: &'a [i8; 16],
@@ -254,53 +267,99 @@ struct FloatBlock<'a> {
     levels: &'a [i8; 16],
 }
 
+impl<'a> IntBlock<'a> {
+    /// The panels that are there.
+    fn panels(&self) -> &[&'a [Chunk]] {
+        &self.panels[..self.count]
+    }
+
+    /// The same weights times some of the tokens.
+    fn of(&self, rows: &Range<usize>) -> IntBlock<'a> {
+        IntBlock { a: &self.a[rows.start * self.stride..], rows: rows.len(), ..*self }
+    }
+}
+
 fn int_rect<K: Kernel>(kernel: K, parts: &[(&QuantizedActs, &PackedWeights)], mut rect: Rect) {
     let (row, rows) = (rect.row, rect.rows);
-    // Of every panel that is side by side with others, a row for each of the rectangle's.
-    let (mut acc, mut sums) = (Buffer::zeros(K::INT_PANELS * rows * PANEL), Buffer::default());
-    let mut scratch = Buffer::default();
+    let strips = || (0..rows).step_by(K::INT_STRIP).map(|at| at..(at + K::INT_STRIP).min(rows));
+    // Sums of a strip's tokens and one panel, then of the same tokens and the next panel. One block's strip takes the place of the one before.
+    let (mut acc, mut sums) = (Buffer::default(), Buffer::default());
+    let (mut bytes, mut scratch) = (Buffer::default(), K::Scratch::default());
     for (col, range) in panels(&rect, K::INT_PANELS) {
-        let acc = &mut acc.as_chunks_mut::<PANEL>().0[..range.len() * rows];
+        let count = range.len();
         for (i, (a, w)) in parts.iter().enumerate() {
-            let (scale, zero) = (&a.scale[row..][..rows], &a.zero[row..][..rows]);
-            let group = |panel, g| {
+            let group = |panel, g, rows: Range<usize>| {
                 let (scale, colsum) = w.group(panel, g);
-                Group { scale, colsum, zero }
+                Group { scale, colsum, zero: &a.zero[row..][rows] }
             };
+            let one_block = w.group_size() <= INT_DEPTH;
+            let height = if one_block { K::INT_STRIP.min(rows) } else { rows };
+            if acc.len() < count * height * PANEL {
+                acc = Buffer::zeros(count * height * PANEL);
+            }
+            let acc = acc.as_chunks_mut::<PANEL>().0;
+            if w.groups() > 1 {
+                sums.resize(count * rows * PANEL);
+            }
+            let sums = sums.as_chunks_mut::<PANEL>().0;
             for g in 0..w.groups() {
                 for (k, end) in blocks(g * w.group_size(), w.group_size(), INT_DEPTH, INT_STEP) {
-                    let mut chunks = [&[][..]; PANELS];
-                    chunks.iter_mut().zip(range.clone()).for_each(|(to, p)| *to = w.chunks(p, k, end));
+                    let mut panels = [&[][..]; PANELS];
+                    panels.iter_mut().zip(range.clone()).for_each(|(to, p)| *to = w.chunks(p, k, end));
                     let block = IntBlock {
-                        a: &a.codes[row * a.stride + k..(row + rows) * a.stride],
+                        a: &a.codes[row * a.stride + k..],
                         stride: a.stride,
                         rows,
-                        panels: &chunks[..range.len()],
+                        panels,
+                        count,
                         nibbles: w.nibbles(),
                         levels: w.levels(),
                         a_max: code_max(a.bits),
                         w_max: w.largest(),
                     };
-                    kernel.int_block(&block, &mut scratch, acc);
-                }
-                if w.groups() > 1 {
-                    sums.resize(range.len() * rows * PANEL);
-                    let sums = sums.as_chunks_mut().0.chunks_exact_mut(rows);
-                    let each = acc.chunks_exact_mut(rows).zip(sums).zip(range.clone());
-                    each.for_each(|((acc, sum), panel)| kernel.fold(group(panel, g), acc, sum, g == 0));
+                    let block = kernel.unpacked(block, &mut bytes);
+                    for strip in strips() {
+                        let first = if one_block { 0 } else { count * strip.start };
+                        let acc = &mut acc[first..][..count * strip.len()];
+                        kernel.int_block(&block.of(&strip), &mut scratch, acc);
+                        if end < (g + 1) * w.group_size() {
+                            continue;
+                        }
+                        let each = acc.chunks_exact_mut(strip.len()).zip(range.clone()).enumerate();
+                        for (j, (acc, panel)) in each {
+                            let group = group(panel, g, strip.clone());
+                            if w.groups() > 1 {
+                                let at = count * strip.start + j * strip.len();
+                                kernel.fold(group, acc, &mut sums[at..][..strip.len()], g == 0);
+                            } else {
+                                kernel.finish(group, acc, columns(&mut rect, a, &strip, col + j * PANEL, i));
+                            }
+                        }
+                    }
                 }
             }
-            for (j, panel) in range.clone().enumerate() {
-                let rows = j * rows..(j + 1) * rows;
-                let to = Columns { rect: &mut rect, col: col + j * PANEL, scale, accumulate: i > 0 };
-                if w.groups() > 1 {
-                    kernel.store(&sums.as_chunks().0[rows], to);
-                } else {
-                    kernel.finish(group(panel, 0), &mut acc[rows], to);
+            if w.groups() > 1 {
+                for strip in strips() {
+                    let sums = sums[count * strip.start..count * strip.end].chunks_exact(strip.len());
+                    for (j, sums) in sums.enumerate() {
+                        kernel.store(sums, columns(&mut rect, a, &strip, col + j * PANEL, i));
+                    }
                 }
             }
         }
     }
+}
+
+/// Where the sums of a strip of tokens of a rectangle and of one panel go; behind the first part of a product they are added.
+fn columns<'a, 'y>(
+    rect: &'a mut Rect<'y>,
+    a: &'a QuantizedActs,
+    strip: &Range<usize>,
+    col: usize,
+    part: usize,
+) -> Columns<'a, 'y> {
+    let scale = &a.scale[rect.row..][strip.clone()];
+    Columns { rect, row: strip.start, col, scale, accumulate: part > 0 }
 }
 
 fn float_rect(kernel: impl Kernel, x: &[f32], w: &PackedWeights, mut rect: Rect, accumulate: bool) {
@@ -332,7 +391,7 @@ fn float_rect(kernel: impl Kernel, x: &[f32], w: &PackedWeights, mut rect: Rect,
                 }
             }
         }
-        kernel.store(sums, Columns { rect: &mut rect, col, scale: &[1.; ROWS][..rows], accumulate });
+        kernel.store(sums, Columns { rect: &mut rect, row: 0, col, scale: &[1.; ROWS][..rows], accumulate });
     }
 }
 
@@ -348,17 +407,17 @@ fn fold(group: Group, acc: &mut [[i32; PANEL]], sum: &mut [[f32; PANEL]], begin:
 
 #[inline(always)]
 fn finish(group: Group, acc: &mut [[i32; PANEL]], to: Columns) {
-    let Columns { rect, col, scale, accumulate } = to;
+    let Columns { rect, row, col, scale, accumulate } = to;
     for (i, ((acc, &zero), scale)) in acc.iter_mut().zip(group.zero).zip(scale).enumerate() {
-        store_row(&product(acc, zero, &group), *scale, &mut rect.row_mut(i)[col..], accumulate);
+        store_row(&product(acc, zero, &group), *scale, &mut rect.row_mut(row + i)[col..], accumulate);
     }
 }
 
 #[inline(always)]
 fn store(sum: &[[f32; PANEL]], to: Columns) {
-    let Columns { rect, col, scale, accumulate } = to;
+    let Columns { rect, row, col, scale, accumulate } = to;
     for (i, (sum, scale)) in sum.iter().zip(scale).enumerate() {
-        store_row(sum, *scale, &mut rect.row_mut(i)[col..], accumulate);
+        store_row(sum, *scale, &mut rect.row_mut(row + i)[col..], accumulate);
     }
 }
 

@@ -1,13 +1,13 @@
 //! AMX kernel: `tdpbusd` adds the products of 64 inputs of 16 tokens and 16 channels to 256 sums.
 //!
 //! 16 byte chunks of a panel, one after the other, are such a tile of weights, and 16 rows of 64 codes one of activations; a tile of sums is 16
-//! rows of `acc`. 32 tokens and two panels at a time: four tiles of sums, for which four loads serve four products. Lower and
+//! rows of `acc`. A strip is 32 tokens and two panels: four tiles of sums, for which four loads serve four products. Lower and
 //! narrower tiles take the rest of the tokens and of the inputs, so that nothing is computed beside what is asked for.
 //!
 //! Up to 8 tokens, for whom tiles are mostly empty and unpacking to memory costs more than it saves, float products and everything behind the
 //! sums use the AVX-512 code. Stable Rust has no intrinsics for tiles yet, hence assembly; in one block, for the compiler knows nothing of their shapes.
 
-use super::avx512::{FEW_ROWS, byte_panels};
+use super::avx512::FEW_ROWS;
 use super::{Columns, FloatBlock, Group, IntBlock, Kernel, PANELS};
 use crate::Buffer;
 use crate::isa::AmxInt8;
@@ -17,53 +17,51 @@ use std::arch::asm;
 /// Rows of a tile, and bytes of a row.
 const ROWS: usize = 16;
 const ROW_BYTES: usize = 64;
+/// Tokens of two tiles.
+const STRIP: usize = 2 * ROWS;
 
 impl Kernel for AmxInt8 {
     const INT_PANELS: usize = PANELS;
     const INT_ROWS: usize = 256;
-    const INT_TILE_ROWS: usize = 2 * ROWS;
+    const INT_TILE_ROWS: usize = STRIP;
+    const INT_STRIP: usize = STRIP;
 
-    fn int_block(self, block: &IntBlock, scratch: &mut Buffer<Chunk>, acc: &mut [[i32; PANEL]]) {
-        let (rows, panels) = (block.rows, block.panels);
+    type Scratch = Tiles;
+
+    fn unpacked<'a>(self, block: IntBlock<'a>, bytes: &'a mut Buffer<Chunk>) -> IntBlock<'a> {
+        // Whole tiles, if every token has codes to multiply zeros with.
+        let depth = 8 * block.panels[0].len();
+        let there = block.a.len() >= (block.rows - 1) * block.stride + depth.next_multiple_of(ROW_BYTES);
+        self.avx512.unpacked_to(block, if there { ROWS } else { 1 }, bytes)
+    }
+
+    fn int_block(self, block: &IntBlock, tiles: &mut Tiles, acc: &mut [[i32; PANEL]]) {
+        let (rows, panels) = (block.rows, block.panels());
         if rows <= FEW_ROWS {
-            return self.avx512.int_block(block, scratch, acc);
+            return self.avx512.int_block(block, &mut (), acc);
         }
-        let quads = panels[0].len() * if block.nibbles { 2 } else { 1 };
-        assert!(panels.iter().all(|p| p.len() == panels[0].len()) && panels.len() <= PANELS);
+        let quads = panels[0].len();
+        assert!(rows <= STRIP && !block.nibbles);
+        assert!(panels.iter().all(|p| p.len() == quads) && panels.len() <= PANELS);
         assert!(acc.len() == panels.len() * rows && block.a.len() >= (rows - 1) * block.stride + 4 * quads);
-        // SAFETY: the token proves AVX-512 F and BW.
-        let bytes = unsafe { byte_panels(block, scratch) };
         let whole = quads / ROWS;
         // What is left of the inputs is one step of shorter tiles.
-        for (first, steps, step) in [(0, whole, ROWS), (whole * ROWS, 1, quads % ROWS)] {
-            if steps * step == 0 {
+        for work in [
+            Work { block, first: 0, steps: whole, step: ROWS },
+            Work { block, first: whole * ROWS, steps: 1, step: quads % ROWS },
+        ] {
+            if work.steps * work.step == 0 {
                 continue;
             }
-            let mut row = 0;
-            while row < rows {
-                let high =
-                    if rows - row < 2 * ROWS { rows - row } else { (rows - row) / (2 * ROWS) * 2 * ROWS };
-                let at = row * block.stride + 4 * first;
-                let work = Work {
-                    block,
-                    // A second panel that is not there is empty.
-                    bytes: bytes.map(|p| p.get(first..).unwrap_or(p)),
-                    at,
-                    row,
-                    high,
-                    steps,
-                    step,
-                };
-                // SAFETY: the token proves AMX; rows and inputs lie within the block by the assertions above.
-                unsafe {
-                    match (high > ROWS, panels.len()) {
-                        (true, 2) => work.run::<2, 2>(acc),
-                        (true, _) => work.run::<2, 1>(acc),
-                        (false, 2) => work.run::<1, 2>(acc),
-                        (false, _) => work.run::<1, 1>(acc),
-                    }
+            // SAFETY: the token proves AMX; rows and inputs lie within the block by the assertions above.
+            unsafe {
+                tiles.shape(rows, work.step);
+                match (rows > ROWS, panels.len()) {
+                    (true, 2) => work.run::<2, 2>(acc),
+                    (true, _) => work.run::<2, 1>(acc),
+                    (false, 2) => work.run::<1, 2>(acc),
+                    (false, _) => work.run::<1, 1>(acc),
                 }
-                row += high;
             }
         }
     }
@@ -107,44 +105,69 @@ impl Config {
     }
 }
 
-/// Some rows of a block times some of its inputs.
+/// The shapes of this thread's tiles: to change them takes as long as some products. They are given up in the end, for tiles in use are
+/// saved at every switch of threads.
+#[derive(Default)]
+pub(super) struct Tiles {
+    /// Rows of a strip, and quads of a step.
+    shape: Option<(usize, usize)>,
+}
+
+impl Tiles {
+    /// Makes them suit strips of `rows` and steps of `step` quads, up to [`STRIP`] and [`ROWS`]: sums in tiles 0 to 3, codes in 4 and 5, weights in 6 and 7.
+    ///
+    /// # Safety
+    /// The machine must have AMX.
+    unsafe fn shape(&mut self, rows: usize, step: usize) {
+        if self.shape == Some((rows, step)) {
+            return;
+        }
+        let halves = [rows.min(ROWS), rows.saturating_sub(ROWS)];
+        let mut tiles = [[0; 2]; 8];
+        for (r, rows) in halves.into_iter().enumerate().filter(|(_, rows)| *rows > 0) {
+            tiles[2 * r..2 * r + 2].fill([rows, ROW_BYTES]);
+            tiles[4 + r] = [rows, 4 * step];
+        }
+        tiles[6..].fill([step, ROW_BYTES]);
+        let config = Config::new(tiles);
+        // SAFETY: the caller's; the processor reads the configuration.
+        unsafe { asm!("ldtilecfg [{config}]", config = in(reg) &raw const config, options(nostack)) };
+        self.shape = Some((rows, step));
+    }
+}
+
+impl Drop for Tiles {
+    fn drop(&mut self) {
+        if self.shape.is_some() {
+            // SAFETY: there was AMX to shape them with.
+            unsafe { asm!("tilerelease", options(nostack)) };
+        }
+    }
+}
+
+/// A strip's block times some of its inputs.
 struct Work<'a> {
     block: &'a IntBlock<'a>,
-    /// Of each panel, from the first input on.
-    bytes: [&'a [Chunk]; PANELS],
-    /// Where the first row's first code is.
-    at: usize,
-    /// The first row, and how many: up to a pair of tiles, or any number of whole pairs.
-    row: usize,
-    high: usize,
+    /// The first quad of inputs.
+    first: usize,
     /// Tiles of inputs, and the quads of each.
     steps: usize,
     step: usize,
 }
 
 impl Work<'_> {
-    /// R tiles of rows and P panels at a time.
+    /// R tiles of rows and P panels.
     ///
     /// # Safety
-    /// The machine must have AMX; rows and inputs must lie within the block, and `acc` have as many rows as the block for each panel.
+    /// Tiles must have the shape of the block's rows and of `step`; rows and inputs must lie within the block, and `acc` have as many rows as the block for each panel.
     unsafe fn run<const R: usize, const P: usize>(&self, acc: &mut [[i32; PANEL]]) {
-        let mut tiles = [[0; 2]; 8];
-        for r in 0..R {
-            let rows = ROWS.min(self.high - r * ROWS);
-            (0..P).for_each(|p| tiles[2 * r + p] = [rows, ROW_BYTES]);
-            tiles[4 + r] = [rows, 4 * self.step];
-        }
-        (0..P).for_each(|p| tiles[6 + p] = [self.step, ROW_BYTES]);
-        let config = Config::new(tiles);
+        let rows = self.block.rows;
         let last = P - 1;
         // SAFETY: every load and store is of a tile's rows as configured: of codes, of whole chunks, and of sums of `acc`.
         unsafe {
-            let a = self.block.a.as_ptr().add(self.at);
-            let sums = acc.as_mut_ptr().add(self.row);
+            let a = self.block.a.as_ptr().add(4 * self.first);
+            let sums = acc.as_mut_ptr();
             asm!(
-                "ldtilecfg [{config}]",
-                // Pairs of tiles of rows.
-                "2:",
                 "tileloadd tmm0, [{sums0} + 1*{line}]",
                 ".if {p} == 2",
                 "tileloadd tmm1, [{sums1} + 1*{line}]",
@@ -155,9 +178,8 @@ impl Work<'_> {
                 "tileloadd tmm3, [{sums1} + 1*{line} + 1024]",
                 ".endif",
                 ".endif",
-                "mov {left}, {steps}",
                 // Steps of inputs.
-                "3:",
+                "2:",
                 "tileloadd tmm6, [{w0} + 1*{line}]",
                 "tileloadd tmm4, [{a0} + 1*{stride}]",
                 "tdpbusd tmm0, tmm4, tmm6",
@@ -176,8 +198,8 @@ impl Work<'_> {
                 "add {a1}, 64",
                 "add {w0}, 1024",
                 "add {w1}, 1024",
-                "dec {left}",
-                "jnz 3b",
+                "dec {steps}",
+                "jnz 2b",
                 "tilestored [{sums0} + 1*{line}], tmm0",
                 ".if {p} == 2",
                 "tilestored [{sums1} + 1*{line}], tmm1",
@@ -188,35 +210,15 @@ impl Work<'_> {
                 "tilestored [{sums1} + 1*{line} + 1024], tmm3",
                 ".endif",
                 ".endif",
-                // The next pair's rows, and the weights from the beginning.
-                "mov {left}, {steps}",
-                "shl {left}, 6",
-                "sub {a0}, {left}",
-                "sub {a1}, {left}",
-                "shl {left}, 4",
-                "sub {w0}, {left}",
-                "sub {w1}, {left}",
-                "mov {left}, {stride}",
-                "shl {left}, 5",
-                "add {a0}, {left}",
-                "add {a1}, {left}",
-                "add {sums0}, 2048",
-                "add {sums1}, 2048",
-                "dec {pairs}",
-                "jnz 2b",
-                "tilerelease",
-                config = in(reg) &raw const config,
-                sums0 = inout(reg) sums => _,
-                sums1 = inout(reg) sums.add(last * self.block.rows) => _,
+                sums0 = in(reg) sums,
+                sums1 = in(reg) sums.add(last * rows),
                 a0 = inout(reg) a => _,
                 a1 = inout(reg) a.wrapping_add(ROWS * self.block.stride) => _,
-                w0 = inout(reg) self.bytes[0].as_ptr() => _,
-                w1 = inout(reg) self.bytes[last].as_ptr() => _,
+                w0 = inout(reg) self.block.panels[0].as_ptr().add(self.first) => _,
+                w1 = inout(reg) self.block.panels[last].as_ptr().add(self.first) => _,
                 stride = in(reg) self.block.stride,
                 line = in(reg) ROW_BYTES,
-                steps = in(reg) self.steps,
-                pairs = inout(reg) self.high.div_ceil(R * ROWS) => _,
-                left = out(reg) _,
+                steps = inout(reg) self.steps => _,
                 r = const R,
                 p = const P,
                 out("tmm0") _, out("tmm1") _, out("tmm2") _, out("tmm3") _,

@@ -19,15 +19,20 @@ const FLOAT_ROWS: usize = 6;
 
 impl Kernel for Avx512Vnni {
     const INT_PANELS: usize = PANELS;
+    type Scratch = ();
 
-    fn int_block(self, block: &IntBlock, scratch: &mut Buffer<Chunk>, acc: &mut [[i32; PANEL]]) {
-        let (rows, panels) = (block.rows, block.panels);
+    fn unpacked<'a>(self, block: IntBlock<'a>, bytes: &'a mut Buffer<Chunk>) -> IntBlock<'a> {
+        self.unpacked_to(block, 1, bytes)
+    }
+
+    fn int_block(self, block: &IntBlock, (): &mut (), acc: &mut [[i32; PANEL]]) {
+        let (rows, panels) = (block.rows, block.panels());
         let depth = panels[0].len() * if block.nibbles { 8 } else { 4 };
         assert!(panels.iter().all(|p| p.len() == panels[0].len()) && panels.len() <= PANELS);
         assert!(rows > 0 && acc.len() == panels.len() * rows);
-        assert!(block.a.len() >= (rows - 1) * block.stride + depth);
+        assert!(block.a.len() >= (rows - 1) * block.stride + depth && (rows <= FEW_ROWS || !block.nibbles));
         // SAFETY: the token proves AVX-512 F, BW and VNNI; every token has the chunks' codes.
-        unsafe { int_block(block, scratch, acc) }
+        unsafe { int_block(block, acc) }
     }
 
     fn float_block(self, block: &FloatBlock, scratch: &mut Buffer<f32>, acc: &mut [[f32; PANEL]]) {
@@ -55,6 +60,31 @@ impl Kernel for Avx512Vnni {
     }
 }
 
+impl Avx512Vnni {
+    /// The block with its nibbles in bytes, if so many tokens ask for it; zeros fill up a multiple of `step` quads.
+    pub(super) fn unpacked_to<'a>(
+        self,
+        mut block: IntBlock<'a>,
+        step: usize,
+        bytes: &'a mut Buffer<Chunk>,
+    ) -> IntBlock<'a> {
+        if !block.nibbles || block.rows <= FEW_ROWS {
+            return block;
+        }
+        let quads = 2 * block.panels[0].len();
+        let filled = quads.next_multiple_of(step);
+        bytes.resize(block.count * filled);
+        for (panel, bytes) in block.panels[..block.count].iter_mut().zip(bytes.chunks_exact_mut(filled)) {
+            // SAFETY: the token proves AVX-512 F and BW.
+            unsafe { expand(panel, block.levels, bytes) };
+            bytes[quads..].fill(Chunk([0; 64]));
+            *panel = bytes;
+        }
+        block.nibbles = false;
+        block
+    }
+}
+
 #[target_feature(enable = "avx512f")]
 fn fold(group: Group, acc: &mut [[i32; PANEL]], sum: &mut [[f32; PANEL]], begin: bool) {
     for ((acc, sum), zero) in acc.iter_mut().zip(sum).zip(group.zero) {
@@ -70,19 +100,19 @@ fn fold(group: Group, acc: &mut [[i32; PANEL]], sum: &mut [[f32; PANEL]], begin:
 
 #[target_feature(enable = "avx512f")]
 fn finish(group: Group, acc: &mut [[i32; PANEL]], to: Columns) {
-    let Columns { rect, col, scale, accumulate } = to;
+    let Columns { rect, row, col, scale, accumulate } = to;
     for (i, ((acc, zero), scale)) in acc.iter_mut().zip(group.zero).zip(scale).enumerate() {
-        store_row(product(acc, *zero, &group), *scale, &mut rect.row_mut(i)[col..], accumulate);
+        store_row(product(acc, *zero, &group), *scale, &mut rect.row_mut(row + i)[col..], accumulate);
     }
 }
 
 #[target_feature(enable = "avx512f")]
 fn store(sum: &[[f32; PANEL]], to: Columns) {
-    let Columns { rect, col, scale, accumulate } = to;
+    let Columns { rect, row, col, scale, accumulate } = to;
     for (i, (sum, scale)) in sum.iter().zip(scale).enumerate() {
         // SAFETY: 16 lanes from an array of 16.
         let sum = unsafe { _mm512_loadu_ps(sum.as_ptr()) };
-        store_row(sum, *scale, &mut rect.row_mut(i)[col..], accumulate);
+        store_row(sum, *scale, &mut rect.row_mut(row + i)[col..], accumulate);
     }
 }
 
@@ -118,10 +148,10 @@ fn store_row(sum: __m512, scale: f32, y: &mut [f32], accumulate: bool) {
 /// Unsafe contract of the functions below: `a` points to rows that lie `stride` apart, as many as `acc` has for each panel (or R), and each
 /// has as many codes as a panel's chunks have inputs.
 #[target_feature(enable = "avx512f,avx512bw,avx512vnni")]
-unsafe fn int_block(block: &IntBlock, scratch: &mut Buffer<Chunk>, acc: &mut [[i32; PANEL]]) {
+unsafe fn int_block(block: &IntBlock, acc: &mut [[i32; PANEL]]) {
     let (a, stride, rows) = (block.a.as_ptr(), block.stride, block.rows);
-    if block.nibbles && rows <= FEW_ROWS {
-        for (w, acc) in block.panels.iter().zip(acc.chunks_exact_mut(rows)) {
+    if block.nibbles {
+        for (w, acc) in block.panels().iter().zip(acc.chunks_exact_mut(rows)) {
             // SAFETY: forwarded.
             unsafe {
                 match rows {
@@ -138,7 +168,6 @@ unsafe fn int_block(block: &IntBlock, scratch: &mut Buffer<Chunk>, acc: &mut [[i
         }
         return;
     }
-    let panels = byte_panels(block, scratch);
     let mut row = 0;
     while row < rows {
         macro_rules! tiles {
@@ -148,9 +177,9 @@ unsafe fn int_block(block: &IntBlock, scratch: &mut Buffer<Chunk>, acc: &mut [[i
                         // SAFETY: forwarded; the tile's rows start `row` rows on.
                         unsafe {
                             let a = a.add(row * stride);
-                            match block.panels.len() {
-                                1 => tile::<$height, 1>([panels[0]], a, stride, acc, row, rows),
-                                _ => tile::<$height, 2>(panels, a, stride, acc, row, rows),
+                            match block.count {
+                                1 => tile::<$height, 1>([block.panels[0]], a, stride, acc, row, rows),
+                                _ => tile::<$height, 2>(block.panels, a, stride, acc, row, rows),
                             }
                         }
                         row += $height;
@@ -186,24 +215,6 @@ fn unpack(chunk: &Chunk, table: __m512i) -> [__m512i; 2] {
         _mm512_shuffle_epi8(table, _mm512_and_si512(v, mask)),
         _mm512_shuffle_epi8(table, _mm512_and_si512(high, mask)),
     ]
-}
-
-/// The block's panels in byte chunks, unpacked into `scratch` if need be.
-#[target_feature(enable = "avx512f,avx512bw")]
-pub(super) fn byte_panels<'a>(block: &IntBlock<'a>, scratch: &'a mut Buffer<Chunk>) -> [&'a [Chunk]; PANELS] {
-    let mut panels = [&[][..]; PANELS];
-    if !block.nibbles {
-        panels[..block.panels.len()].copy_from_slice(block.panels);
-        return panels;
-    }
-    let quads = 2 * block.panels[0].len();
-    scratch.resize(block.panels.len() * quads);
-    for ((nibbles, bytes), panel) in block.panels.iter().zip(scratch.chunks_exact_mut(quads)).zip(&mut panels)
-    {
-        expand(nibbles, block.levels, bytes);
-        *panel = bytes;
-    }
-    panels
 }
 
 /// Nibble chunks to twice as many byte chunks.

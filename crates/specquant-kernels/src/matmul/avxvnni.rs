@@ -11,8 +11,10 @@ use crate::weights::{Chunk, PANEL};
 use std::arch::x86_64::*;
 
 impl Kernel for AvxVnni {
+    type Scratch = Buffer<Chunk>;
+
     fn int_block(self, block: &IntBlock, scratch: &mut Buffer<Chunk>, acc: &mut [[i32; PANEL]]) {
-        for (panel, acc) in block.panels.iter().zip(acc.chunks_exact_mut(block.rows)) {
+        for (panel, acc) in block.panels().iter().zip(acc.chunks_exact_mut(block.rows)) {
             let depth = panel.len() * if block.nibbles { 8 } else { 4 };
             check(block.a.len(), block.stride, block.rows, depth, acc.len());
             // SAFETY: the token proves AVX2 and AVX-VNNI; `check` has proved that every token has the codes that the chunks ask for.

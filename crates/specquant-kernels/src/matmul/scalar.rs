@@ -6,8 +6,10 @@ use crate::isa::Scalar;
 use crate::weights::{Chunk, PANEL};
 
 impl Kernel for Scalar {
-    fn int_block(self, block: &IntBlock, _: &mut Buffer<Chunk>, acc: &mut [[i32; PANEL]]) {
-        for (panel, acc) in block.panels.iter().zip(acc.chunks_exact_mut(block.rows)) {
+    type Scratch = ();
+
+    fn int_block(self, block: &IntBlock, (): &mut (), acc: &mut [[i32; PANEL]]) {
+        for (panel, acc) in block.panels().iter().zip(acc.chunks_exact_mut(block.rows)) {
             for_quads(panel, block.nibbles.then_some(block.levels), |q, w| {
                 for (t, acc) in acc.iter_mut().enumerate() {
                     let a = &block.a[t * block.stride + 4 * q..][..4];
