@@ -37,7 +37,7 @@ pub(crate) fn measure(shape: &Shape, settings: &Settings) -> Vec<AttentionRow> {
         let [keys, values] = [(); 2].map(|()| noise.values(tokens * kv_heads * d));
         let q = noise.values(queries * heads * d);
         let caches = formats.map(|format| {
-            let mut cache = KvCache::new(format, kv_heads, d);
+            let mut cache = KvCache::new(format, kv_heads, d).with_any_order(true);
             cache.append(&keys, &values);
             cache
         });

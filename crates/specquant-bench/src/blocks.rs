@@ -88,8 +88,8 @@ pub(crate) fn measure(shape: &Shape, settings: &Settings) -> Result<Vec<BlockRow
         let mut cached = [0; 4];
         let mut call = |which: usize, block: &Block, format| {
             let mut x = x.clone();
-            let mut caches: Vec<KvCache> =
-                (0..BATCH).map(|_| KvCache::new(format, config.num_kv_heads, config.head_dim)).collect();
+            let cache = || KvCache::new(format, config.num_kv_heads, config.head_dim).with_any_order(true);
+            let mut caches: Vec<KvCache> = (0..BATCH).map(|_| cache()).collect();
             let mut spans: Vec<Span> = caches.iter_mut().map(|cache| Span { rows: tokens, cache }).collect();
             let done = block.forward(&config, &rope, &mut x, &mut spans, &mut |_, _| ());
             cached[which] = caches.iter().map(KvCache::bytes).sum();

@@ -15,7 +15,8 @@ pub fn run(args: ChatArgs) -> anyhow::Result<ExitCode> {
     let mut sampler = Sampler::new(sampling(&args.sampling)?);
     let source = args.model.open()?;
     let tokenizer = source.tokenizer()?;
-    let model = Model::load_for_decoding(&source)?;
+    let mut model = Model::load_for_decoding(&source)?;
+    model.set_any_order();
     let mut messages: Vec<Message> = args.system.iter().map(|text| message("system", text)).collect();
     // Fails now, not after the first message, if there is no template.
     tokenizer.chat_prompt(&[message("user", "hello")], true)?;

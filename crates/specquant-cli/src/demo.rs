@@ -44,7 +44,8 @@ pub fn measure(args: MeasureArgs) -> anyhow::Result<ExitCode> {
     system::set_threads(args.model.threads)?;
     let source = args.model.open()?;
     let tokenizer = source.tokenizer()?;
-    let model = Model::load_for_decoding(&source)?;
+    let mut model = Model::load_for_decoding(&source)?;
+    model.set_any_order();
     let greedy = || Sampler::new(Sampling::GREEDY);
     let prompt = tokenizer.encode(PROMPT, true)?;
     let mut sample = Vec::new();

@@ -41,7 +41,7 @@ fn main() {
         KvFormat::Int { bits: 4, clip: 1.0, intact: 0 },
         KvFormat::Gaussian { intact: 4 },
     ] {
-        let mut cache = KvCache::new(format, kv_heads, d);
+        let mut cache = KvCache::new(format, kv_heads, d).with_any_order(true);
         let append = best(5, || {
             cache.truncate(0);
             cache.append(&k, &v);
@@ -49,7 +49,7 @@ fn main() {
         let prefill = best(7, || attention(&q, len, heads, &cache, 0.125, None, &mut out));
         let step = heads * d;
         let mut decode = |len: usize| {
-            let mut cache = KvCache::new(format, kv_heads, d);
+            let mut cache = KvCache::new(format, kv_heads, d).with_any_order(true);
             cache.append(&k[..len * kv_heads * d], &v[..len * kv_heads * d]);
             best(200, || attention(&q[..step], 1, heads, &cache, 0.125, None, &mut out[..step])) * 1e6
         };

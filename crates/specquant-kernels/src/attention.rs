@@ -6,6 +6,7 @@
 
 mod codes;
 mod rows;
+mod tiles;
 
 use crate::ops::{exp, exp_sum_body, max_body, twin};
 use crate::packed_dense::{tile_nn_add, tile_nt};
@@ -53,11 +54,14 @@ pub fn attention(
         return;
     }
     assert!(kv_heads > 0 && heads.is_multiple_of(kv_heads), "attention: {kv_heads} kv heads, {heads} heads");
-    let job = Job { cache, group: heads / kv_heads, scale, window: window.unwrap_or(usize::MAX) };
+    let tiles = tiles::Kernel::new(Isa::active(), head_dim).filter(|_| cache.any_order());
+    let job = Job { cache, group: heads / kv_heads, scale, window: window.unwrap_or(usize::MAX), tiles };
     if t == 1 {
         return job.decode(q, out);
     }
-    let queries = (ROWS / job.group).clamp(16, 128);
+    // Products in tiles are so much faster that keys should be widened for more rows.
+    let rows = if job.tiles.is_some() { 2 * ROWS } else { ROWS };
+    let queries = (rows / job.group).clamp(16, 128);
     let start = cache.len() - t;
     let part = job.group * head_dim;
     let out = Shared(out.as_mut_ptr());
@@ -84,6 +88,8 @@ struct Job<'a> {
     group: usize,
     scale: f32,
     window: usize,
+    /// What multiplies many queries with codes.
+    tiles: Option<tiles::Kernel>,
 }
 
 impl Job<'_> {
@@ -102,16 +108,22 @@ impl Job<'_> {
         let [mut kbuf, mut vbuf] = [(); 2].map(|()| Buffer::new(KEYS * d));
         // Tiles start at multiples of KEYS; the first is the one of the first key that the first query sees.
         let mut from = (position + 1).saturating_sub(self.window) / KEYS * KEYS;
-        while from < end {
-            let keys = from..(from + KEYS).min(end);
+        // Keys from here on are multiplied in codes.
+        let coded = self.tiles.and_then(|_| self.cache.codes(KvSide::Keys, head, from..end));
+        let coded = end - coded.map_or(0, |codes| codes.scale.len());
+        while from < coded {
+            let keys = from..(from + KEYS).min(coded);
             let n = keys.len();
             let scores = &mut scores[..rows * n];
             let k = self.cache.tile(KvSide::Keys, head, keys.clone(), &mut kbuf);
             tile_nt(&q, k, scores, rows, d, n);
-            absorb(scores, n, from, position, self.group, self.window, &mut state);
-            let v = self.cache.tile(KvSide::Values, head, keys, &mut vbuf);
+            absorb(scores, n, from, position, 0, self.group, self.window, &mut state);
+            let v = self.cache.tile(KvSide::Values, head, keys.clone(), &mut vbuf);
             tile_nn_add(scores, v, state.out, rows, n, d);
-            from += KEYS;
+            from = keys.end;
+        }
+        if let Some(tiles) = self.tiles.filter(|_| from < end) {
+            tiles.absorb_codes(self, &q, head, from..end, position, &mut state);
         }
         state.finish();
         out
@@ -180,7 +192,7 @@ impl Job<'_> {
                 kernel.dot_rows(q, keys, &mut scores[first..], n);
             }
             // Every key of the range is visible: the window was cut before.
-            absorb(scores, n, from, self.cache.len() - 1, self.group, usize::MAX, &mut state);
+            absorb(scores, n, from, self.cache.len() - 1, 0, self.group, usize::MAX, &mut state);
             for some in widened() {
                 let v = self.cache.tile(KvSide::Values, head, some.clone(), &mut buf);
                 add_values(isa, &scores[some.start - from..], n, v, state.out, d);
@@ -239,21 +251,23 @@ impl<'a> State<'a> {
     }
 }
 
-/// Turns a tile of scores [rows, n], whose first key is at `from` and whose first query at `position`, into e^(score − maximum),
-/// 0 where the query does not see the key; rescales the running state where the maximum grows.
+/// Turns a tile of scores [rows, n], whose first key is at `from`, into e^(score − maximum), 0 where the query does not see the key; rescales the
+/// running state where the maximum grows. The first row is number `first` of those that begin with the query at `position`.
 #[inline(always)]
+#[allow(clippy::too_many_arguments)] // where a tile lies among all scores
 fn absorb_body(
     scores: &mut [f32],
     n: usize,
     from: usize,
     position: usize,
+    first: usize,
     group: usize,
     window: usize,
     state: &mut State,
 ) {
     let d = state.out.len() / state.max.len();
     for (r, row) in scores.chunks_exact_mut(n).enumerate() {
-        let position = position + r / group;
+        let position = position + (first + r) / group;
         let end = (position + 1).saturating_sub(from).min(n);
         let start = (position + 1).saturating_sub(window).saturating_sub(from).min(end);
         row[..start].fill(0.0);
@@ -277,7 +291,7 @@ fn absorb_body(
 
 twin! {
     fn absorb = absorb_body(
-        scores: &mut [f32], n: usize, from: usize, position: usize, group: usize, window: usize, state: &mut State,
+        scores: &mut [f32], n: usize, from: usize, position: usize, first: usize, group: usize, window: usize, state: &mut State,
     )
 }
 
@@ -424,6 +438,36 @@ mod tests {
         }
     }
 
+    /// Where there are tiles, what any order allows comes near what the fixed one gives; elsewhere they are the same.
+    #[test]
+    fn any_order_changes_little() {
+        let mut formats = vec![];
+        for intact in [0, 3, 130] {
+            formats.push(KvFormat::Gaussian { intact });
+            formats.extend([3, 4].map(|bits| KvFormat::Int { bits, clip: 0.95, intact }));
+        }
+        let shapes = [
+            (64, 64, 9, 3, 64, None),
+            (33, 300, 4, 2, 32, None),
+            (200, 500, 2, 2, 128, Some(90)),
+            (2, 150, 3, 1, 96, None),
+            (130, 131, 1, 1, 256, Some(20)),
+            (40, 40, 2, 1, 33, None),
+        ];
+        for ((t, len, heads, kv_heads, d, window), format) in
+            shapes.into_iter().flat_map(|shape| formats.iter().map(move |format| (shape, *format)))
+        {
+            let q = noise(t * heads * d, 5);
+            let cache = filled(format, len, kv_heads, d);
+            let fixed = run(&q, t, heads, &cache, window);
+            let any = run(&q, t, heads, &cache.with_any_order(true), window);
+            let largest = |x: &mut dyn Iterator<Item = f32>| x.fold(0.0f32, |m, v| m.max(v.abs()));
+            let error = largest(&mut fixed.iter().zip(&any).map(|(a, b)| a - b));
+            let size = largest(&mut fixed.iter().copied());
+            assert!(error <= 2e-4 * size, "{format:?} {t} of {len}, {d} wide: {error} of {size}");
+        }
+    }
+
     #[test]
     fn twins_agree_bit_for_bit() {
         let (rows, n, d) = (6, 45, 19);
@@ -434,8 +478,8 @@ mod tests {
         let (mut s1, mut s2) = (State::new(o1, m1), State::new(o2, m2));
         s1.out.copy_from_slice(&noise(rows * d, 3));
         s2.out.copy_from_slice(s1.out);
-        absorb(&mut a, n, 10, 30, 2, 15, &mut s1);
-        absorb_body(&mut b, n, 10, 30, 2, 15, &mut s2);
+        absorb(&mut a, n, 10, 29, 2, 2, 15, &mut s1);
+        absorb_body(&mut b, n, 10, 29, 2, 2, 15, &mut s2);
         assert_eq!((&a, &s1.max, &s1.sum, &s1.out), (&b, &s2.max, &s2.sum, &s2.out));
     }
 

@@ -18,8 +18,8 @@ pub enum Isa {
     AvxVnni,
     /// x86-64 with AVX-512 F, BW, DQ, VL and VNNI (`vpdpbusd`), and everything that [`Isa::Avx2`] asks for.
     Avx512Vnni,
-    /// [`Isa::Avx512Vnni`] with AMX's tiles of 8-bit integers (`tdpbusd`), which integer products of more than a few tokens use: Intel's server
-    /// processors from Sapphire Rapids on, under Linux.
+    /// [`Isa::Avx512Vnni`] with AMX's tiles of 8-bit integers (`tdpbusd`), which integer products of more than a few tokens use, and of bfloat16, which
+    /// prompts' attention may use ([`KvCache::with_any_order`](crate::KvCache::with_any_order)): Intel's server processors from Sapphire Rapids on, under Linux.
     AmxInt8,
 }
 
@@ -168,13 +168,15 @@ impl AmxInt8 {
     }
 }
 
-/// Whether the processor multiplies tiles of bytes, and Linux has let all threads of this process use them, now and later. It asks to be asked,
+/// Whether the processor multiplies tiles of bytes and of bfloat16, and Linux has let all threads of this process use them, now and later. It asks to be asked,
 /// for tiles make the saved state of a thread 8 kB larger (Linux, Documentation/arch/x86/xstate.rst).
 #[cfg(all(target_arch = "x86_64", target_os = "linux"))]
 fn tiles_granted() -> bool {
     use std::arch::x86_64::{__cpuid, __cpuid_count};
+    const AMX_BF16: u32 = 1 << 22;
     const AMX_TILE: u32 = 1 << 24;
     const AMX_INT8: u32 = 1 << 25;
+    const ALL: u32 = AMX_BF16 | AMX_TILE | AMX_INT8;
     const ARCH_REQ_XCOMP_PERM: libc::c_ulong = 0x1023;
     const XFEATURE_XTILEDATA: libc::c_ulong = 18;
     // SAFETY: x86-64 has the instruction; Rust asks for the word until 1.90.
@@ -182,7 +184,7 @@ fn tiles_granted() -> bool {
     let features = unsafe { if __cpuid(0).eax < 7 { 0 } else { __cpuid_count(7, 0).edx } };
     // SAFETY: the call changes nothing but what this process may use; a system that does not know it says so.
     let ask = || unsafe { libc::syscall(libc::SYS_arch_prctl, ARCH_REQ_XCOMP_PERM, XFEATURE_XTILEDATA) };
-    features & AMX_TILE != 0 && features & AMX_INT8 != 0 && ask() == 0
+    features & ALL == ALL && ask() == 0
 }
 
 #[cfg(all(target_arch = "x86_64", not(target_os = "linux")))]

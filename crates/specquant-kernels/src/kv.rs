@@ -104,6 +104,7 @@ pub struct KvCache {
     len: usize,
     /// Keys of every head, then values of every head.
     heads: Vec<Head>,
+    any_order: bool,
 }
 
 /// Which half of the cache to read.
@@ -136,7 +137,19 @@ impl KvCache {
             KvFormat::Gaussian { .. } => Plane::Gaussian { codes: Vec::new(), scale: Vec::new() },
         };
         let heads = vec![Head { plane, intact: Vec::new() }; 2 * kv_heads];
-        Self { format, head_dim, len: 0, heads }
+        Self { format, head_dim, len: 0, heads, any_order: false }
+    }
+
+    /// Whether [`attention`](crate::attention) of many queries to 4-bit codes may add up in the order, and with the factors of 16 bits of mantissa, that suit
+    /// the instruction set: AMX multiplies tiles then. If not, as at first, its results are the same on all instruction sets. For what writes text, not for
+    /// what quantizes or measures a model, whose results must not depend on the machine.
+    pub fn with_any_order(self, any_order: bool) -> Self {
+        KvCache { any_order, ..self }
+    }
+
+    /// Whether sums may have any order.
+    pub(crate) fn any_order(&self) -> bool {
+        self.any_order
     }
 
     /// Appends the keys and values of some tokens: k, v: [t, kv_heads · head_dim] each.

@@ -31,6 +31,8 @@ mod ops;
 mod packed_dense;
 mod parallel;
 mod reflections;
+#[cfg(target_arch = "x86_64")]
+mod tiles;
 mod weights;
 
 pub use acts::*;

@@ -269,11 +269,13 @@ struct FloatBlock<'a> {
 
 impl<'a> IntBlock<'a> {
     /// The panels that are there.
+    #[inline(always)]
     fn panels(&self) -> &[&'a [Chunk]] {
         &self.panels[..self.count]
     }
 
     /// The same weights times some of the tokens.
+    #[inline(always)]
     fn of(&self, rows: &Range<usize>) -> IntBlock<'a> {
         IntBlock { a: &self.a[rows.start * self.stride..], rows: rows.len(), ..*self }
     }
@@ -351,6 +353,7 @@ fn int_rect<K: Kernel>(kernel: K, parts: &[(&QuantizedActs, &PackedWeights)], mu
 }
 
 /// Where the sums of a strip of tokens of a rectangle and of one panel go; behind the first part of a product they are added.
+#[inline(always)]
 fn columns<'a, 'y>(
     rect: &'a mut Rect<'y>,
     a: &'a QuantizedActs,

@@ -185,6 +185,7 @@ pub struct Model {
     /// Of layers without a window, and of those with one where they differ.
     inv_freq: (Vec<f32>, Option<Vec<f32>>),
     kv_format: KvFormat,
+    any_order: bool,
 }
 
 /// The tokens of one sequence so far, as keys and values.
@@ -246,6 +247,7 @@ impl Model {
             head: Head::read(source)?,
             inv_freq: (config.inv_freq(false), config.local_rope_theta.map(|_| config.inv_freq(true))),
             kv_format,
+            any_order: false,
             quantization,
             config,
         })
@@ -306,9 +308,17 @@ impl Model {
         self.kv_format
     }
 
+    /// Lets sequences that are made from now on add up in the order that suits the processor ([`KvCache::with_any_order`]): prompts are faster with
+    /// AMX. What rounds to 4 bits at every layer makes of another last bit another text, as good as the one of other processors but not the same; so that this
+    /// is for writing text, not for measuring a model.
+    pub fn set_any_order(&mut self) {
+        self.any_order = true;
+    }
+
     /// An empty sequence.
     pub fn sequence(&self) -> Sequence {
-        let cache = || KvCache::new(self.kv_format, self.config.num_kv_heads, self.config.head_dim);
+        let (heads, width) = (self.config.num_kv_heads, self.config.head_dim);
+        let cache = || KvCache::new(self.kv_format, heads, width).with_any_order(self.any_order);
         Sequence { caches: self.blocks.iter().map(|_| cache()).collect() }
     }
 

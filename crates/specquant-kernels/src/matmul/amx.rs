@@ -11,14 +11,9 @@ use super::avx512::FEW_ROWS;
 use super::{Columns, FloatBlock, Group, IntBlock, Kernel, PANELS};
 use crate::Buffer;
 use crate::isa::AmxInt8;
+use crate::tiles::{ROW_BYTES, ROWS, STRIP, Tiles};
 use crate::weights::{Chunk, PANEL};
 use std::arch::asm;
-
-/// Rows of a tile, and bytes of a row.
-const ROWS: usize = 16;
-const ROW_BYTES: usize = 64;
-/// Tokens of two tiles.
-const STRIP: usize = 2 * ROWS;
 
 impl Kernel for AmxInt8 {
     const INT_PANELS: usize = PANELS;
@@ -53,9 +48,9 @@ impl Kernel for AmxInt8 {
             if work.steps * work.step == 0 {
                 continue;
             }
-            // SAFETY: the token proves AMX; rows and inputs lie within the block by the assertions above.
+            tiles.shape(self, rows, work.step);
+            // SAFETY: the tiles have their shape; rows and inputs lie within the block by the assertions above.
             unsafe {
-                tiles.shape(rows, work.step);
                 match (rows > ROWS, panels.len()) {
                     (true, 2) => work.run::<2, 2>(acc),
                     (true, _) => work.run::<2, 1>(acc),
@@ -80,68 +75,6 @@ impl Kernel for AmxInt8 {
 
     fn store(self, sum: &[[f32; PANEL]], to: Columns) {
         self.avx512.store(sum, to);
-    }
-}
-
-/// What `ldtilecfg` reads: rows and bytes a row of each of the eight tiles.
-#[repr(C, align(64))]
-struct Config {
-    palette: u8,
-    start_row: u8,
-    reserved: [u8; 14],
-    row_bytes: [u16; 16],
-    rows: [u8; 16],
-}
-
-impl Config {
-    /// tiles: rows and bytes a row of each.
-    fn new(tiles: [[usize; 2]; 8]) -> Self {
-        let mut config =
-            Config { palette: 1, start_row: 0, reserved: [0; 14], row_bytes: [0; 16], rows: [0; 16] };
-        for (i, [rows, row_bytes]) in tiles.into_iter().enumerate() {
-            (config.rows[i], config.row_bytes[i]) = (rows as u8, row_bytes as u16);
-        }
-        config
-    }
-}
-
-/// The shapes of this thread's tiles: to change them takes as long as some products. They are given up in the end, for tiles in use are
-/// saved at every switch of threads.
-#[derive(Default)]
-pub(super) struct Tiles {
-    /// Rows of a strip, and quads of a step.
-    shape: Option<(usize, usize)>,
-}
-
-impl Tiles {
-    /// Makes them suit strips of `rows` and steps of `step` quads, up to [`STRIP`] and [`ROWS`]: sums in tiles 0 to 3, codes in 4 and 5, weights in 6 and 7.
-    ///
-    /// # Safety
-    /// The machine must have AMX.
-    unsafe fn shape(&mut self, rows: usize, step: usize) {
-        if self.shape == Some((rows, step)) {
-            return;
-        }
-        let halves = [rows.min(ROWS), rows.saturating_sub(ROWS)];
-        let mut tiles = [[0; 2]; 8];
-        for (r, rows) in halves.into_iter().enumerate().filter(|(_, rows)| *rows > 0) {
-            tiles[2 * r..2 * r + 2].fill([rows, ROW_BYTES]);
-            tiles[4 + r] = [rows, 4 * step];
-        }
-        tiles[6..].fill([step, ROW_BYTES]);
-        let config = Config::new(tiles);
-        // SAFETY: the caller's; the processor reads the configuration.
-        unsafe { asm!("ldtilecfg [{config}]", config = in(reg) &raw const config, options(nostack)) };
-        self.shape = Some((rows, step));
-    }
-}
-
-impl Drop for Tiles {
-    fn drop(&mut self) {
-        if self.shape.is_some() {
-            // SAFETY: there was AMX to shape them with.
-            unsafe { asm!("tilerelease", options(nostack)) };
-        }
     }
 }
 
@@ -230,12 +163,12 @@ impl Work<'_> {
 }
 
 /// Products of tiles and nothing else, for the machine's limit; returns the operations.
-pub(crate) fn tile_loop(_: AmxInt8, rounds: usize) -> f64 {
-    let config = Config::new([[ROWS, ROW_BYTES]; 8]);
-    // SAFETY: the token proves AMX; memory is read for the configuration only.
+pub(crate) fn tile_loop(token: AmxInt8, rounds: usize) -> f64 {
+    let mut tiles = Tiles::default();
+    tiles.shape(token, STRIP, ROWS);
+    // SAFETY: the token proves AMX; memory is not read.
     unsafe {
         asm!(
-            "ldtilecfg [{config}]",
             "2:",
             "tdpbusd tmm0, tmm4, tmm6",
             "tdpbusd tmm1, tmm4, tmm7",
@@ -243,8 +176,6 @@ pub(crate) fn tile_loop(_: AmxInt8, rounds: usize) -> f64 {
             "tdpbusd tmm3, tmm5, tmm7",
             "dec {left}",
             "jnz 2b",
-            "tilerelease",
-            config = in(reg) &raw const config,
             left = inout(reg) rounds.max(1) => _,
             out("tmm0") _, out("tmm1") _, out("tmm2") _, out("tmm3") _,
             out("tmm4") _, out("tmm5") _, out("tmm6") _, out("tmm7") _,
