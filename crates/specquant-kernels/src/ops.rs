@@ -38,7 +38,7 @@ macro_rules! twin {
 pub(crate) use twin;
 
 /// Lanes of a running sum or maximum.
-const LANES: usize = 16;
+pub(crate) const LANES: usize = 16;
 /// Elements per task of an element-wise operation; fewer are not worth a second thread.
 const CHUNK: usize = 1 << 14;
 

@@ -4,8 +4,10 @@
 //! copy: 12 × 32 sums in AVX-512's registers, 6 × 16 in AVX2's. The sum of one output is built in one order, which depends on the depth
 //! alone: not on the number of rows, nor on that of threads.
 
+mod digits;
 mod tile;
 
+use crate::PackedWeights;
 use crate::buffer::Buffer;
 use crate::isa::{Isa, with_token};
 use crate::parallel::{Shared, for_each_chunk, for_each_index};
@@ -33,19 +35,20 @@ const SMALL: usize = 1 << 17;
 pub struct PackedDense {
     n: usize,
     k: usize,
-    /// `[ceil(n / 16), k, 16]`; columns from n on are zero.
     panels: Panels,
     /// `[n]`: what the sums are multiplied with; nothing where `None`.
     scales: Option<Vec<f32>>,
 }
 
-/// Values of a [`PackedDense`].
+/// Values of a [`PackedDense`], `[ceil(n / 16), k, 16]`; columns from n on are zero.
 #[derive(Debug, Clone, PartialEq)]
 enum Panels {
     F32(Vec<f32>),
     F16(Vec<f16>),
     Bf16(Vec<bf16>),
     I8(Vec<i8>),
+    /// Codes and their scales, for integer products.
+    Int(PackedWeights),
 }
 
 impl PackedDense {
@@ -73,9 +76,16 @@ impl PackedDense {
 
     /// Packs int8 codes, `[n, k]` row-major, which stand for their values times the scale of their row, `[n]`.
     ///
+    /// Where a processor multiplies bytes fast (VNNI, AMX, NEON's dot products), rows of the other factor are rounded to 16 bits of their largest value, and
+    /// products are exact; elsewhere they are those of f32.
+    ///
     /// # Panics
     /// If a length does not follow from the shape.
     pub fn pack_int8(codes: &[u8], scales: Vec<f32>, n: usize, k: usize) -> Self {
+        PackedDense::pack_int8_for(Isa::active(), codes, scales, n, k)
+    }
+
+    fn pack_int8_for(isa: Isa, codes: &[u8], scales: Vec<f32>, n: usize, k: usize) -> Self {
         assert_eq!(
             Some(codes.len()),
             n.checked_mul(k),
@@ -83,6 +93,14 @@ impl PackedDense {
             codes.len()
         );
         assert_eq!(scales.len(), n, "dense weight: scales");
+        if digits::pay(isa) {
+            // SAFETY: an i8 is a u8 in every respect but what it stands for.
+            let signed = unsafe { std::slice::from_raw_parts(codes.as_ptr().cast(), codes.len()) };
+            // What these weights do not take, floats do: too many inputs, or none.
+            if let Ok(weights) = PackedWeights::pack(signed, &scales, n, k, 8, k) {
+                return PackedDense { n, k, panels: Panels::Int(weights), scales: None };
+            }
+        }
         let mut panels = vec![0; n.div_ceil(PANEL) * k * PANEL];
         if k > 0 {
             let each = panels.par_chunks_exact_mut(k * PANEL).zip(codes.par_chunks(PANEL * k));
@@ -120,6 +138,7 @@ impl PackedDense {
             Panels::F16(panels) => values(panels, n, k),
             Panels::Bf16(panels) => values(panels, n, k),
             Panels::I8(panels) => values(panels, n, k),
+            Panels::Int(weights) => weights.dequantize(),
         };
         if let Some(scales) = &self.scales {
             w.chunks_exact_mut(k.max(1))
@@ -146,6 +165,7 @@ impl PackedDense {
             Panels::F16(panels) => size_of_val(panels.as_slice()),
             Panels::Bf16(panels) => size_of_val(panels.as_slice()),
             Panels::I8(panels) => size_of_val(panels.as_slice()),
+            Panels::Int(weights) => weights.bytes(),
         };
         panels + self.scales.as_ref().map_or(0, |s| size_of_val(s.as_slice()))
     }
@@ -215,6 +235,11 @@ pub fn matmul_packed_with(isa: Isa, x: &[f32], w: &PackedDense, y: &mut [f32], m
         Panels::F16(panels) => matmul_panels(isa, x, Right { panels, shape, scales }, y, m, accumulate),
         Panels::Bf16(panels) => matmul_panels(isa, x, Right { panels, shape, scales }, y, m, accumulate),
         Panels::I8(panels) => matmul_panels(isa, x, Right { panels, shape, scales }, y, m, accumulate),
+        Panels::Int(weights) => {
+            assert!(!accumulate, "{SCALED}");
+            check(x, y, shape, m);
+            digits::multiply(isa, x, weights, y, m);
+        }
     }
 }
 
@@ -237,6 +262,15 @@ pub(crate) fn matmul_once(
     matmul_panels(Isa::active(), x, right, y, m, accumulate);
 }
 
+/// What [`add_matmul_packed`] says of weights of codes.
+const SCALED: &str = "packed product: a sum of scaled codes is not added to anything";
+
+/// Checks lengths: a product that wraps would let the tiles write beside y.
+fn check(x: &[f32], y: &[f32], [n, k]: [usize; 2], m: usize) {
+    assert_eq!(Some(x.len()), m.checked_mul(k), "packed product: x is not [{m}, {k}]");
+    assert_eq!(Some(y.len()), m.checked_mul(n), "packed product: y is not [{m}, {n}]");
+}
+
 /// What is multiplied with.
 struct Right<'a, W> {
     /// `[ceil(n / 16), k, 16]`; what columns from n on hold does not tell.
@@ -254,13 +288,8 @@ fn matmul_panels<W: Weight>(
     m: usize,
     accumulate: bool,
 ) {
-    assert!(
-        scales.is_none() || !accumulate,
-        "packed product: a sum of scaled codes is not added to anything"
-    );
-    // Checked: a product that wraps would let the tiles write beside y.
-    assert_eq!(Some(x.len()), m.checked_mul(k), "packed product: x is not [{m}, {k}]");
-    assert_eq!(Some(y.len()), m.checked_mul(n), "packed product: y is not [{m}, {n}]");
+    assert!(scales.is_none() || !accumulate, "{SCALED}");
+    check(x, y, [n, k], m);
     if m == 0 || n == 0 {
         return;
     }

@@ -260,6 +260,9 @@ unsafe fn tile<const R: usize, const P: usize>(
     let mut w = [_mm512_setzero_si512(); P];
     for q in 0..quads {
         for p in 0..P {
+            if R <= FEW_ROWS {
+                fetch_ahead(&panels[p][q]);
+            }
             w[p] = load(&panels[p][q]);
         }
         for r in 0..R {

@@ -86,18 +86,50 @@ fn int8_rows_are_their_codes_times_a_scale() {
         let codes: Vec<i8> = (0..n * k).map(|i| (i * 89 % 255) as u8 as i8).collect();
         let scales: Vec<f32> = values(n, n).iter().map(|s| s.abs()).collect();
         let bytes: Vec<u8> = codes.iter().map(|c| *c as u8).collect();
-        let packed = PackedDense::pack_int8(&bytes, scales.clone(), n, k);
-        assert_eq!(packed.bytes(), n.next_multiple_of(PANEL) * k + 4 * n);
         let w: Vec<f32> = codes.iter().enumerate().map(|(i, c)| f32::from(*c) * scales[i / k]).collect();
-        assert_eq!(packed.unpack(), w);
-        let x = values(m, m * k);
+        let mut x = values(m, m * k);
+        // Outliers make the steps of 16 bits coarse.
+        x.iter_mut().step_by(97).for_each(|x| *x *= 30.0);
+        let want = naive(&x, &w, m, k, n);
         for isa in Isa::available() {
+            let packed = PackedDense::pack_int8_for(isa, &bytes, scales.clone(), n, k);
+            assert_eq!(packed.unpack(), w);
+            let integers = matches!(packed.panels, Panels::Int(_));
+            assert_eq!(integers, digits::pay(isa) && k > 0);
+            if !integers {
+                assert_eq!(packed.bytes(), n.next_multiple_of(PANEL) * k + 4 * n);
+            }
             let mut y = vec![f32::NAN; m * n];
             matmul_packed_with(isa, &x, &packed, &mut y, m, false);
-            for (got, (want, magnitude)) in y.iter().zip(naive(&x, &w, m, k, n)) {
-                assert!((f64::from(*got) - want).abs() <= 1e-5 * magnitude, "{isa:?} [{m}, {k}] x [{n}]");
+            for (i, (got, (want, magnitude))) in y.iter().zip(&want).enumerate() {
+                let row = &x[i / n * k..][..k];
+                let largest = row.iter().fold(0.0f32, |a, v| a.max(v.abs()));
+                let weights: f32 = w[i % n * k..][..k].iter().map(|w| w.abs()).sum();
+                let step = if integers { f64::from(largest * weights) / 65_534.0 } else { 0.0 };
+                let error = (f64::from(*got) - want).abs();
+                assert!(error <= step + 1e-5 * magnitude, "{isa:?} [{m}, {k}] x [{n}]");
             }
+            // A row's result is its own.
+            let mut last = vec![f32::NAN; n];
+            matmul_packed_with(isa, &x[(m - 1) * k..], &packed, &mut last, 1, false);
+            assert_eq!(last, y[(m - 1) * n..], "{isa:?}");
         }
+    }
+}
+
+#[test]
+fn int8_products_of_what_is_no_number_are_none() {
+    let packed = PackedDense::pack_int8(&[1, 2, 255, 3, 4, 5], vec![1.0, 0.5], 2, 3);
+    for bad in [f32::NAN, f32::INFINITY, f32::NEG_INFINITY] {
+        let mut y = vec![0.0; 4];
+        matmul_packed(&[1.0, bad, 0.0, 0.0, 0.0, 0.0], &packed, &mut y, 2);
+        assert!(y[..2].iter().all(|y| !y.is_finite()), "{y:?}");
+        assert_eq!(y[2..], [0.0; 2]);
+    }
+    for small in [f32::MIN_POSITIVE, 1e-45, 3e38] {
+        let mut y = vec![f32::NAN; 2];
+        matmul_packed(&[0.0, 0.0, small], &packed, &mut y, 1);
+        assert!((y[0] + small).abs() <= small / 1e4 + f32::MIN_POSITIVE, "{small}: {y:?}");
     }
 }
 
