@@ -8,7 +8,7 @@ use crate::linear::{Linear, forward_shared};
 use crate::{Activation, InputTransform, ModelConfig, Result, Rotations};
 
 /// See [`Block::rows_at_once`]: of a block 4096 wide, some 60 MB.
-const ROWS_AT_ONCE: usize = 512;
+const ROWS_AT_ONCE: usize = 256;
 /// Values that one thread changes at least; below, sharing costs more than it saves.
 const ROW_VALUES: usize = 1 << 15;
 /// Spans that are enough to keep all threads busy, and the tokens of a long one.

@@ -5,6 +5,8 @@ use faer::linalg::cholesky::llt::factor::{
     LltParams, LltRegularization, cholesky_in_place, cholesky_in_place_scratch,
 };
 use faer::linalg::matmul::matmul;
+use faer::linalg::triangular_solve::solve_lower_triangular_in_place;
+use faer::prelude::{Reborrow, ReborrowMut};
 use faer::{Accum, Auto, MatMut, MatRef, Par, Spec, dyn_stack};
 use rayon::prelude::*;
 
@@ -12,6 +14,8 @@ use rayon::prelude::*;
 const CHUNK_ROWS: usize = 256;
 /// Rows of the matrix that one task computes.
 const PANEL: usize = 64;
+/// Columns that are factorized at once, and rows and columns of what one task then computes: whole tiles of 48 rows of AVX-512.
+const CHOLESKY_COLUMNS: usize = 240;
 
 /// `H = 2/n · Σ x xᵀ` over the n calibration inputs x of a layer: the Hessian of its squared output error for every
 /// output channel (GPTQ, arXiv 2210.17323; the factor is that of QuaRot's `gptq_utils.py`).
@@ -261,21 +265,79 @@ pub fn factorize(h: Hessian, cfg: &GptqConfig) -> Factor {
     factor
 }
 
-/// Lower Cholesky factor in place, `a: [n, n]` column-major; false if there is none.
+/// Lower Cholesky factor in place, `a: [n, n]` column-major; false if there is none. Above the diagonal anything may stand, then and before.
+///
+/// Some columns at a time, on all threads: their own triangle, what is below it, and what both take away from the columns to the right. The parts have fixed
+/// sizes, so that the number of threads changes no bit.
 fn cholesky(a: &mut [f64], n: usize) -> bool {
     let params: Spec<LltParams, f64> = Spec::new(<LltParams as Auto<f64>>::auto());
-    let mut buffer = dyn_stack::MemBuffer::new(cholesky_in_place_scratch::<f64>(n, Par::Seq, params));
-    let stack = dyn_stack::MemStack::new(&mut buffer);
-    let matrix = MatMut::from_column_major_slice_mut(a, n, n);
-    let done = cholesky_in_place(matrix, LltRegularization::default(), Par::Seq, stack, params).is_ok();
+    let scratch = cholesky_in_place_scratch::<f64>(CHOLESKY_COLUMNS, Par::Seq, params);
+    let mut buffer = dyn_stack::MemBuffer::new(scratch);
+    for first in (0..n).step_by(CHOLESKY_COLUMNS) {
+        let width = CHOLESKY_COLUMNS.min(n - first);
+        let (columns, right) = a[first * n..].split_at_mut(width * n);
+        let (_, panel) = MatMut::from_column_major_slice_mut(&mut *columns, n, width).split_at_row_mut(first);
+        let (mut triangle, mut below) = panel.split_at_row_mut(width);
+        let stack = dyn_stack::MemStack::new(&mut buffer);
+        let regularization = LltRegularization::default();
+        if cholesky_in_place(triangle.rb_mut(), regularization, Par::Seq, stack, params).is_err() {
+            return false;
+        }
+        let mut parts = Vec::new();
+        while below.nrows() > 0 {
+            let rows = CHOLESKY_COLUMNS.min(below.nrows());
+            let (part, rest) = below.split_at_row_mut(rows);
+            parts.push(part);
+            below = rest;
+        }
+        let triangle = triangle.rb();
+        let solve = |part: MatMut<f64>| {
+            solve_lower_triangular_in_place(triangle, part.transpose_mut(), Par::Seq);
+        };
+        parts.into_par_iter().for_each(solve);
+        let panel = MatRef::from_column_major_slice(columns, n, width);
+        right.par_chunks_mut(CHOLESKY_COLUMNS * n).enumerate().for_each(|(i, columns)| {
+            let (at, width) = (first + width + i * CHOLESKY_COLUMNS, columns.len() / n);
+            let (_, to) = MatMut::from_column_major_slice_mut(columns, n, width).split_at_row_mut(at);
+            let (below, beside) = (panel.subrows(at, n - at), panel.subrows(at, width));
+            matmul(to, Accum::Add, below, beside.transpose(), -1.0, Par::Seq);
+        });
+    }
     // A huge but finite H can overflow on the way without an error.
-    done && (0..n * n).step_by(n + 1).all(|at| a[at].is_finite() && a[at] > 0.0)
+    (0..n * n).step_by(n + 1).all(|at| a[at].is_finite() && a[at] > 0.0)
 }
 
 #[cfg(test)]
 mod tests {
     use super::super::testing::{correlated, gaussian, with_threads};
     use super::*;
+
+    /// More columns than are factorized at once, and not whole parts of them.
+    #[test]
+    fn cholesky_in_parts() {
+        for n in [1, CHOLESKY_COLUMNS, 2 * CHOLESKY_COLUMNS + 3, 700] {
+            let mut h = Hessian::new(n);
+            h.add(&correlated(2 * n, n, 5));
+            let mut whole = h.normalized();
+            (0..n).for_each(|i| whole[i * (n + 1)] += 0.01);
+            let factor = |threads| {
+                let mut lower = whole.clone();
+                // Above the diagonal, whatever it is.
+                (0..n * n).filter(|k| k % n < k / n).for_each(|k| lower[k] = f64::NAN);
+                assert!(with_threads(threads, || cholesky(&mut lower, n)), "{n}");
+                (0..n * n).filter(|k| k % n < k / n).for_each(|k| lower[k] = 0.0);
+                lower
+            };
+            let lower = factor(1);
+            assert_eq!(lower, factor(3), "{n}");
+            for (i, j) in [(0, 0), (n - 1, 0), (n - 1, n - 1), (n / 2, n / 3), (n - 1, n / 2)] {
+                let product: f64 = (0..n).map(|k| lower[k * n + i] * lower[k * n + j]).sum();
+                assert!((product - whole[j * n + i]).abs() < 1e-9, "{n}: {product} at {i}, {j}");
+            }
+            whole[(n - 1) * (n + 1)] = -1.0;
+            assert!(!cholesky(&mut whole, n));
+        }
+    }
 
     #[test]
     fn batches_add_up_to_the_mean_of_outer_products() {
