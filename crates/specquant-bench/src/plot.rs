@@ -14,7 +14,8 @@ pub fn roofline(report: &Report) -> String {
     let roof = |top: f64, at: f64| top.min(machine.read_gbs * at);
     let marks: Vec<f64> = (0..=60).map(|i| 10f64.powf(-0.5 + f64::from(i) / 12.0)).collect();
     let roofs = [("int8 limit", machine.int8_gops), ("f32 limit", machine.f32_gflops)];
-    let y = Axis::around(rows().map(super::ProductRow::gops).chain(roofs.map(|(_, top)| top)), true);
+    // Room for the name above the highest.
+    let y = Axis::around(rows().map(super::ProductRow::gops).chain(roofs.map(|(_, top)| 2.0 * top)), true);
     let mut series: Vec<Series> = roofs
         .into_iter()
         .map(|(label, top)| Series {

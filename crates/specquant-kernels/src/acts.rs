@@ -222,7 +222,7 @@ fn quantize_with<const N: usize>(
 
 /// Codes from one token to the next: whole cache lines, for what crosses them is read at half the speed. Tokens a multiple of a kilobyte apart
 /// would share a few sets of the first cache: a line between them spreads them out.
-fn stride(cols: usize) -> usize {
+pub(crate) fn stride(cols: usize) -> usize {
     let stride = cols.next_multiple_of(64);
     if stride > 0 && stride.is_multiple_of(1024) { stride + 64 } else { stride }
 }

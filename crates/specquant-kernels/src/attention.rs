@@ -106,9 +106,9 @@ impl Job<'_> {
         let mut state = State::new(&mut out, &mut sums);
         let mut scores = Buffer::new(rows * KEYS);
         let [mut kbuf, mut vbuf] = [(); 2].map(|()| Buffer::new(KEYS * d));
-        // Tiles start at multiples of KEYS; the first is the one of the first key that the first query sees.
+        // Tiles start at multiples of KEYS, or where codes begin; the first is the one of the first key that the first query sees.
         let mut from = (position + 1).saturating_sub(self.window) / KEYS * KEYS;
-        // Keys from here on are multiplied in codes.
+        // Keys from `coded` on are multiplied in codes.
         let coded = self.tiles.and_then(|_| self.cache.codes(KvSide::Keys, head, from..end));
         let coded = end - coded.map_or(0, |codes| codes.scale.len());
         while from < coded {
@@ -428,13 +428,16 @@ mod tests {
     #[test]
     fn threads_do_not_change_a_bit() {
         for (t, len, heads, kv_heads, d, window) in CASES {
-            let cache = filled(KvFormat::Int { bits: 4, clip: 1.0, intact: 0 }, len, kv_heads, d);
+            let mut cache = filled(KvFormat::Int { bits: 4, clip: 1.0, intact: 0 }, len, kv_heads, d);
             let q = noise(t * heads * d, 13);
-            let in_pool = |threads| {
-                let pool = rayon::ThreadPoolBuilder::new().num_threads(threads).build().unwrap();
-                pool.install(|| run(&q, t, heads, &cache, window))
-            };
-            assert_eq!(in_pool(1), in_pool(2));
+            for any_order in [false, true] {
+                cache = cache.with_any_order(any_order);
+                let in_pool = |threads| {
+                    let pool = rayon::ThreadPoolBuilder::new().num_threads(threads).build().unwrap();
+                    pool.install(|| run(&q, t, heads, &cache, window))
+                };
+                assert_eq!(in_pool(1), in_pool(2));
+            }
         }
     }
 
@@ -489,5 +492,12 @@ mod tests {
         cache.append(&[f32::NAN; 4], &[1.0; 4]);
         assert!(run(&[1.0; 4], 1, 1, &cache, None).iter().all(|v| v.is_nan()));
         assert!(run(&[1.0; 8], 2, 1, &cache, None)[4..].iter().all(|v| v.is_nan()));
+        // In codes, one key and one value of a head; and where the window hides them.
+        let mut cache = filled(KvFormat::Gaussian { intact: 4 }, 200, 1, 64);
+        cache.append(&[f32::NAN; 64], &[f32::NAN; 64]);
+        let mut cache = cache.with_any_order(true);
+        assert!(run(&[1.0; 128], 2, 1, &cache, None)[64..].iter().all(|v| v.is_nan()));
+        cache.append(&noise(300 * 64, 1), &noise(300 * 64, 2));
+        assert!(run(&[1.0; 640], 10, 1, &cache, Some(100)).iter().all(|v| v.is_finite()));
     }
 }

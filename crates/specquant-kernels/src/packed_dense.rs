@@ -77,7 +77,7 @@ impl PackedDense {
     /// Packs int8 codes, `[n, k]` row-major, which stand for their values times the scale of their row, `[n]`.
     ///
     /// Where a processor multiplies bytes fast (VNNI, AMX, NEON's dot products), rows of the other factor are rounded to 16 bits of their largest value, and
-    /// products are exact; elsewhere they are those of f32.
+    /// their sums of products are exact; elsewhere they are those of f32.
     ///
     /// # Panics
     /// If a length does not follow from the shape.

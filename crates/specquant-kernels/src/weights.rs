@@ -95,7 +95,10 @@ impl PackedWeights {
             return Err(KernelError::Bits { what: "weights", bits });
         }
         let max = ((1i32 << (bits - 1)) - 1) as i8;
-        if let Some(i) = codes.iter().position(|&q| q > max || q < -max - 1) {
+        // Of 8 bits every code is one.
+        if bits < 8
+            && let Some(i) = codes.iter().position(|&q| q > max || q < -max - 1)
+        {
             return Err(KernelError::CodeRange {
                 code: codes[i],
                 row: i / inp.max(1),

@@ -7,7 +7,7 @@ use specquant_kernels::{Buffer, KvCache};
 use crate::linear::{Linear, forward_shared};
 use crate::{Activation, InputTransform, ModelConfig, Result, Rotations};
 
-/// See [`Block::rows_at_once`]: of a block 4096 wide, some 60 MB.
+/// See [`Block::rows_at_once`]: of a block 4096 wide, some 30 MB.
 const ROWS_AT_ONCE: usize = 256;
 /// Values that one thread changes at least; below, sharing costs more than it saves.
 const ROW_VALUES: usize = 1 << 15;

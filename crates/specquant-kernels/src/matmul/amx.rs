@@ -1,8 +1,8 @@
 //! AMX kernel: `tdpbusd` adds the products of 64 inputs of 16 tokens and 16 channels to 256 sums.
 //!
 //! 16 byte chunks of a panel, one after the other, are such a tile of weights, and 16 rows of 64 codes one of activations; a tile of sums is 16
-//! rows of `acc`. A strip is 32 tokens and two panels: four tiles of sums, for which four loads serve four products. Lower and
-//! narrower tiles take the rest of the tokens and of the inputs, so that nothing is computed beside what is asked for.
+//! rows of `acc`. A strip is 32 tokens and two panels: four tiles of sums, for which four loads serve four products. Lower tiles
+//! take the rest of the tokens; the rest of the inputs is filled up with zeros, or takes narrower tiles where weights are bytes already.
 //!
 //! Up to 8 tokens, for whom tiles are mostly empty and unpacking to memory costs more than it saves, float products and everything behind the
 //! sums use the AVX-512 code. Stable Rust has no intrinsics for tiles yet, hence assembly; in one block, for the compiler knows nothing of their shapes.
@@ -24,10 +24,10 @@ impl Kernel for AmxInt8 {
     type Scratch = Tiles;
 
     fn unpacked<'a>(self, block: IntBlock<'a>, bytes: &'a mut Buffer<Chunk>) -> IntBlock<'a> {
-        // Whole tiles, if every token has codes to multiply zeros with.
+        // Whole tiles behind others, if every token has codes to multiply zeros with.
         let depth = 8 * block.panels[0].len();
         let there = block.a.len() >= (block.rows - 1) * block.stride + depth.next_multiple_of(ROW_BYTES);
-        self.avx512.unpacked_to(block, if there { ROWS } else { 1 }, bytes)
+        self.avx512.unpacked_to(block, if there && depth > ROW_BYTES { ROWS } else { 1 }, bytes)
     }
 
     fn int_block(self, block: &IntBlock, tiles: &mut Tiles, acc: &mut [[i32; PANEL]]) {

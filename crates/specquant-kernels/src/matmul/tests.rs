@@ -232,6 +232,30 @@ fn parts_of_different_groups_add_up() {
     }
 }
 
+/// A part of several blocks of depth, one of a single block and one in groups, for more tokens than are finished together.
+#[test]
+fn parts_of_different_depths_add_up() {
+    let (mut rng, rows, out) = (Lcg(7), 107, 50);
+    let mut part = |inp: usize, bits: u8, group: usize| {
+        (random_acts(&mut rng, rows, inp, bits), random_weights(&mut rng, out, inp, bits, group))
+    };
+    let parts =
+        [part(2 * INT_DEPTH + 40, 4, 2 * INT_DEPTH + 40), part(72, 8, 72), part(24, 4, 8), part(544, 4, 544)];
+    for isa in Isa::available() {
+        let product = |isa, parts: &[&(QuantizedActs, PackedWeights)]| {
+            let mut y = vec![f32::NAN; rows * out];
+            let parts: Vec<_> = parts.iter().map(|(a, w)| (a, w)).collect();
+            matmul_int_with(isa, [IntProduct { parts: &parts, y: &mut y }]);
+            y
+        };
+        for (a, b) in (0..4).flat_map(|a| (0..4).map(move |b| (a, b))) {
+            let (first, second) = (product(Isa::Scalar, &[&parts[a]]), product(Isa::Scalar, &[&parts[b]]));
+            let sum: Vec<f32> = first.iter().zip(&second).map(|(a, b)| a + b).collect();
+            assert_eq!(product(isa, &[&parts[a], &parts[b]]), sum, "{isa:?} {a} {b}");
+        }
+    }
+}
+
 #[test]
 fn empty_products() {
     let w = PackedWeights::pack(&[], &[], 0, 8, 4, 8).unwrap();

@@ -4,8 +4,9 @@
 //! x ≈ scale · (256 · high + low − 32768)      scale = max |x| / 32767
 //! ```
 //!
-//! so that two integer products, which are exact, take the place of one of floats. A value is off by half a step at most, 2⁻¹⁶ of the row's largest.
+//! so that two integer products, whose sums are exact, take the place of one of floats. A value is off by half a step at most, 2⁻¹⁶ of the row's largest.
 
+use crate::acts::stride;
 use crate::ops::{LANES, twin};
 use crate::{Buffer, IntProduct, Isa, PackedWeights, QuantizedActs, matmul_int_with};
 
@@ -21,7 +22,7 @@ pub(super) fn pay(isa: Isa) -> bool {
 /// y [m, n] = x [m, k] · wᵀ. A row that is not finite gives NaN.
 pub(super) fn multiply(isa: Isa, x: &[f32], w: &PackedWeights, y: &mut [f32], m: usize) {
     let k = w.in_features();
-    let stride = k.next_multiple_of(64);
+    let stride = stride(k);
     let [mut high, mut low] = [128, 0].map(|zero| {
         let mut acts = QuantizedActs {
             rows: m,
