@@ -4,6 +4,8 @@
 //! sum of exponentials and the unnormalized output (Dao et al., FlashAttention, arXiv 2205.14135, Algorithm 1). The query heads
 //! that share a kv head are rows of one tile, so that a tile of the cache is widened to f32 once for all of them.
 
+#[cfg(not(target_arch = "x86_64"))]
+mod absent;
 mod codes;
 mod rows;
 mod tiles;
@@ -123,7 +125,8 @@ impl Job<'_> {
             from = keys.end;
         }
         if let Some(tiles) = self.tiles.filter(|_| from < end) {
-            tiles.absorb_codes(self, &q, head, from..end, position, &mut state);
+            // SAFETY: there is such a kernel.
+            unsafe { tiles.absorb_codes(self, &q, head, from..end, position, &mut state) };
         }
         state.finish();
         out

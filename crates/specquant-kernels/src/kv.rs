@@ -77,7 +77,7 @@ struct Head {
 }
 
 /// Tokens of one head in codes of 4 bits or fewer, two a byte: scale · (level of the code − zero).
-#[cfg_attr(not(target_arch = "x86_64"), allow(dead_code))] // only AVX-512 multiplies them where they lie
+#[cfg_attr(not(target_arch = "x86_64"), allow(dead_code))] // only x86 has kernels that multiply them where they lie
 pub(crate) struct Codes<'a> {
     /// `[tokens, head_dim / 2]`.
     pub codes: &'a [u8],

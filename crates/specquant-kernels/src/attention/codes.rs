@@ -1,28 +1,10 @@
 //! The products of a single query with keys and values where they lie: 4-bit codes are looked up in registers, to the same bits as if they were widened
 //! first ([`KvCache::tile`](crate::KvCache::tile)) and then multiplied ([`super::rows`]).
 
+#[cfg(not(target_arch = "x86_64"))]
+pub(super) use super::absent::Kernel;
 #[cfg(target_arch = "x86_64")]
 pub(super) use x86::Kernel;
-
-/// No other architecture has such code.
-#[cfg(not(target_arch = "x86_64"))]
-#[derive(Clone, Copy)]
-pub(super) enum Kernel {}
-
-#[cfg(not(target_arch = "x86_64"))]
-impl Kernel {
-    pub(super) fn new(_: crate::Isa, _: usize) -> Option<Self> {
-        None
-    }
-
-    pub(super) fn dot_rows(self, _: &[f32], _: &crate::kv::Codes, _: &mut [f32], _: usize) {
-        match self {}
-    }
-
-    pub(super) fn add_values(self, _: &[f32], _: usize, _: &crate::kv::Codes, _: &mut [f32]) {
-        match self {}
-    }
-}
 
 #[cfg(target_arch = "x86_64")]
 mod x86 {

@@ -6,32 +6,10 @@
 //! The instruction adds, of two rows of pairs, both products. A byte of codes is such a pair: elements i and i + d/2 of a key, so that queries
 //! are paired alike; and of values the pairs are two keys, 16 apart. Scales of keys multiply scores, those of values the weights.
 
+#[cfg(not(target_arch = "x86_64"))]
+pub(super) use super::absent::Kernel;
 #[cfg(target_arch = "x86_64")]
 pub(super) use x86::Kernel;
-
-/// No other architecture has such code.
-#[cfg(not(target_arch = "x86_64"))]
-#[derive(Clone, Copy)]
-pub(super) enum Kernel {}
-
-#[cfg(not(target_arch = "x86_64"))]
-impl Kernel {
-    pub(super) fn new(_: crate::Isa, _: usize) -> Option<Self> {
-        None
-    }
-
-    pub(super) fn absorb_codes(
-        self,
-        _: &super::Job,
-        _: &[f32],
-        _: usize,
-        _: std::ops::Range<usize>,
-        _: usize,
-        _: &mut super::State,
-    ) {
-        match self {}
-    }
-}
 
 #[cfg(target_arch = "x86_64")]
 mod x86 {
@@ -69,9 +47,13 @@ mod x86 {
 
         /// Adds some keys of a kv head, all of them in codes, to the state of the query rows q [rows, d], the first of which stands at `position`.
         ///
+        /// # Safety
+        /// That there is a kernel proves the instructions that this is compiled for.
+        ///
         /// # Panics
         /// If the keys do not lie in codes, or lengths do not follow from the shapes.
-        pub(in crate::attention) fn absorb_codes(
+        #[target_feature(enable = "avx2,fma,avx512f,avx512bw,avx512dq,avx512vl")]
+        pub(in crate::attention) unsafe fn absorb_codes(
             self,
             job: &Job,
             q: &[f32],
@@ -80,94 +62,79 @@ mod x86 {
             position: usize,
             state: &mut State,
         ) {
-            assert!(q.len() == state.out.len() && q.len() == state.max.len() * self.d);
-            // SAFETY: the token proves AVX-512 and AMX.
-            unsafe { absorb_codes(self.token, self.d, job, q, head, keys, position, state) }
-        }
-    }
-
-    /// # Safety
-    /// The machine must have what the token says; q is [rows of the state, d].
-    #[target_feature(enable = "avx2,fma,avx512f,avx512bw,avx512dq,avx512vl")]
-    #[allow(clippy::too_many_arguments)] // a method's, whose instruction set is a function's
-    unsafe fn absorb_codes(
-        token: AmxInt8,
-        d: usize,
-        job: &Job,
-        q: &[f32],
-        head: usize,
-        keys: Range<usize>,
-        position: usize,
-        state: &mut State,
-    ) {
-        let rows = state.max.len();
-        let mut queries = Halves::new(rows, d);
-        let mut q_sums = Buffer::new(rows);
-        for (r, q) in q.chunks_exact(d).enumerate() {
-            queries.set(r, q, d / 2);
-            q_sums[r] = q.iter().sum();
-        }
-        let mut pairs = Buffer::new(2 * d * GROUPS / 2);
-        let (key_pairs, value_pairs) = pairs.split_at_mut(d * GROUPS / 2);
-        let (mut scores, mut sums) = (Buffer::new(STRIP * KEYS), Buffer::new(STRIP * d));
-        let mut weights = Halves::new(STRIP, KEYS);
-        let mut tiles = Tiles::default();
-        tiles.shape(token, STRIP, ROWS);
-        for from in keys.clone().step_by(KEYS) {
-            let keys = from..(from + KEYS).min(keys.end);
-            let codes = |side| job.cache.codes(side, head, keys.clone());
-            let both = codes(KvSide::Keys).zip(codes(KvSide::Values));
-            let all = both.as_ref().is_some_and(|(k, v)| [k, v].iter().all(|c| c.scale.len() == keys.len()));
-            assert!(all, "attention: not all of these keys and values lie in codes");
-            let Some((k, v)) = both else { return };
-            expand_keys(&k, d, key_pairs);
-            expand_values(&v, d, value_pairs);
-            let (k, v) = (Side::new(&k), Side::new(&v));
-            for first in (0..rows).step_by(STRIP) {
-                let strip = first..(first + STRIP).min(rows);
-                let (start, last) = (position + first / job.group, position + (strip.end - 1) / job.group);
-                if last < from || keys.end <= (start + 1).saturating_sub(job.window) {
-                    continue;
-                }
-                // Keys that any of the strip's queries sees, and what fills up the last pair of tiles.
-                let n = ((last + 1).min(keys.end) - from).next_multiple_of(STRIP);
-                let scores = &mut scores[..STRIP * n];
-                for (at, keys) in key_pairs.chunks_exact(d).enumerate().take(n / STRIP) {
-                    // SAFETY: the tiles have their shape.
-                    unsafe { product(queries.from(first), keys, &mut scores[at * STRIP..], n) };
-                }
-                for (row, sum) in scores.chunks_exact_mut(n).zip(&q_sums[first..]) {
-                    k.scale(row, *sum);
-                }
-                let mut state = State {
-                    max: &mut state.max[strip.clone()],
-                    sum: &mut state.sum[strip.clone()],
-                    out: &mut state.out[strip.start * d..strip.end * d],
-                };
-                absorb(
-                    &mut scores[..strip.len() * n],
-                    n,
-                    from,
-                    position,
-                    first,
-                    job.group,
-                    job.window,
-                    &mut state,
-                );
-                weights.steps = n / STRIP;
-                for (r, row) in scores.chunks_exact_mut(n).enumerate().take(strip.len()) {
-                    v.scale(row, 0.0);
-                    weights.set(r, row, ROWS);
-                }
-                for (at, values) in value_pairs.chunks_exact(KEYS).enumerate() {
-                    // SAFETY: the tiles have their shape.
-                    unsafe { product(weights.from(0), values, &mut sums[at * STRIP..], d) };
-                }
-                let rows =
-                    state.out.chunks_exact_mut(d).zip(sums.chunks_exact(d)).zip(scores.chunks_exact(n));
-                for ((out, sums), p) in rows {
-                    let zero = v.zeros(p);
-                    out.iter_mut().zip(sums).for_each(|(out, sum)| *out += sum - zero);
+            let Kernel { token, d } = self;
+            assert!(q.len() == state.out.len() && q.len() == state.max.len() * d);
+            let rows = state.max.len();
+            let mut queries = Halves::new(rows, d);
+            let mut q_sums = Buffer::new(rows);
+            for (r, q) in q.chunks_exact(d).enumerate() {
+                queries.set(r, q, d / 2);
+                q_sums[r] = q.iter().sum();
+            }
+            let mut pairs = Buffer::new(2 * d * GROUPS / 2);
+            let (key_pairs, value_pairs) = pairs.split_at_mut(d * GROUPS / 2);
+            let (mut scores, mut sums) = (Buffer::new(STRIP * KEYS), Buffer::new(STRIP * d));
+            let mut weights = Halves::new(STRIP, KEYS);
+            let mut tiles = Tiles::default();
+            tiles.shape(token, STRIP, ROWS);
+            for from in keys.clone().step_by(KEYS) {
+                let keys = from..(from + KEYS).min(keys.end);
+                let codes = |side| job.cache.codes(side, head, keys.clone());
+                let both = codes(KvSide::Keys).zip(codes(KvSide::Values));
+                let all =
+                    both.as_ref().is_some_and(|(k, v)| [k, v].iter().all(|c| c.scale.len() == keys.len()));
+                assert!(all, "attention: not all of these keys and values lie in codes");
+                let Some((k, v)) = both else { return };
+                expand_keys(&k, d, key_pairs);
+                expand_values(&v, d, value_pairs);
+                let (k, v) = (Side::new(&k), Side::new(&v));
+                for first in (0..rows).step_by(STRIP) {
+                    let strip = first..(first + STRIP).min(rows);
+                    let (start, last) =
+                        (position + first / job.group, position + (strip.end - 1) / job.group);
+                    if last < from || keys.end <= (start + 1).saturating_sub(job.window) {
+                        continue;
+                    }
+                    // Keys that any of the strip's queries sees, and what fills up the last pair of tiles.
+                    let n = ((last + 1).min(keys.end) - from).next_multiple_of(STRIP);
+                    let scores = &mut scores[..STRIP * n];
+                    for (at, keys) in key_pairs.chunks_exact(d).enumerate().take(n / STRIP) {
+                        // SAFETY: the tiles have their shape.
+                        unsafe { product(queries.from(first), keys, &mut scores[at * STRIP..], n) };
+                    }
+                    for (row, sum) in scores.chunks_exact_mut(n).zip(&q_sums[first..]) {
+                        k.scale(row, *sum);
+                    }
+                    let mut state = State {
+                        max: &mut state.max[strip.clone()],
+                        sum: &mut state.sum[strip.clone()],
+                        out: &mut state.out[strip.start * d..strip.end * d],
+                    };
+                    absorb(
+                        &mut scores[..strip.len() * n],
+                        n,
+                        from,
+                        position,
+                        first,
+                        job.group,
+                        job.window,
+                        &mut state,
+                    );
+                    weights.steps = n / STRIP;
+                    for (r, row) in scores.chunks_exact_mut(n).enumerate().take(strip.len()) {
+                        v.scale(row, 0.0);
+                        weights.set(r, row, ROWS);
+                    }
+                    for (at, values) in value_pairs.chunks_exact(KEYS).enumerate() {
+                        // SAFETY: the tiles have their shape.
+                        unsafe { product(weights.from(0), values, &mut sums[at * STRIP..], d) };
+                    }
+                    let rows =
+                        state.out.chunks_exact_mut(d).zip(sums.chunks_exact(d)).zip(scores.chunks_exact(n));
+                    for ((out, sums), p) in rows {
+                        let zero = v.zeros(p);
+                        out.iter_mut().zip(sums).for_each(|(out, sum)| *out += sum - zero);
+                    }
                 }
             }
         }

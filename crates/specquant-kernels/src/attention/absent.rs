@@ -1,0 +1,35 @@
+//! The kernels of [`super::codes`] and [`super::tiles`] where an architecture has none: they cannot be made.
+
+use super::{Job, State};
+use crate::Isa;
+use crate::kv::Codes;
+use std::ops::Range;
+
+#[derive(Clone, Copy)]
+pub(super) enum Kernel {}
+
+impl Kernel {
+    pub(super) fn new(_: Isa, _: usize) -> Option<Self> {
+        None
+    }
+
+    pub(super) fn dot_rows(self, _: &[f32], _: &Codes, _: &mut [f32], _: usize) {
+        match self {}
+    }
+
+    pub(super) fn add_values(self, _: &[f32], _: usize, _: &Codes, _: &mut [f32]) {
+        match self {}
+    }
+
+    pub(super) unsafe fn absorb_codes(
+        self,
+        _: &Job,
+        _: &[f32],
+        _: usize,
+        _: Range<usize>,
+        _: usize,
+        _: &mut State,
+    ) {
+        match self {}
+    }
+}
