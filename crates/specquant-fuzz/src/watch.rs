@@ -5,7 +5,7 @@ use std::fmt;
 use std::path::Path;
 use std::sync::Mutex;
 use std::sync::atomic::{AtomicUsize, Ordering::Relaxed};
-use std::time::{Duration, Instant};
+use std::time::Duration;
 
 use crate::{Outcome, Target, write_new};
 
@@ -63,7 +63,7 @@ unsafe impl GlobalAlloc for Limited {
 
 /// Weights are widened from 2 bits to 32, and held in two layouts for a while.
 const TIMES_INPUT: usize = 64;
-/// Time that an input may take; those of valid ones are milliseconds.
+/// Time of the processor that an input's thread may take, whatever else the machine does; those of valid ones are milliseconds.
 const MOST: Duration = Duration::from_secs(10);
 
 /// As the main thread has it.
@@ -90,6 +90,17 @@ impl fmt::Display for Find {
     }
 }
 
+/// Of this thread; elsewhere than on Unix the clock's.
+fn processor_time() -> Duration {
+    #[cfg(unix)]
+    {
+        let time = rustix::time::clock_gettime(rustix::time::ClockId::ThreadCPUTime);
+        Duration::new(time.tv_sec as u64, time.tv_nsec as u32)
+    }
+    #[cfg(not(unix))]
+    std::time::SystemTime::UNIX_EPOCH.elapsed().unwrap_or_default()
+}
+
 /// Runs an input within the limits. In a program with the allocator [`Limited`] one that takes too much memory ends the process: the input is then
 /// in `dir`, where it is stored as `last-input` before it runs.
 ///
@@ -104,17 +115,20 @@ pub fn execute(target: &Target, dir: &Path, input: &[u8]) -> Result<Outcome, Fin
         }
     }));
     LIMIT.store(USED.load(Relaxed) + target.memory + TIMES_INPUT * input.len(), Relaxed);
-    let started = Instant::now();
     // A thread of its own: the tokenizers library keeps a cache for every tokenizer until the thread ends, which is no input's fault.
     let outcome = std::thread::scope(|scope| {
         let thread = std::thread::Builder::new().stack_size(STACK);
-        thread.spawn_scoped(scope, || (target.run)(dir, input)).map(|thread| thread.join())
+        let run = || {
+            let started = processor_time();
+            ((target.run)(dir, input), processor_time().saturating_sub(started))
+        };
+        thread.spawn_scoped(scope, run).map(|thread| thread.join())
     });
-    let time = started.elapsed();
     LIMIT.store(usize::MAX, Relaxed);
     let _ = std::panic::take_hook();
     let outcome = outcome.map_err(|e| Find::Panic(format!("no thread: {e}")))?;
-    let outcome = outcome.map_err(|_| Find::Panic(PANIC.lock().map(|m| m.clone()).unwrap_or_default()))?;
+    let (outcome, time) =
+        outcome.map_err(|_| Find::Panic(PANIC.lock().map(|m| m.clone()).unwrap_or_default()))?;
     match &outcome {
         _ if time > MOST => Err(Find::Slow(time)),
         Err(e) if e.to_string().trim().is_empty() => Err(Find::Silent),
