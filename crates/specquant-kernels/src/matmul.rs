@@ -193,33 +193,52 @@ trait Kernel: Copy + Send + Sync {
         let _ = bytes;
         block
     }
-    /// Adds the block's integer products to `acc`.
+    /// Adds the block's integer products to `acc`, or begins with them.
     fn int_block(self, block: &IntBlock, scratch: &mut Self::Scratch, acc: &mut [[i32; PANEL]]);
     /// Adds the block's float products to `acc`, inputs in ascending order.
     fn float_block(self, block: &FloatBlock, scratch: &mut Buffer<f32>, acc: &mut [[f32; PANEL]]);
-    /// Adds a panel's group to the sum, which is `sum += scale · (acc − zero · colsum)`, or begins the sum with it; and clears `acc`.
-    fn fold(self, group: Group, acc: &mut [[i32; PANEL]], sum: &mut [[f32; PANEL]], begin: bool) {
-        fold(group, acc, sum, begin);
+    /// Adds a group's product, or begins with it.
+    fn fold(self, group: Term, sum: &mut [[f32; PANEL]], begin: bool) {
+        fold(group, sum, begin);
     }
-    /// [`fold`](Self::fold) and [`store`](Self::store) of a product of one group, in one pass.
-    fn finish(self, group: Group, acc: &mut [[i32; PANEL]], to: Columns) {
-        finish(group, acc, to);
+    /// Writes the products of parts of one group times the tokens' scales, first the one's and to it the other's.
+    fn finish(self, main: Term, tail: Option<Term>, to: Columns) {
+        finish(main, tail, to);
     }
     /// Writes a panel's sums times the tokens' scales.
-    fn store(self, sum: &[[f32; PANEL]], to: Columns) {
-        store(sum, to);
+    fn store(self, sum: &[[f32; PANEL]], scale: &[f32], to: Columns) {
+        store(sum, scale, to);
     }
 }
 
-/// What the sums of a panel's group are scaled with.
-#[derive(Clone, Copy)]
-struct Group<'a> {
+/// A panel's integer sums over a group of some tokens, and what makes numbers of them: `scale · (acc − zero · colsum)`.
+struct Term<'a> {
+    acc: &'a [[i32; PANEL]],
     /// Of the channels.
-    scale: &'a [f32; PANEL],
+    channel_scale: &'a [f32; PANEL],
     /// Sums of the channels' codes.
     colsum: &'a [i32; PANEL],
     /// Zero points of the tokens.
     zero: &'a [i32],
+    /// Scales of the tokens.
+    scale: &'a [f32],
+}
+
+impl<'a> Term<'a> {
+    /// Of group `group` and the rows `strip` from `row` on.
+    #[inline(always)]
+    fn new(
+        (a, w): &Part<'a>,
+        panel: usize,
+        group: usize,
+        row: usize,
+        strip: &Range<usize>,
+        acc: &'a [[i32; PANEL]],
+    ) -> Self {
+        let (channel_scale, colsum) = w.group(panel, group);
+        let tokens = row + strip.start..row + strip.end;
+        Term { acc, channel_scale, colsum, zero: &a.zero[tokens.clone()], scale: &a.scale[tokens] }
+    }
 }
 
 /// Where a panel's sums of some tokens go: the columns of a rectangle from `col` on; those that it does not have are dropped.
@@ -228,8 +247,6 @@ struct Columns<'a, 'y> {
     /// Of the first token.
     row: usize,
     col: usize,
-    /// Of the tokens.
-    scale: &'a [f32],
     /// Whether they are added to what is there.
     accumulate: bool,
 }
@@ -244,6 +261,8 @@ struct IntBlock<'a> {
     /// Whole chunks of every panel, as many of each; their depth is a multiple of 8, and every token has as many codes. Only the first `count` are there.
     panels: [&'a [Chunk]; PANELS],
     count: usize,
+    /// Whether sums begin with this block.
+    begin: bool,
     nibbles: bool,
     /// What nibbles stand for.
     levels: &'a [i8; 16],
@@ -268,10 +287,42 @@ struct FloatBlock<'a> {
 }
 
 impl<'a> IntBlock<'a> {
+    /// Some inputs of `rows` tokens from `row` on, and of some panels.
+    fn new((a, w): &Part<'a>, panels: &Range<usize>, inputs: Range<usize>, row: usize, rows: usize) -> Self {
+        let mut chunks = [&[][..]; PANELS];
+        chunks.iter_mut().zip(panels.clone()).for_each(|(to, p)| *to = w.chunks(p, inputs.start, inputs.end));
+        IntBlock {
+            a: &a.codes[row * a.stride + inputs.start..],
+            stride: a.stride,
+            rows,
+            panels: chunks,
+            count: panels.len(),
+            begin: inputs.start.is_multiple_of(w.group_size()),
+            nibbles: w.nibbles(),
+            levels: w.levels(),
+            a_max: code_max(a.bits),
+            w_max: w.largest(),
+        }
+    }
+
     /// The panels that are there.
     #[inline(always)]
     fn panels(&self) -> &[&'a [Chunk]] {
         &self.panels[..self.count]
+    }
+
+    /// Clears the sums if they begin here, for a kernel that adds.
+    #[inline(always)]
+    fn clear(&self, acc: &mut [[i32; PANEL]]) {
+        if self.begin {
+            acc.fill([0; PANEL]);
+        }
+    }
+
+    /// Inputs, a multiple of what a chunk has.
+    #[inline(always)]
+    fn depth(&self) -> usize {
+        self.panels[0].len() * if self.nibbles { 8 } else { 4 }
     }
 
     /// The same weights times some of the tokens.
@@ -281,61 +332,67 @@ impl<'a> IntBlock<'a> {
     }
 }
 
-fn int_rect<K: Kernel>(kernel: K, parts: &[(&QuantizedActs, &PackedWeights)], mut rect: Rect) {
+/// A part of a product: activations and weights.
+type Part<'a> = (&'a QuantizedActs, &'a PackedWeights);
+
+fn int_rect<K: Kernel>(kernel: K, parts: &[Part], mut rect: Rect) {
     let (row, rows) = (rect.row, rect.rows);
     let strips = || (0..rows).step_by(K::INT_STRIP).map(|at| at..(at + K::INT_STRIP).min(rows));
     // Sums of a strip's tokens and one panel, then of the same tokens and the next panel. One block's strip takes the place of the one before.
-    let (mut acc, mut sums) = (Buffer::default(), Buffer::default());
-    let (mut bytes, mut scratch) = (Buffer::default(), K::Scratch::default());
+    let (mut acc, mut tail_acc, mut sums) = (Buffer::default(), Buffer::default(), Buffer::default());
+    let (mut bytes, mut tail_bytes, mut scratch) =
+        (Buffer::default(), Buffer::default(), K::Scratch::default());
     for (col, range) in panels(&rect, K::INT_PANELS) {
         let count = range.len();
-        for (i, (a, w)) in parts.iter().enumerate() {
-            let group = |panel, g, rows: Range<usize>| {
-                let (scale, colsum) = w.group(panel, g);
-                Group { scale, colsum, zero: &a.zero[row..][rows] }
-            };
-            let one_block = w.group_size() <= INT_DEPTH;
-            let height = if one_block { K::INT_STRIP.min(rows) } else { rows };
-            if acc.len() < count * height * PANEL {
-                acc = Buffer::zeros(count * height * PANEL);
-            }
+        let mut rest = parts;
+        while let [part @ (a, w), others @ ..] = rest {
+            // A part of one block is multiplied behind the last block of the part before it, and finished together with that.
+            let one_block = |w: &PackedWeights| w.group_size() <= INT_DEPTH;
+            let tail = others.first().filter(|(_, t)| w.groups() == 1 && t.groups() == 1 && one_block(t));
+            let accumulate = rest.len() < parts.len();
+            rest = &others[usize::from(tail.is_some())..];
+            let tail = tail.map(|part| {
+                let block = IntBlock::new(part, &range, 0..part.1.in_features(), row, rows);
+                (part, kernel.unpacked(block, &mut tail_bytes))
+            });
+
+            let height = if one_block(w) { K::INT_STRIP.min(rows) } else { rows };
+            acc.resize(count * height * PANEL);
             let acc = acc.as_chunks_mut::<PANEL>().0;
+            tail_acc.resize(count * K::INT_STRIP.min(rows) * PANEL);
+            let tail_acc = tail_acc.as_chunks_mut::<PANEL>().0;
             if w.groups() > 1 {
                 sums.resize(count * rows * PANEL);
             }
             let sums = sums.as_chunks_mut::<PANEL>().0;
             for g in 0..w.groups() {
                 for (k, end) in blocks(g * w.group_size(), w.group_size(), INT_DEPTH, INT_STEP) {
-                    let mut panels = [&[][..]; PANELS];
-                    panels.iter_mut().zip(range.clone()).for_each(|(to, p)| *to = w.chunks(p, k, end));
-                    let block = IntBlock {
-                        a: &a.codes[row * a.stride + k..],
-                        stride: a.stride,
-                        rows,
-                        panels,
-                        count,
-                        nibbles: w.nibbles(),
-                        levels: w.levels(),
-                        a_max: code_max(a.bits),
-                        w_max: w.largest(),
-                    };
-                    let block = kernel.unpacked(block, &mut bytes);
+                    let block = kernel.unpacked(IntBlock::new(part, &range, k..end, row, rows), &mut bytes);
                     for strip in strips() {
-                        let first = if one_block { 0 } else { count * strip.start };
-                        let acc = &mut acc[first..][..count * strip.len()];
+                        let n = strip.len();
+                        let first = if one_block(w) { 0 } else { count * strip.start };
+                        let acc = &mut acc[first..][..count * n];
                         kernel.int_block(&block.of(&strip), &mut scratch, acc);
                         if end < (g + 1) * w.group_size() {
                             continue;
                         }
-                        let each = acc.chunks_exact_mut(strip.len()).zip(range.clone()).enumerate();
-                        for (j, (acc, panel)) in each {
-                            let group = group(panel, g, strip.clone());
-                            if w.groups() > 1 {
-                                let at = count * strip.start + j * strip.len();
-                                kernel.fold(group, acc, &mut sums[at..][..strip.len()], g == 0);
-                            } else {
-                                kernel.finish(group, acc, columns(&mut rect, a, &strip, col + j * PANEL, i));
+                        if w.groups() > 1 {
+                            let sums = sums[count * strip.start..].chunks_exact_mut(n);
+                            for ((acc, sums), panel) in acc.chunks_exact(n).zip(sums).zip(range.clone()) {
+                                kernel.fold(Term::new(part, panel, g, row, &strip, acc), sums, g == 0);
                             }
+                            continue;
+                        }
+                        if let Some((_, block)) = &tail {
+                            kernel.int_block(&block.of(&strip), &mut scratch, &mut tail_acc[..count * n]);
+                        }
+                        for (j, panel) in range.clone().enumerate() {
+                            let main = Term::new(part, panel, 0, row, &strip, &acc[j * n..][..n]);
+                            let tail = tail.as_ref().map(|(part, _)| {
+                                Term::new(part, panel, 0, row, &strip, &tail_acc[j * n..][..n])
+                            });
+                            let (row, col) = (strip.start, col + j * PANEL);
+                            kernel.finish(main, tail, Columns { rect: &mut rect, row, col, accumulate });
                         }
                     }
                 }
@@ -344,25 +401,14 @@ fn int_rect<K: Kernel>(kernel: K, parts: &[(&QuantizedActs, &PackedWeights)], mu
                 for strip in strips() {
                     let sums = sums[count * strip.start..count * strip.end].chunks_exact(strip.len());
                     for (j, sums) in sums.enumerate() {
-                        kernel.store(sums, columns(&mut rect, a, &strip, col + j * PANEL, i));
+                        let (row, col) = (strip.start, col + j * PANEL);
+                        let scale = &a.scale[rect.row..][strip.clone()];
+                        kernel.store(sums, scale, Columns { rect: &mut rect, row, col, accumulate });
                     }
                 }
             }
         }
     }
-}
-
-/// Where the sums of a strip of tokens of a rectangle and of one panel go; behind the first part of a product they are added.
-#[inline(always)]
-fn columns<'a, 'y>(
-    rect: &'a mut Rect<'y>,
-    a: &'a QuantizedActs,
-    strip: &Range<usize>,
-    col: usize,
-    part: usize,
-) -> Columns<'a, 'y> {
-    let scale = &a.scale[rect.row..][strip.clone()];
-    Columns { rect, row: strip.start, col, scale, accumulate: part > 0 }
 }
 
 fn float_rect(kernel: impl Kernel, x: &[f32], w: &PackedWeights, mut rect: Rect, accumulate: bool) {
@@ -394,14 +440,14 @@ fn float_rect(kernel: impl Kernel, x: &[f32], w: &PackedWeights, mut rect: Rect,
                 }
             }
         }
-        kernel.store(sums, Columns { rect: &mut rect, row: 0, col, scale: &[1.; ROWS][..rows], accumulate });
+        kernel.store(sums, &[1.; ROWS][..rows], Columns { rect: &mut rect, row: 0, col, accumulate });
     }
 }
 
 #[inline(always)]
-fn fold(group: Group, acc: &mut [[i32; PANEL]], sum: &mut [[f32; PANEL]], begin: bool) {
-    for ((acc, sum), &zero) in acc.iter_mut().zip(sum).zip(group.zero) {
-        let product = product(acc, zero, &group);
+fn fold(group: Term, sum: &mut [[f32; PANEL]], begin: bool) {
+    for (i, sum) in sum.iter_mut().enumerate() {
+        let product = product(&group.acc[i], group.zero[i], group.channel_scale, group.colsum);
         for c in 0..PANEL {
             sum[c] = if begin { product[c] } else { sum[c] + product[c] };
         }
@@ -409,39 +455,41 @@ fn fold(group: Group, acc: &mut [[i32; PANEL]], sum: &mut [[f32; PANEL]], begin:
 }
 
 #[inline(always)]
-fn finish(group: Group, acc: &mut [[i32; PANEL]], to: Columns) {
-    let Columns { rect, row, col, scale, accumulate } = to;
-    for (i, ((acc, &zero), scale)) in acc.iter_mut().zip(group.zero).zip(scale).enumerate() {
-        store_row(&product(acc, zero, &group), *scale, &mut rect.row_mut(row + i)[col..], accumulate);
+fn finish(main: Term, tail: Option<Term>, to: Columns) {
+    let Columns { rect, row, col, accumulate } = to;
+    let scaled = |term: &Term, i: usize| {
+        product(&term.acc[i], term.zero[i], term.channel_scale, term.colsum).map(|v| term.scale[i] * v)
+    };
+    for i in 0..main.acc.len() {
+        let mut sum = scaled(&main, i);
+        if let Some(tail) = &tail {
+            let more = scaled(tail, i);
+            (0..PANEL).for_each(|c| sum[c] += more[c]);
+        }
+        store_row(sum, &mut rect.row_mut(row + i)[col..], accumulate);
     }
 }
 
 #[inline(always)]
-fn store(sum: &[[f32; PANEL]], to: Columns) {
-    let Columns { rect, row, col, scale, accumulate } = to;
+fn store(sum: &[[f32; PANEL]], scale: &[f32], to: Columns) {
+    let Columns { rect, row, col, accumulate } = to;
     for (i, (sum, scale)) in sum.iter().zip(scale).enumerate() {
-        store_row(sum, *scale, &mut rect.row_mut(row + i)[col..], accumulate);
+        store_row(sum.map(|v| scale * v), &mut rect.row_mut(row + i)[col..], accumulate);
     }
 }
 
-/// One token's sums of a group, scaled; acc is cleared.
+/// One token's sums of a group, scaled.
 #[inline(always)]
-fn product(acc: &mut [i32; PANEL], zero: i32, group: &Group) -> [f32; PANEL] {
+fn product(acc: &[i32; PANEL], zero: i32, scale: &[f32; PANEL], colsum: &[i32; PANEL]) -> [f32; PANEL] {
     let mut product = [0.; PANEL];
     for c in 0..PANEL {
-        product[c] = group.scale[c] * (acc[c] - zero * group.colsum[c]) as f32;
-        acc[c] = 0;
+        product[c] = scale[c] * (acc[c] - zero * colsum[c]) as f32;
     }
     product
 }
 
 #[inline(always)]
-fn store_row(sum: &[f32; PANEL], scale: f32, y: &mut [f32], accumulate: bool) {
-    // In an array of its own first: what may overlap with y is computed one channel after the other.
-    let mut row = [0.; PANEL];
-    for c in 0..PANEL {
-        row[c] = scale * sum[c];
-    }
+fn store_row(mut row: [f32; PANEL], y: &mut [f32], accumulate: bool) {
     let width = y.len().min(PANEL);
     if accumulate {
         match y.first_chunk::<PANEL>() {

@@ -2,13 +2,13 @@
 //!
 //! 16 byte chunks of a panel, one after the other, are such a tile of weights, and 16 rows of 64 codes one of activations; a tile of sums is 16
 //! rows of `acc`. A strip is 32 tokens and two panels: four tiles of sums, for which four loads serve four products. Lower tiles
-//! take the rest of the tokens; the rest of the inputs is filled up with zeros, or takes narrower tiles where weights are bytes already.
+//! take the rest of the tokens; the rest of the inputs is filled up with zeros, or takes narrower tiles where tokens have no codes to multiply them with.
 //!
 //! Up to 8 tokens, for whom tiles are mostly empty and unpacking to memory costs more than it saves, float products and everything behind the
 //! sums use the AVX-512 code. Stable Rust has no intrinsics for tiles yet, hence assembly; in one block, for the compiler knows nothing of their shapes.
 
 use super::avx512::FEW_ROWS;
-use super::{Columns, FloatBlock, Group, IntBlock, Kernel, PANELS};
+use super::{Columns, FloatBlock, IntBlock, Kernel, PANELS, Term};
 use crate::Buffer;
 use crate::isa::AmxInt8;
 use crate::tiles::{ROW_BYTES, ROWS, STRIP, Tiles};
@@ -24,10 +24,10 @@ impl Kernel for AmxInt8 {
     type Scratch = Tiles;
 
     fn unpacked<'a>(self, block: IntBlock<'a>, bytes: &'a mut Buffer<Chunk>) -> IntBlock<'a> {
-        // Whole tiles behind others, if every token has codes to multiply zeros with.
-        let depth = 8 * block.panels[0].len();
+        // Whole tiles, if every token has codes to multiply zeros with.
+        let depth = block.depth();
         let there = block.a.len() >= (block.rows - 1) * block.stride + depth.next_multiple_of(ROW_BYTES);
-        self.avx512.unpacked_to(block, if there && depth > ROW_BYTES { ROWS } else { 1 }, bytes)
+        self.avx512.unpacked_to(block, if there { ROWS } else { 1 }, bytes)
     }
 
     fn int_block(self, block: &IntBlock, tiles: &mut Tiles, acc: &mut [[i32; PANEL]]) {
@@ -42,8 +42,14 @@ impl Kernel for AmxInt8 {
         let whole = quads / ROWS;
         // What is left of the inputs is one step of shorter tiles.
         for work in [
-            Work { block, first: 0, steps: whole, step: ROWS },
-            Work { block, first: whole * ROWS, steps: 1, step: quads % ROWS },
+            Work { block, first: 0, steps: whole, step: ROWS, begin: block.begin },
+            Work {
+                block,
+                first: whole * ROWS,
+                steps: 1,
+                step: quads % ROWS,
+                begin: block.begin && whole == 0,
+            },
         ] {
             if work.steps * work.step == 0 {
                 continue;
@@ -65,16 +71,16 @@ impl Kernel for AmxInt8 {
         self.avx512.float_block(block, scratch, acc);
     }
 
-    fn fold(self, group: Group, acc: &mut [[i32; PANEL]], sum: &mut [[f32; PANEL]], begin: bool) {
-        self.avx512.fold(group, acc, sum, begin);
+    fn fold(self, group: Term, sum: &mut [[f32; PANEL]], begin: bool) {
+        self.avx512.fold(group, sum, begin);
     }
 
-    fn finish(self, group: Group, acc: &mut [[i32; PANEL]], to: Columns) {
-        self.avx512.finish(group, acc, to);
+    fn finish(self, main: Term, tail: Option<Term>, to: Columns) {
+        self.avx512.finish(main, tail, to);
     }
 
-    fn store(self, sum: &[[f32; PANEL]], to: Columns) {
-        self.avx512.store(sum, to);
+    fn store(self, sum: &[[f32; PANEL]], scale: &[f32], to: Columns) {
+        self.avx512.store(sum, scale, to);
     }
 }
 
@@ -86,6 +92,8 @@ struct Work<'a> {
     /// Tiles of inputs, and the quads of each.
     steps: usize,
     step: usize,
+    /// Whether sums begin with these inputs.
+    begin: bool,
 }
 
 impl Work<'_> {
@@ -101,6 +109,20 @@ impl Work<'_> {
             let a = self.block.a.as_ptr().add(4 * self.first);
             let sums = acc.as_mut_ptr();
             asm!(
+                "test {begin:e}, {begin:e}",
+                "jz 3f",
+                "tilezero tmm0",
+                ".if {p} == 2",
+                "tilezero tmm1",
+                ".endif",
+                ".if {r} == 2",
+                "tilezero tmm2",
+                ".if {p} == 2",
+                "tilezero tmm3",
+                ".endif",
+                ".endif",
+                "jmp 2f",
+                "3:",
                 "tileloadd tmm0, [{sums0} + 1*{line}]",
                 ".if {p} == 2",
                 "tileloadd tmm1, [{sums1} + 1*{line}]",
@@ -152,6 +174,7 @@ impl Work<'_> {
                 stride = in(reg) self.block.stride,
                 line = in(reg) ROW_BYTES,
                 steps = inout(reg) self.steps => _,
+                begin = in(reg) u32::from(self.begin),
                 r = const R,
                 p = const P,
                 out("tmm0") _, out("tmm1") _, out("tmm2") _, out("tmm3") _,

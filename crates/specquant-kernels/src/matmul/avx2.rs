@@ -9,7 +9,7 @@
 
 mod levels;
 
-use super::{Columns, FloatBlock, Group, IntBlock, Kernel, finish, fold, i16_steps, store as store_sums};
+use super::{Columns, FloatBlock, IntBlock, Kernel, Term, finish, fold, i16_steps, store as store_sums};
 use crate::Buffer;
 use crate::isa::Avx2;
 use crate::weights::{Chunk, PANEL, UNIFORM_LEVELS};
@@ -19,8 +19,9 @@ impl Kernel for Avx2 {
     type Scratch = Buffer<Chunk>;
 
     fn int_block(self, block: &IntBlock, scratch: &mut Buffer<Chunk>, acc: &mut [[i32; PANEL]]) {
+        block.clear(acc);
         for (panel, acc) in block.panels().iter().zip(acc.chunks_exact_mut(block.rows)) {
-            let depth = panel.len() * if block.nibbles { 8 } else { 4 };
+            let depth = block.depth();
             check(block.a.len(), block.stride, block.rows, depth, acc.len());
             // SAFETY: the token proves AVX2; `check` has proved that every token has the codes that the chunks ask for.
             unsafe { int_block(block, panel, scratch, acc) }
@@ -44,31 +45,31 @@ impl Kernel for Avx2 {
         }
     }
 
-    fn fold(self, group: Group, acc: &mut [[i32; PANEL]], sum: &mut [[f32; PANEL]], begin: bool) {
+    fn fold(self, group: Term, sum: &mut [[f32; PANEL]], begin: bool) {
         #[target_feature(enable = "avx2")]
-        fn fold_avx2(group: Group, acc: &mut [[i32; PANEL]], sum: &mut [[f32; PANEL]], begin: bool) {
-            if begin { fold(group, acc, sum, true) } else { fold(group, acc, sum, false) }
+        fn fold_avx2(group: Term, sum: &mut [[f32; PANEL]], begin: bool) {
+            if begin { fold(group, sum, true) } else { fold(group, sum, false) }
         }
         // SAFETY: the token proves AVX2.
-        unsafe { fold_avx2(group, acc, sum, begin) }
+        unsafe { fold_avx2(group, sum, begin) }
     }
 
-    fn finish(self, group: Group, acc: &mut [[i32; PANEL]], to: Columns) {
+    fn finish(self, main: Term, tail: Option<Term>, to: Columns) {
         #[target_feature(enable = "avx2")]
-        fn finish_avx2(group: Group, acc: &mut [[i32; PANEL]], to: Columns) {
-            finish(group, acc, to);
+        fn finish_avx2(main: Term, tail: Option<Term>, to: Columns) {
+            finish(main, tail, to);
         }
         // SAFETY: the token proves AVX2.
-        unsafe { finish_avx2(group, acc, to) }
+        unsafe { finish_avx2(main, tail, to) }
     }
 
-    fn store(self, sum: &[[f32; PANEL]], to: Columns) {
+    fn store(self, sum: &[[f32; PANEL]], scale: &[f32], to: Columns) {
         #[target_feature(enable = "avx2")]
-        fn store_avx2(sum: &[[f32; PANEL]], to: Columns) {
-            store_sums(sum, to);
+        fn store_avx2(sum: &[[f32; PANEL]], scale: &[f32], to: Columns) {
+            store_sums(sum, scale, to);
         }
         // SAFETY: the token proves AVX2.
-        unsafe { store_avx2(sum, to) }
+        unsafe { store_avx2(sum, scale, to) }
     }
 }
 

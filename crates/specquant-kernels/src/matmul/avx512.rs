@@ -6,7 +6,7 @@
 //! Float products of many tokens take twelve of them and a panel, which the AVX2 code widens; few use the AVX2 code, to the same bits.
 
 use super::avx2::{self, check_float, fetch_ahead};
-use super::{Columns, FloatBlock, Group, IntBlock, Kernel, PANELS};
+use super::{Columns, FloatBlock, IntBlock, Kernel, PANELS, Term};
 use crate::Buffer;
 use crate::isa::Avx512Vnni;
 use crate::weights::{Chunk, PANEL, UNIFORM_LEVELS};
@@ -27,7 +27,7 @@ impl Kernel for Avx512Vnni {
 
     fn int_block(self, block: &IntBlock, (): &mut (), acc: &mut [[i32; PANEL]]) {
         let (rows, panels) = (block.rows, block.panels());
-        let depth = panels[0].len() * if block.nibbles { 8 } else { 4 };
+        let depth = block.depth();
         assert!(panels.iter().all(|p| p.len() == panels[0].len()) && panels.len() <= PANELS);
         assert!(rows > 0 && acc.len() == panels.len() * rows);
         assert!(block.a.len() >= (rows - 1) * block.stride + depth && (rows <= FEW_ROWS || !block.nibbles));
@@ -44,39 +44,48 @@ impl Kernel for Avx512Vnni {
         unsafe { float_block(block, scratch, acc) }
     }
 
-    fn fold(self, group: Group, acc: &mut [[i32; PANEL]], sum: &mut [[f32; PANEL]], begin: bool) {
+    fn fold(self, group: Term, sum: &mut [[f32; PANEL]], begin: bool) {
         // SAFETY: the token proves AVX-512 F.
-        unsafe { fold(group, acc, sum, begin) }
+        unsafe { fold(group, sum, begin) }
     }
 
-    fn finish(self, group: Group, acc: &mut [[i32; PANEL]], to: Columns) {
+    fn finish(self, main: Term, tail: Option<Term>, to: Columns) {
         // SAFETY: the token proves AVX-512 F.
-        unsafe { finish(group, acc, to) }
+        unsafe {
+            match tail {
+                Some(tail) => finish([main, tail], to),
+                None => finish([main], to),
+            }
+        }
     }
 
-    fn store(self, sum: &[[f32; PANEL]], to: Columns) {
+    fn store(self, sum: &[[f32; PANEL]], scale: &[f32], to: Columns) {
         // SAFETY: the token proves AVX-512 F.
-        unsafe { store(sum, to) }
+        unsafe { store(sum, scale, to) }
     }
 }
 
 impl Avx512Vnni {
-    /// The block with its nibbles in bytes, if so many tokens ask for it; zeros fill up a multiple of `step` quads.
+    /// The block in bytes, if so many tokens ask for it; zeros fill up a multiple of `step` quads.
     pub(super) fn unpacked_to<'a>(
         self,
         mut block: IntBlock<'a>,
         step: usize,
         bytes: &'a mut Buffer<Chunk>,
     ) -> IntBlock<'a> {
-        if !block.nibbles || block.rows <= FEW_ROWS {
+        let quads = block.depth() / 4;
+        let filled = quads.next_multiple_of(step);
+        if block.rows <= FEW_ROWS || !block.nibbles && filled == quads {
             return block;
         }
-        let quads = 2 * block.panels[0].len();
-        let filled = quads.next_multiple_of(step);
         bytes.resize(block.count * filled);
         for (panel, bytes) in block.panels[..block.count].iter_mut().zip(bytes.chunks_exact_mut(filled)) {
-            // SAFETY: the token proves AVX-512 F and BW.
-            unsafe { expand(panel, block.levels, bytes) };
+            if block.nibbles {
+                // SAFETY: the token proves AVX-512 F and BW.
+                unsafe { expand(panel, block.levels, bytes) };
+            } else {
+                bytes[..quads].copy_from_slice(panel);
+            }
             bytes[quads..].fill(Chunk([0; 64]));
             *panel = bytes;
         }
@@ -86,9 +95,9 @@ impl Avx512Vnni {
 }
 
 #[target_feature(enable = "avx512f")]
-fn fold(group: Group, acc: &mut [[i32; PANEL]], sum: &mut [[f32; PANEL]], begin: bool) {
-    for ((acc, sum), zero) in acc.iter_mut().zip(sum).zip(group.zero) {
-        let product = product(acc, *zero, &group);
+fn fold(group: Term, sum: &mut [[f32; PANEL]], begin: bool) {
+    for (i, sum) in sum.iter_mut().enumerate() {
+        let product = product(&group, i);
         let before = sum.as_ptr();
         // SAFETY: 16 lanes from and to an array of 16.
         unsafe {
@@ -99,45 +108,47 @@ fn fold(group: Group, acc: &mut [[i32; PANEL]], sum: &mut [[f32; PANEL]], begin:
 }
 
 #[target_feature(enable = "avx512f")]
-fn finish(group: Group, acc: &mut [[i32; PANEL]], to: Columns) {
-    let Columns { rect, row, col, scale, accumulate } = to;
-    for (i, ((acc, zero), scale)) in acc.iter_mut().zip(group.zero).zip(scale).enumerate() {
-        store_row(product(acc, *zero, &group), *scale, &mut rect.row_mut(row + i)[col..], accumulate);
+fn finish<const N: usize>(terms: [Term; N], to: Columns) {
+    let Columns { rect, row, col, accumulate } = to;
+    for i in 0..terms[0].acc.len() {
+        let mut sum = _mm512_setzero_ps();
+        for (n, term) in terms.iter().enumerate() {
+            let scaled = _mm512_mul_ps(_mm512_set1_ps(term.scale[i]), product(term, i));
+            sum = if n == 0 { scaled } else { _mm512_add_ps(sum, scaled) };
+        }
+        store_row(sum, &mut rect.row_mut(row + i)[col..], accumulate);
     }
 }
 
 #[target_feature(enable = "avx512f")]
-fn store(sum: &[[f32; PANEL]], to: Columns) {
-    let Columns { rect, row, col, scale, accumulate } = to;
+fn store(sum: &[[f32; PANEL]], scale: &[f32], to: Columns) {
+    let Columns { rect, row, col, accumulate } = to;
     for (i, (sum, scale)) in sum.iter().zip(scale).enumerate() {
         // SAFETY: 16 lanes from an array of 16.
-        let sum = unsafe { _mm512_loadu_ps(sum.as_ptr()) };
-        store_row(sum, *scale, &mut rect.row_mut(row + i)[col..], accumulate);
+        let sum = unsafe { _mm512_mul_ps(_mm512_set1_ps(*scale), _mm512_loadu_ps(sum.as_ptr())) };
+        store_row(sum, &mut rect.row_mut(row + i)[col..], accumulate);
     }
 }
 
-/// One token's sums of a group, scaled; acc is cleared.
+/// Token i's sums of a group, scaled.
 #[target_feature(enable = "avx512f")]
-fn product(acc: &mut [i32; PANEL], zero: i32, group: &Group) -> __m512 {
-    let acc = acc.as_mut_ptr();
-    // SAFETY: 16 lanes from and to arrays of 16.
+fn product(term: &Term, i: usize) -> __m512 {
+    // SAFETY: 16 lanes from arrays of 16.
     unsafe {
-        let (scale, colsum) =
-            (_mm512_loadu_ps(group.scale.as_ptr()), _mm512_loadu_si512(group.colsum.as_ptr().cast()));
-        let offset = _mm512_mullo_epi32(_mm512_set1_epi32(zero), colsum);
-        let sum = _mm512_sub_epi32(_mm512_loadu_si512(acc.cast_const().cast()), offset);
-        _mm512_storeu_si512(acc.cast(), _mm512_setzero_si512());
+        let scale = _mm512_loadu_ps(term.channel_scale.as_ptr());
+        let colsum = _mm512_loadu_si512(term.colsum.as_ptr().cast());
+        let offset = _mm512_mullo_epi32(_mm512_set1_epi32(term.zero[i]), colsum);
+        let sum = _mm512_sub_epi32(_mm512_loadu_si512(term.acc[i].as_ptr().cast()), offset);
         _mm512_mul_ps(scale, _mm512_cvtepi32_ps(sum))
     }
 }
 
-/// Sums times the token's scale, to the lanes that y has.
+/// A token's numbers, to the lanes that y has.
 #[target_feature(enable = "avx512f")]
-fn store_row(sum: __m512, scale: f32, y: &mut [f32], accumulate: bool) {
+fn store_row(mut v: __m512, y: &mut [f32], accumulate: bool) {
     let mask = if y.len() < PANEL { (1u16 << y.len()) - 1 } else { u16::MAX };
     // SAFETY: of y, only the lanes that it has.
     unsafe {
-        let mut v = _mm512_mul_ps(_mm512_set1_ps(scale), sum);
         if accumulate {
             v = _mm512_add_ps(_mm512_maskz_loadu_ps(mask, y.as_ptr()), v);
         }
@@ -149,20 +160,20 @@ fn store_row(sum: __m512, scale: f32, y: &mut [f32], accumulate: bool) {
 /// has as many codes as a panel's chunks have inputs.
 #[target_feature(enable = "avx512f,avx512bw,avx512vnni")]
 unsafe fn int_block(block: &IntBlock, acc: &mut [[i32; PANEL]]) {
-    let (a, stride, rows) = (block.a.as_ptr(), block.stride, block.rows);
+    let (a, stride, rows, begin) = (block.a.as_ptr(), block.stride, block.rows, block.begin);
     if block.nibbles {
         for (w, acc) in block.panels().iter().zip(acc.chunks_exact_mut(rows)) {
             // SAFETY: forwarded.
             unsafe {
                 match rows {
-                    1 => nibbles(w, block.levels, a, acc),
-                    2 => nibble_tile::<2>(w, block.levels, a, stride, acc),
-                    3 => nibble_tile::<3>(w, block.levels, a, stride, acc),
-                    4 => nibble_tile::<4>(w, block.levels, a, stride, acc),
-                    5 => nibble_tile::<5>(w, block.levels, a, stride, acc),
-                    6 => nibble_tile::<6>(w, block.levels, a, stride, acc),
-                    7 => nibble_tile::<7>(w, block.levels, a, stride, acc),
-                    _ => nibble_tile::<8>(w, block.levels, a, stride, acc),
+                    1 => nibbles(w, block.levels, a, acc, begin),
+                    2 => nibble_tile::<2>(w, block.levels, a, stride, acc, begin),
+                    3 => nibble_tile::<3>(w, block.levels, a, stride, acc, begin),
+                    4 => nibble_tile::<4>(w, block.levels, a, stride, acc, begin),
+                    5 => nibble_tile::<5>(w, block.levels, a, stride, acc, begin),
+                    6 => nibble_tile::<6>(w, block.levels, a, stride, acc, begin),
+                    7 => nibble_tile::<7>(w, block.levels, a, stride, acc, begin),
+                    _ => nibble_tile::<8>(w, block.levels, a, stride, acc, begin),
                 }
             }
         }
@@ -178,8 +189,8 @@ unsafe fn int_block(block: &IntBlock, acc: &mut [[i32; PANEL]]) {
                         unsafe {
                             let a = a.add(row * stride);
                             match block.count {
-                                1 => tile::<$height, 1>([block.panels[0]], a, stride, acc, row, rows),
-                                _ => tile::<$height, 2>(block.panels, a, stride, acc, row, rows),
+                                1 => tile::<$height, 1>([block.panels[0]], a, stride, acc, row, rows, begin),
+                                _ => tile::<$height, 2>(block.panels, a, stride, acc, row, rows, begin),
                             }
                         }
                         row += $height;
@@ -238,10 +249,13 @@ unsafe fn quad(a: *const u8) -> __m512i {
 }
 
 #[target_feature(enable = "avx512f")]
-fn add_to(acc: &mut [i32; PANEL], v: __m512i) {
-    let p = acc.as_mut_ptr().cast();
+fn add_to(acc: &mut [i32; PANEL], v: __m512i, begin: bool) {
+    let p: *mut __m512i = acc.as_mut_ptr().cast();
     // SAFETY: 16 lanes from and to an array of 16.
-    unsafe { _mm512_storeu_si512(p, _mm512_add_epi32(_mm512_loadu_si512(p.cast_const()), v)) };
+    unsafe {
+        let sum = if begin { v } else { _mm512_add_epi32(_mm512_loadu_si512(p.cast_const()), v) };
+        _mm512_storeu_si512(p, sum);
+    }
 }
 
 /// Byte chunks of P panels times R tokens, the ones from `row` on of the `rows` that acc has for each panel.
@@ -253,6 +267,7 @@ unsafe fn tile<const R: usize, const P: usize>(
     acc: &mut [[i32; PANEL]],
     row: usize,
     rows: usize,
+    begin: bool,
 ) {
     let quads = panels[0].len();
     let panels = panels.map(|p| &p[..quads]);
@@ -275,7 +290,7 @@ unsafe fn tile<const R: usize, const P: usize>(
     }
     for p in 0..P {
         for r in 0..R {
-            add_to(&mut acc[p * rows + row + r], sum[p][r]);
+            add_to(&mut acc[p * rows + row + r], sum[p][r], begin);
         }
     }
 }
@@ -288,6 +303,7 @@ unsafe fn nibble_tile<const R: usize>(
     a: *const u8,
     stride: usize,
     acc: &mut [[i32; PANEL]],
+    begin: bool,
 ) {
     let table = table(levels);
     let mut sum = [[_mm512_setzero_si512(); 2]; R];
@@ -302,13 +318,13 @@ unsafe fn nibble_tile<const R: usize>(
         }
     }
     for r in 0..R {
-        add_to(&mut acc[r], _mm512_add_epi32(sum[r][0], sum[r][1]));
+        add_to(&mut acc[r], _mm512_add_epi32(sum[r][0], sum[r][1]), begin);
     }
 }
 
 /// Nibble chunks of a panel times one token, unpacked in registers.
 #[target_feature(enable = "avx512f,avx512bw,avx512vnni")]
-unsafe fn nibbles(w: &[Chunk], levels: &[i8; 16], a: *const u8, acc: &mut [[i32; PANEL]]) {
+unsafe fn nibbles(w: &[Chunk], levels: &[i8; 16], a: *const u8, acc: &mut [[i32; PANEL]], begin: bool) {
     let table = table(levels);
     let mut sum = [_mm512_setzero_si512(); 4];
     let (pairs, last) = w.as_chunks::<2>();
@@ -328,7 +344,8 @@ unsafe fn nibbles(w: &[Chunk], levels: &[i8; 16], a: *const u8, acc: &mut [[i32;
             sum[i] = _mm512_dpbusd_epi32(sum[i], unsafe { quad(a.add(16 * pairs.len() + 4 * i)) }, w);
         }
     }
-    add_to(&mut acc[0], _mm512_add_epi32(_mm512_add_epi32(sum[0], sum[1]), _mm512_add_epi32(sum[2], sum[3])));
+    let sum = _mm512_add_epi32(_mm512_add_epi32(sum[0], sum[1]), _mm512_add_epi32(sum[2], sum[3]));
+    add_to(&mut acc[0], sum, begin);
 }
 
 /// Float products, summed in the order of the AVX2 code.

@@ -4,7 +4,7 @@
 //! products use the AVX2 code.
 
 use super::avx2::{add_to, check, expand, fetch_ahead, load, quad, table, unpack};
-use super::{Columns, FloatBlock, Group, IntBlock, Kernel};
+use super::{Columns, FloatBlock, IntBlock, Kernel, Term};
 use crate::Buffer;
 use crate::isa::AvxVnni;
 use crate::weights::{Chunk, PANEL};
@@ -14,8 +14,9 @@ impl Kernel for AvxVnni {
     type Scratch = Buffer<Chunk>;
 
     fn int_block(self, block: &IntBlock, scratch: &mut Buffer<Chunk>, acc: &mut [[i32; PANEL]]) {
+        block.clear(acc);
         for (panel, acc) in block.panels().iter().zip(acc.chunks_exact_mut(block.rows)) {
-            let depth = panel.len() * if block.nibbles { 8 } else { 4 };
+            let depth = block.depth();
             check(block.a.len(), block.stride, block.rows, depth, acc.len());
             // SAFETY: the token proves AVX2 and AVX-VNNI; `check` has proved that every token has the codes that the chunks ask for.
             unsafe { int_block(block, panel, scratch, acc) }
@@ -26,16 +27,16 @@ impl Kernel for AvxVnni {
         self.avx2.float_block(block, scratch, acc);
     }
 
-    fn fold(self, group: Group, acc: &mut [[i32; PANEL]], sum: &mut [[f32; PANEL]], begin: bool) {
-        self.avx2.fold(group, acc, sum, begin);
+    fn fold(self, group: Term, sum: &mut [[f32; PANEL]], begin: bool) {
+        self.avx2.fold(group, sum, begin);
     }
 
-    fn finish(self, group: Group, acc: &mut [[i32; PANEL]], to: Columns) {
-        self.avx2.finish(group, acc, to);
+    fn finish(self, main: Term, tail: Option<Term>, to: Columns) {
+        self.avx2.finish(main, tail, to);
     }
 
-    fn store(self, sum: &[[f32; PANEL]], to: Columns) {
-        self.avx2.store(sum, to);
+    fn store(self, sum: &[[f32; PANEL]], scale: &[f32], to: Columns) {
+        self.avx2.store(sum, scale, to);
     }
 }
 

@@ -17,9 +17,10 @@ impl Kernel for NeonDot {
     type Scratch = Buffer<Chunk>;
 
     fn int_block(self, block: &IntBlock, scratch: &mut Buffer<Chunk>, acc: &mut [[i32; PANEL]]) {
+        block.clear(acc);
         let (rows, stride) = (block.rows, block.stride);
         for (panel, acc) in block.panels().iter().zip(acc.chunks_exact_mut(rows)) {
-            let depth = panel.len() * if block.nibbles { 8 } else { 4 };
+            let depth = block.depth();
             assert!(rows > 0 && acc.len() == rows && block.a.len() >= (rows - 1) * stride + depth);
             // SAFETY: the token proves the dot products; every token has the codes that the chunks ask for.
             unsafe { int_block(block, panel, scratch, acc) }

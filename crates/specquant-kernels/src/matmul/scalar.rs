@@ -9,6 +9,7 @@ impl Kernel for Scalar {
     type Scratch = ();
 
     fn int_block(self, block: &IntBlock, (): &mut (), acc: &mut [[i32; PANEL]]) {
+        block.clear(acc);
         for (panel, acc) in block.panels().iter().zip(acc.chunks_exact_mut(block.rows)) {
             for_quads(panel, block.nibbles.then_some(block.levels), |q, w| {
                 for (t, acc) in acc.iter_mut().enumerate() {
