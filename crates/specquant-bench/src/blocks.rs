@@ -1,4 +1,4 @@
-//! A decoder block on a prompt: the rows of the paper's Table 2 (one block, 4 sequences), on a CPU.
+//! A decoder block, on prompts (the rows of the paper's Table 2: one block, 4 sequences) and on one token after them, on a CPU.
 
 use serde::Serialize;
 use serde_json::json;
@@ -9,10 +9,13 @@ use specquant_model::{
 use std::path::Path;
 
 use crate::made::{Kind, Noise};
-use crate::{Settings, best};
+use crate::{Machine, Settings, best};
 
-/// Sequences of a batch.
-pub const BATCH: usize = 4;
+/// Prompts that are read together, as in Table 2.
+const PROMPTS: usize = 4;
+/// Sequences that are decoded side by side, and tokens that each has cached before.
+const DECODED: [usize; 3] = [1, 8, 32];
+const BEFORE: usize = 128;
 
 /// A decoder block's shape.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize)]
@@ -49,12 +52,16 @@ impl Shape {
     }
 }
 
-/// One block on prompts of one length.
+/// One block on sequences of one length.
 #[derive(Debug, Clone, Serialize)]
 pub struct BlockRow {
     /// Its shape.
     pub shape: Shape,
-    /// Tokens of each of the sequences.
+    /// Sequences.
+    pub batch: usize,
+    /// Tokens of each that are cached already: 0 where prompts are read.
+    pub before: usize,
+    /// Tokens of each that pass through the block: 1 where sequences are decoded.
     pub tokens: usize,
     /// In f32, seconds.
     pub dense: f64,
@@ -64,6 +71,8 @@ pub struct BlockRow {
     pub specquant: f64,
     /// The default recipe.
     pub spectral: f64,
+    /// Weights of its linear layers.
+    pub weights: usize,
     /// Bytes of weights and cache at 16 bits.
     pub f16_bytes: usize,
     /// Bytes of weights and cache of the default recipe, resident.
@@ -72,56 +81,111 @@ pub struct BlockRow {
     pub specquant_bytes: usize,
 }
 
+impl BlockRow {
+    /// Tokens a second of the default recipe, of all sequences together.
+    pub fn tokens_per_second(&self) -> f64 {
+        (self.batch * self.tokens) as f64 / self.spectral
+    }
+
+    /// How near the default recipe comes to what the machine allows: integer arithmetic of the linear layers, or reading all weights and the cache once.
+    pub fn of_the_limit(&self, machine: &Machine) -> f64 {
+        let arithmetic = 2e-9 * (self.weights * self.batch * self.tokens) as f64 / machine.int8_gops;
+        arithmetic.max(1e-9 * self.spectral_bytes as f64 / machine.read_gbs) / self.spectral
+    }
+}
+
+/// The same block in four forms.
+struct Forms {
+    config: ModelConfig,
+    /// f32, plain, the paper's, the default recipe's, and the format of each one's cache.
+    blocks: [(Block, KvFormat); 4],
+}
+
 pub(crate) fn measure(shape: &Shape, settings: &Settings) -> Result<Vec<BlockRow>> {
     let config = config(shape)?;
-    let made = |kind| block(&config, kind);
-    let (dense, plain) = (made(Kind::Dense)?, made(Kind::Plain)?);
-    let (specquant, spectral) = (made(Kind::SpecQuant(16))?, made(Kind::Spectral(32))?);
-    let lengths: &[usize] = if settings.full { &[256, 512, 1024, 2048, 4096, 8192] } else { &[256, 1024] };
-    let inv_freq = config.inv_freq(false);
     let int = KvFormat::Int { bits: 4, clip: 0.95, intact: 0 };
-    let mut rows = Vec::new();
-    for &tokens in lengths {
-        let x = Noise(11).values(BATCH * tokens * config.hidden_size);
-        let rope = RopeTable::new(&inv_freq, (0..BATCH).flat_map(|_| 0..tokens));
-        let mut failed = Ok(());
-        let mut cached = [0; 4];
-        let mut call = |which: usize, block: &Block, format| {
-            let mut x = x.clone();
-            let cache = || KvCache::new(format, config.num_kv_heads, config.head_dim).with_any_order(true);
-            let mut caches: Vec<KvCache> = (0..BATCH).map(|_| cache()).collect();
+    let forms = Forms {
+        blocks: [
+            (block(&config, Kind::Dense)?, KvFormat::F32),
+            (block(&config, Kind::Plain)?, int),
+            (block(&config, Kind::SpecQuant(16))?, int),
+            (block(&config, Kind::Spectral(32))?, KvFormat::Gaussian { intact: 4 }),
+        ],
+        config,
+    };
+    let lengths: &[usize] = if settings.full { &[256, 512, 1024, 2048, 4096, 8192] } else { &[256, 1024] };
+    let prompts = lengths.iter().map(|&tokens| (PROMPTS, 0, tokens));
+    let decoded = DECODED.map(|batch| (batch, BEFORE, 1));
+    let cases = prompts.chain(decoded);
+    cases.map(|(batch, before, tokens)| forms.row(shape, batch, before, tokens, settings)).collect()
+}
+
+impl Forms {
+    fn row(
+        &self,
+        shape: &Shape,
+        batch: usize,
+        before: usize,
+        tokens: usize,
+        settings: &Settings,
+    ) -> Result<BlockRow> {
+        let config = &self.config;
+        let inv_freq = config.inv_freq(false);
+        let x = Noise(11).values(batch * before.max(tokens) * config.hidden_size);
+        let (mut failed, mut cached) = (Ok(()), [0; 4]);
+        let mut pass = |which: usize, caches: &mut [KvCache], rope: &RopeTable, tokens: usize| {
+            let mut x = x[..batch * tokens * config.hidden_size].to_vec();
             let mut spans: Vec<Span> = caches.iter_mut().map(|cache| Span { rows: tokens, cache }).collect();
-            let done = block.forward(&config, &rope, &mut x, &mut spans, &mut |_, _| ());
+            let done = self.blocks[which].0.forward(config, rope, &mut x, &mut spans, &mut |_, _| ());
             cached[which] = caches.iter().map(KvCache::bytes).sum();
+            caches.iter_mut().for_each(|cache| cache.truncate(before));
             if failed.is_ok() {
                 failed = done;
             }
         };
-        let call = std::cell::RefCell::new(&mut call);
-        let [dense_s, plain_s, specquant_s, spectral_s] = best(
+        let rope = |positions: std::ops::Range<usize>| {
+            RopeTable::new(&inv_freq, (0..batch).flat_map(|_| positions.clone()))
+        };
+        let mut caches = self.blocks.each_ref().map(|(_, format)| -> Vec<KvCache> {
+            let cache = || KvCache::new(*format, config.num_kv_heads, config.head_dim).with_any_order(true);
+            (0..batch).map(|_| cache()).collect()
+        });
+        if before > 0 {
+            let rope = rope(0..before);
+            (0..4).for_each(|which| pass(which, &mut caches[which], &rope, before));
+        }
+        let rope = rope(before..before + tokens);
+        let pass = std::cell::RefCell::new(pass);
+        let [a, b, c, d] = &mut caches;
+        let [dense, plain, specquant, spectral] = best(
             settings.seconds,
             [
-                &mut || call.borrow_mut()(0, &dense, KvFormat::F32),
-                &mut || call.borrow_mut()(1, &plain, int),
-                &mut || call.borrow_mut()(2, &specquant, int),
-                &mut || call.borrow_mut()(3, &spectral, KvFormat::Gaussian { intact: 4 }),
+                &mut || pass.borrow_mut()(0, a, &rope, tokens),
+                &mut || pass.borrow_mut()(1, b, &rope, tokens),
+                &mut || pass.borrow_mut()(2, c, &rope, tokens),
+                &mut || pass.borrow_mut()(3, d, &rope, tokens),
             ],
         );
+        drop(pass);
         failed?;
-        let weights: usize = dense.linears().iter().map(|(_, l)| l.in_features() * l.out_features()).sum();
-        rows.push(BlockRow {
+        let [dense_block, _, specquant_block, spectral_block] =
+            self.blocks.each_ref().map(|(block, _)| block);
+        let weights = dense_block.linears().iter().map(|(_, l)| l.in_features() * l.out_features()).sum();
+        Ok(BlockRow {
             shape: *shape,
+            batch,
+            before,
             tokens,
-            dense: dense_s,
-            plain: plain_s,
-            specquant: specquant_s,
-            spectral: spectral_s,
+            dense,
+            plain,
+            specquant,
+            spectral,
+            weights,
             f16_bytes: 2 * weights + cached[0] / 2,
-            spectral_bytes: bytes(&spectral) + cached[3],
-            specquant_bytes: bytes(&specquant) + cached[2],
-        });
+            spectral_bytes: bytes(spectral_block) + cached[3],
+            specquant_bytes: bytes(specquant_block) + cached[2],
+        })
     }
-    Ok(rows)
 }
 
 fn config(shape: &Shape) -> Result<ModelConfig> {

@@ -74,8 +74,10 @@ fn text(report: &Report) -> String {
         text += &table(&attention(&report.attention));
     }
     if !report.blocks.is_empty() {
-        text += "\none decoder block on 4 prompts, times faster than in f32; memory of weights and cache, times less than at 16 bits\n";
-        text += &table(&blocks(&report.blocks));
+        text += "\none decoder block on prompts, times faster than in f32; memory of weights and cache, times less than at 16 bits\n";
+        text += &table(&prompts(report));
+        text += "\none decoder block on the next token of each sequence, times faster than in f32; tokens a second, times one sequence's\n";
+        text += &table(&decoded(report));
     }
     if !report.models.is_empty() {
         text += "\nwhole models, tokens a second; in brackets, times the first one's\n";
@@ -130,33 +132,73 @@ fn attention(all: &[AttentionRow]) -> Vec<Vec<String>> {
     rows
 }
 
-fn blocks(all: &[BlockRow]) -> Vec<Vec<String>> {
+fn prompts(report: &Report) -> Vec<Vec<String>> {
     let mut rows = vec![cells([
         "block of",
+        "prompts",
         "tokens each",
         "f32 ms",
+        "spectral ms",
         "plain W4A4",
         "specquant",
         "spectral",
         "over plain",
+        "of the limit",
         "specquant memory",
         "spectral memory",
     ])];
-    rows.extend(all.iter().map(|row| {
-        let over = |seconds: f64| format!("{:+.0}%", 100.0 * (seconds / row.plain - 1.0));
-        vec![
-            row.shape.name.to_owned(),
-            row.tokens.to_string(),
-            format!("{:.1}", 1e3 * row.dense),
-            format!("{:.2}", row.dense / row.plain),
-            format!("{:.2}", row.dense / row.specquant),
-            format!("{:.2}", row.dense / row.spectral),
-            format!("{}, {}", over(row.specquant), over(row.spectral)),
-            format!("{:.2}", row.f16_bytes as f64 / row.specquant_bytes as f64),
-            format!("{:.2}", row.f16_bytes as f64 / row.spectral_bytes as f64),
-        ]
-    }));
+    for row in report.blocks.iter().filter(|row| row.before == 0) {
+        let mut cells = vec![row.shape.name.to_owned(), row.batch.to_string(), row.tokens.to_string()];
+        cells.extend(times(row, report));
+        let less = |bytes: usize| format!("{:.2}", row.f16_bytes as f64 / bytes as f64);
+        cells.extend([less(row.specquant_bytes), less(row.spectral_bytes)]);
+        rows.push(cells);
+    }
     rows
+}
+
+fn decoded(report: &Report) -> Vec<Vec<String>> {
+    let mut rows = vec![cells([
+        "block of",
+        "sequences",
+        "cached",
+        "f32 ms",
+        "spectral ms",
+        "plain W4A4",
+        "specquant",
+        "spectral",
+        "over plain",
+        "of the limit",
+        "tokens/s",
+        "times one",
+    ])];
+    let mut one = 0.0;
+    for row in report.blocks.iter().filter(|row| row.before > 0) {
+        let speed = row.tokens_per_second();
+        if row.batch == 1 {
+            one = speed;
+        }
+        let mut cells = vec![row.shape.name.to_owned(), row.batch.to_string(), row.before.to_string()];
+        cells.extend(times(row, report));
+        cells.extend([format!("{speed:.0}"), format!("{:.2}", speed / one)]);
+        rows.push(cells);
+    }
+    rows
+}
+
+/// What is said of a block on prompts and on single tokens.
+fn times(row: &BlockRow, report: &Report) -> [String; 7] {
+    let faster = |seconds: f64| format!("{:.2}", row.dense / seconds);
+    let over = |seconds: f64| format!("{:+.0}%", 100.0 * (seconds / row.plain - 1.0));
+    [
+        format!("{:.2}", 1e3 * row.dense),
+        format!("{:.2}", 1e3 * row.spectral),
+        faster(row.plain),
+        faster(row.specquant),
+        faster(row.spectral),
+        format!("{}, {}", over(row.specquant), over(row.spectral)),
+        format!("{:.0}%", 100.0 * row.of_the_limit(&report.machine)),
+    ]
 }
 
 fn models(all: &[ModelRow]) -> Vec<Vec<String>> {

@@ -1,5 +1,7 @@
 //! Peak memory of a run, predicted: the largest of the moments at which much is held at once. docs/reliability.md compares it with measurements.
 
+#[cfg(feature = "learn")]
+use specquant_kernels::Hadamard;
 use specquant_model::{BranchBasis, ModelConfig, Site};
 
 use crate::calibration::GENERATION_BATCH;
@@ -7,6 +9,8 @@ use crate::learn::Learn;
 use crate::pipeline::BATCH_ROWS;
 use crate::plan::site_outputs;
 use crate::recipe::{Embeddings, Recipe, Rounding, Searched};
+#[cfg(feature = "learn")]
+use crate::transforms::rotate::online;
 
 /// Memory that does not depend on the model: code, tokenizer, allocator.
 const BASE_BYTES: usize = 100 << 20;
@@ -24,6 +28,7 @@ pub(crate) fn peak(
     let moments = [
         with_rest(generation(config, recipe, shapes)),
         with_rest(vocabulary(config, recipe)),
+        with_rest(rotations(config, recipe, shapes)),
         with_rest(block(config, recipe, shapes)) + states,
         with_rest(tuning(config, recipe, shapes, block_bytes)),
     ];
@@ -37,6 +42,11 @@ fn wide(config: &ModelConfig) -> usize {
 
 fn weights(shapes: &[(String, [usize; 2])]) -> usize {
     shapes.iter().map(|(_, [out, inp])| out * inp).sum()
+}
+
+/// Weights of the widest layer.
+fn widest(shapes: &[(String, [usize; 2])]) -> usize {
+    shapes.iter().map(|(_, [out, inp])| out * inp).max().unwrap_or(0)
 }
 
 /// The model writes text.
@@ -73,12 +83,12 @@ fn block(config: &ModelConfig, recipe: &Recipe, shapes: &[(String, [usize; 2])])
     let observing = whole + all_hessians + kept + 4 * BATCH_ROWS.min(rows) * wide(config);
 
     let of_site = |site: Site| 4 * site_outputs(shapes, site) * config.site_width(site);
-    let widest = |site: Site| {
+    let widest_of = |site: Site| {
         let of = shapes.iter().filter(|(name, _)| site.layers().iter().any(|layer| name.ends_with(layer)));
         of.map(|(_, [out, inp])| 4 * out * inp).max().unwrap_or(0)
     };
     // A layer that is rounded: what is left to round, its codes, and its two packed forms.
-    let rounding = |site: Site| 2 * widest(site);
+    let rounding = |site: Site| 2 * widest_of(site);
     let branch = |site: Site| {
         let (outs, inp) = (site_outputs(shapes, site), config.site_width(site));
         recipe.branch.as_ref().map_or(0, |b| {
@@ -116,23 +126,62 @@ fn block(config: &ModelConfig, recipe: &Recipe, shapes: &[(String, [usize; 2])])
     most.max(observing).max(searching.unwrap_or(0)) + learning(config, recipe, shapes)
 }
 
-/// Of a step of FlatQuant over the sequences of a batch: the weights transformed, rounded and the gradients of each; what a block's backward pass
-/// needs, the scores of attention among it.
+/// A step of learning on one block. OmniQuant: the weights copied, rounded and their gradients, the widest layer's while it is added up. FlatQuant: the
+/// weights transformed, rounded and the gradients of each. Both: what the backward pass needs.
+#[cfg(feature = "learn")]
 fn learning(config: &ModelConfig, recipe: &Recipe, shapes: &[(String, [usize; 2])]) -> usize {
-    let Some(Learn::FlatQuant(_)) = recipe.learn else { return 0 };
-    let (batch, length) = batch(recipe);
-    let scores = 3 * config.num_heads * length;
-    4 * (8 * weights(shapes) + batch * length * (8 * wide(config) + scores))
+    let longest = recipe.calibration.sequence_length;
+    match &recipe.learn {
+        Some(Learn::OmniQuant(settings)) => {
+            let kept = graph(config, 1, settings.sequence_length.min(longest));
+            4 * (3 * weights(shapes) + widest(shapes)) + kept
+        }
+        Some(Learn::FlatQuant(settings)) => {
+            let batch = settings.batch_size.min(settings.samples);
+            let length = settings.sequence_length.min(longest);
+            let scores = 3 * config.num_heads * length;
+            4 * (8 * weights(shapes) + batch * length * (8 * wide(config) + scores))
+        }
+        _ => 0,
+    }
 }
 
-/// Sequences of a step of FlatQuant's learning, and the tokens of each.
-fn batch(recipe: &Recipe) -> (usize, usize) {
-    let longest = recipe.calibration.sequence_length;
-    #[cfg(feature = "learn")]
-    if let Some(Learn::FlatQuant(settings)) = &recipe.learn {
-        return (settings.batch_size.min(settings.samples), settings.sequence_length.min(longest));
-    }
-    (0, longest)
+/// Rotations learned on the whole model: its weights, embeddings and head; every block's input; logits; a rotation of the residual stream, its gradients
+/// and what moves it along the manifold; the one of `down_proj`'s input as a matrix, twice; and one block's graph, with rounded weights only where the
+/// recipe rounds to nearest.
+#[cfg(feature = "learn")]
+fn rotations(config: &ModelConfig, recipe: &Recipe, shapes: &[(String, [usize; 2])]) -> usize {
+    let Some(Learn::SpinQuant(settings)) = &recipe.learn else { return 0 };
+    let length = settings.sequence_length;
+    let vocabularies = if config.tie_word_embeddings { 1 } else { 2 };
+    let online = recipe.rotate.and_then(|rotate| online(&rotate, config).down);
+    let down = online.map_or(0, |_| Hadamard::new(config.intermediate_size).block());
+    let rounded = if matches!(recipe.rounding, Rounding::Gptq(_)) { 0 } else { 3 * weights(shapes) };
+    4 * (config.num_layers * (weights(shapes) + length * config.hidden_size)
+        + config.vocab_size * (vocabularies * config.hidden_size + 2 * LOGIT_ROWS)
+        + 14 * config.hidden_size.pow(2)
+        + 2 * down.pow(2)
+        + rounded)
+        + graph(config, 1, length)
+}
+
+/// What the backward pass of a block needs of its forward pass, a value of each operation.
+#[cfg(feature = "learn")]
+fn graph(config: &ModelConfig, batch: usize, length: usize) -> usize {
+    let attention = config.num_heads * (14 * config.head_dim + 4 * length);
+    4 * batch * length * (12 * config.hidden_size + attention + 7 * config.intermediate_size)
+}
+
+/// Such recipes are refused.
+#[cfg(not(feature = "learn"))]
+fn learning(_: &ModelConfig, _: &Recipe, _: &[(String, [usize; 2])]) -> usize {
+    0
+}
+
+/// Such recipes are refused.
+#[cfg(not(feature = "learn"))]
+fn rotations(_: &ModelConfig, _: &Recipe, _: &[(String, [usize; 2])]) -> usize {
+    0
 }
 
 /// The quantized model and what is learned of it, with the moments of Adam; the heads: the source's, and ours as it was read, packed, and packed
@@ -152,7 +201,7 @@ fn tuning(
     let passed = length * ((6 + 2 * norms) * config.hidden_size + 4 * config.intermediate_size + 2 * outs)
         + length * (5 * QUERIES * rayon::current_num_threads() + 3 * config.num_heads * config.head_dim)
         // The widest layer, widened and packed.
-        + 2 * shapes.iter().map(|(_, [out, inp])| out * inp).max().unwrap_or(0);
+        + 2 * widest(shapes);
     let reading = weights(shapes) + BATCH_ROWS.max(length) * wide(config);
     let all = config.num_layers * (7 * learned + length * config.hidden_size)
         + 4 * config.vocab_size * config.hidden_size
