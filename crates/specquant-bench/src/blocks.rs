@@ -87,7 +87,16 @@ impl BlockRow {
         (self.batch * self.tokens) as f64 / self.spectral
     }
 
-    /// How near the default recipe comes to what the machine allows: integer arithmetic of the linear layers, or reading all weights and the cache once.
+    /// Those of [`tokens_per_second`](Self::tokens_per_second) of one sequence, times how much; all: the rows of a report.
+    pub fn times_one(&self, all: &[BlockRow]) -> Option<f64> {
+        let alike =
+            |row: &&BlockRow| (row.shape, row.before, row.tokens) == (self.shape, self.before, self.tokens);
+        let one = all.iter().filter(alike).find(|row| row.batch == 1)?;
+        Some(self.tokens_per_second() / one.tokens_per_second())
+    }
+
+    /// How near the default recipe comes to what the machine allows: integer arithmetic of the linear layers, or reading all weights and the cache once
+    /// from memory. What caches hold is read faster than that.
     pub fn of_the_limit(&self, machine: &Machine) -> f64 {
         let arithmetic = 2e-9 * (self.weights * self.batch * self.tokens) as f64 / machine.int8_gops;
         arithmetic.max(1e-9 * self.spectral_bytes as f64 / machine.read_gbs) / self.spectral
@@ -131,42 +140,42 @@ impl Forms {
     ) -> Result<BlockRow> {
         let config = &self.config;
         let inv_freq = config.inv_freq(false);
-        let x = Noise(11).values(batch * before.max(tokens) * config.hidden_size);
+        let mut noise = Noise(11);
+        let x = noise.values(batch * tokens * config.hidden_size);
         let (mut failed, mut cached) = (Ok(()), [0; 4]);
-        let mut pass = |which: usize, caches: &mut [KvCache], rope: &RopeTable, tokens: usize| {
-            let mut x = x[..batch * tokens * config.hidden_size].to_vec();
+        let rope = RopeTable::new(&inv_freq, (0..batch).flat_map(|_| before..before + tokens));
+        let pass = |which: usize, caches: &mut [KvCache]| {
+            let mut x = x.clone();
             let mut spans: Vec<Span> = caches.iter_mut().map(|cache| Span { rows: tokens, cache }).collect();
-            let done = self.blocks[which].0.forward(config, rope, &mut x, &mut spans, &mut |_, _| ());
+            let done = self.blocks[which].0.forward(config, &rope, &mut x, &mut spans, &mut |_, _| ());
             cached[which] = caches.iter().map(KvCache::bytes).sum();
             caches.iter_mut().for_each(|cache| cache.truncate(before));
             if failed.is_ok() {
                 failed = done;
             }
         };
-        let rope = |positions: std::ops::Range<usize>| {
-            RopeTable::new(&inv_freq, (0..batch).flat_map(|_| positions.clone()))
-        };
+        let width = config.num_kv_heads * config.head_dim;
+        let [keys, values] = [(); 2].map(|()| noise.values(before * width));
         let mut caches = self.blocks.each_ref().map(|(_, format)| -> Vec<KvCache> {
-            let cache = || KvCache::new(*format, config.num_kv_heads, config.head_dim).with_any_order(true);
+            let cache = || {
+                let mut cache =
+                    KvCache::new(*format, config.num_kv_heads, config.head_dim).with_any_order(true);
+                cache.append(&keys, &values);
+                cache
+            };
             (0..batch).map(|_| cache()).collect()
         });
-        if before > 0 {
-            let rope = rope(0..before);
-            (0..4).for_each(|which| pass(which, &mut caches[which], &rope, before));
-        }
-        let rope = rope(before..before + tokens);
         let pass = std::cell::RefCell::new(pass);
         let [a, b, c, d] = &mut caches;
         let [dense, plain, specquant, spectral] = best(
             settings.seconds,
             [
-                &mut || pass.borrow_mut()(0, a, &rope, tokens),
-                &mut || pass.borrow_mut()(1, b, &rope, tokens),
-                &mut || pass.borrow_mut()(2, c, &rope, tokens),
-                &mut || pass.borrow_mut()(3, d, &rope, tokens),
+                &mut || pass.borrow_mut()(0, a),
+                &mut || pass.borrow_mut()(1, b),
+                &mut || pass.borrow_mut()(2, c),
+                &mut || pass.borrow_mut()(3, d),
             ],
         );
-        drop(pass);
         failed?;
         let [dense_block, _, specquant_block, spectral_block] =
             self.blocks.each_ref().map(|(block, _)| block);
@@ -245,4 +254,42 @@ fn bytes(block: &Block) -> usize {
     let linears: usize = block.linears().iter().map(|(_, l)| linear(l)).sum();
     let transforms = block.inputs.iter().flatten().map(|t| t.reflections().bytes());
     linears + transforms.sum::<usize>()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn what_rows_say() {
+        let shape = Shape::all(false)[0];
+        let row = |batch, tokens, spectral, spectral_bytes| BlockRow {
+            shape,
+            batch,
+            before: 128,
+            tokens,
+            dense: 1.0,
+            plain: 1.0,
+            specquant: 1.0,
+            spectral,
+            weights: 1_000_000,
+            f16_bytes: 2_000_000,
+            spectral_bytes,
+            specquant_bytes: 0,
+        };
+        let machine = Machine {
+            cpu: String::new(),
+            isa: "",
+            threads: 1,
+            int8_gops: 100.0,
+            f32_gflops: 10.0,
+            read_gbs: 10.0,
+        };
+        // 2 million operations take 20 µs, half a million bytes 50 µs; 32 times as many operations 640 µs.
+        let all = [row(1, 1, 1e-4, 500_000), row(32, 1, 8e-4, 500_000)];
+        assert!((all[0].of_the_limit(&machine) - 0.5).abs() < 1e-9);
+        assert!((all[1].of_the_limit(&machine) - 0.8).abs() < 1e-9);
+        assert!((all[1].times_one(&all).unwrap() - 4.0).abs() < 1e-9);
+        assert_eq!(all[1].times_one(&all[1..]), None);
+    }
 }

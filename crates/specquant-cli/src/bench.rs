@@ -74,9 +74,9 @@ fn text(report: &Report) -> String {
         text += &table(&attention(&report.attention));
     }
     if !report.blocks.is_empty() {
-        text += "\none decoder block on prompts, times faster than in f32; memory of weights and cache, times less than at 16 bits\n";
+        text += "\none decoder block on prompts, times faster than in f32; of the limit: spectral's linear layers of integer arithmetic; memory of weights and cache, times less than at 16 bits\n";
         text += &table(&prompts(report));
-        text += "\none decoder block on the next token of each sequence, times faster than in f32; tokens a second, times one sequence's\n";
+        text += "\none decoder block on the next token of each sequence, times faster than in f32; of the limit: as above, or of reading weights and cache from memory (caches are faster); spectral's tokens a second, times one sequence's\n";
         text += &table(&decoded(report));
     }
     if !report.models.is_empty() {
@@ -172,15 +172,11 @@ fn decoded(report: &Report) -> Vec<Vec<String>> {
         "tokens/s",
         "times one",
     ])];
-    let mut one = 0.0;
     for row in report.blocks.iter().filter(|row| row.before > 0) {
-        let speed = row.tokens_per_second();
-        if row.batch == 1 {
-            one = speed;
-        }
         let mut cells = vec![row.shape.name.to_owned(), row.batch.to_string(), row.before.to_string()];
         cells.extend(times(row, report));
-        cells.extend([format!("{speed:.0}"), format!("{:.2}", speed / one)]);
+        let one = row.times_one(&report.blocks).map_or("-".to_owned(), |times| format!("{times:.2}"));
+        cells.extend([format!("{:.0}", row.tokens_per_second()), one]);
         rows.push(cells);
     }
     rows

@@ -63,7 +63,7 @@ unsafe impl GlobalAlloc for Limited {
 
 /// Weights are widened from 2 bits to 32, and held in two layouts for a while.
 const TIMES_INPUT: usize = 64;
-/// Time of the processor that an input's thread may take, whatever else the machine does; those of valid ones are milliseconds.
+/// Time of the processor, of all threads together, that an input may take, whatever else the machine does; those of valid ones are milliseconds.
 const MOST: Duration = Duration::from_secs(10);
 
 /// As the main thread has it.
@@ -74,7 +74,7 @@ const STACK: usize = 8 << 20;
 pub enum Find {
     /// The message and where.
     Panic(String),
-    /// It took this long.
+    /// It took so much of the processor's time.
     Slow(Duration),
     /// It was refused, but not told why.
     Silent,
@@ -90,11 +90,11 @@ impl fmt::Display for Find {
     }
 }
 
-/// Of this thread; elsewhere than on Unix the clock's.
+/// Of this process, which runs one input at a time; elsewhere than on Unix the clock's.
 fn processor_time() -> Duration {
     #[cfg(unix)]
     {
-        let time = rustix::time::clock_gettime(rustix::time::ClockId::ThreadCPUTime);
+        let time = rustix::time::clock_gettime(rustix::time::ClockId::ProcessCPUTime);
         Duration::new(time.tv_sec as u64, time.tv_nsec as u32)
     }
     #[cfg(not(unix))]
@@ -115,20 +115,17 @@ pub fn execute(target: &Target, dir: &Path, input: &[u8]) -> Result<Outcome, Fin
         }
     }));
     LIMIT.store(USED.load(Relaxed) + target.memory + TIMES_INPUT * input.len(), Relaxed);
+    let started = processor_time();
     // A thread of its own: the tokenizers library keeps a cache for every tokenizer until the thread ends, which is no input's fault.
     let outcome = std::thread::scope(|scope| {
         let thread = std::thread::Builder::new().stack_size(STACK);
-        let run = || {
-            let started = processor_time();
-            ((target.run)(dir, input), processor_time().saturating_sub(started))
-        };
-        thread.spawn_scoped(scope, run).map(|thread| thread.join())
+        thread.spawn_scoped(scope, || (target.run)(dir, input)).map(|thread| thread.join())
     });
+    let time = processor_time().saturating_sub(started);
     LIMIT.store(usize::MAX, Relaxed);
     let _ = std::panic::take_hook();
     let outcome = outcome.map_err(|e| Find::Panic(format!("no thread: {e}")))?;
-    let (outcome, time) =
-        outcome.map_err(|_| Find::Panic(PANIC.lock().map(|m| m.clone()).unwrap_or_default()))?;
+    let outcome = outcome.map_err(|_| Find::Panic(PANIC.lock().map(|m| m.clone()).unwrap_or_default()))?;
     match &outcome {
         _ if time > MOST => Err(Find::Slow(time)),
         Err(e) if e.to_string().trim().is_empty() => Err(Find::Silent),

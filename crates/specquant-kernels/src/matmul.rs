@@ -13,6 +13,7 @@
 //! instruction set and every float sum has a fixed order, so that results depend neither on the number of threads nor, for integer products,
 //! on the instruction set; nor does a token's result depend on the other tokens.
 
+mod finish;
 mod grid;
 mod scalar;
 
@@ -35,6 +36,7 @@ use crate::isa::with_every_token;
 use crate::parallel::for_each_index;
 use crate::weights::{Chunk, PANEL};
 use crate::{Buffer, Isa, PackedWeights, QuantizedActs};
+use finish::{Columns, Term, finish, fold, store};
 use grid::{Grid, Rect, blocks, panels};
 use std::ops::Range;
 
@@ -211,46 +213,6 @@ trait Kernel: Copy + Send + Sync {
     }
 }
 
-/// A panel's integer sums over a group of some tokens, and what makes numbers of them: `scale · (acc − zero · colsum)`.
-struct Term<'a> {
-    acc: &'a [[i32; PANEL]],
-    /// Of the channels.
-    channel_scale: &'a [f32; PANEL],
-    /// Sums of the channels' codes.
-    colsum: &'a [i32; PANEL],
-    /// Zero points of the tokens.
-    zero: &'a [i32],
-    /// Scales of the tokens.
-    scale: &'a [f32],
-}
-
-impl<'a> Term<'a> {
-    /// Of group `group` and the rows `strip` from `row` on.
-    #[inline(always)]
-    fn new(
-        (a, w): &Part<'a>,
-        panel: usize,
-        group: usize,
-        row: usize,
-        strip: &Range<usize>,
-        acc: &'a [[i32; PANEL]],
-    ) -> Self {
-        let (channel_scale, colsum) = w.group(panel, group);
-        let tokens = row + strip.start..row + strip.end;
-        Term { acc, channel_scale, colsum, zero: &a.zero[tokens.clone()], scale: &a.scale[tokens] }
-    }
-}
-
-/// Where a panel's sums of some tokens go: the columns of a rectangle from `col` on; those that it does not have are dropped.
-struct Columns<'a, 'y> {
-    rect: &'a mut Rect<'y>,
-    /// Of the first token.
-    row: usize,
-    col: usize,
-    /// Whether they are added to what is there.
-    accumulate: bool,
-}
-
 /// Some inputs of some tokens times the weights of a panel or two.
 #[cfg_attr(not(target_arch = "x86_64"), allow(dead_code))] // the scalar sums are wide
 struct IntBlock<'a> {
@@ -258,7 +220,8 @@ struct IntBlock<'a> {
     a: &'a [u8],
     stride: usize,
     rows: usize,
-    /// Whole chunks of every panel, as many of each; their depth is a multiple of 8, and every token has as many codes. Only the first `count` are there.
+    /// Whole chunks of every panel, as many of each; their depth is a multiple of 8, and every token has as many codes, which may be the next token's
+    /// where zeros fill them up. Only the first `count` are there.
     panels: [&'a [Chunk]; PANELS],
     count: usize,
     /// Whether sums begin with this block.
@@ -320,6 +283,7 @@ impl<'a> IntBlock<'a> {
     }
 
     /// Inputs, a multiple of what a chunk has.
+    #[cfg(target_arch = "x86_64")]
     #[inline(always)]
     fn depth(&self) -> usize {
         self.panels[0].len() * if self.nibbles { 8 } else { 4 }
@@ -346,10 +310,12 @@ fn int_rect<K: Kernel>(kernel: K, parts: &[Part], mut rect: Rect) {
         let count = range.len();
         let mut rest = parts;
         while let [part @ (a, w), others @ ..] = rest {
-            // A part of one block is multiplied behind the last block of the part before it, and finished together with that.
+            // A second part of one block is multiplied behind the last block of the first, and finished together with that.
             let one_block = |w: &PackedWeights| w.group_size() <= INT_DEPTH;
-            let tail = others.first().filter(|(_, t)| w.groups() == 1 && t.groups() == 1 && one_block(t));
             let accumulate = rest.len() < parts.len();
+            let joins =
+                |w: &PackedWeights, t: &PackedWeights| w.groups() == 1 && t.groups() == 1 && one_block(t);
+            let tail = others.first().filter(|(_, t)| !accumulate && joins(w, t));
             rest = &others[usize::from(tail.is_some())..];
             let tail = tail.map(|part| {
                 let block = IntBlock::new(part, &range, 0..part.1.in_features(), row, rows);
@@ -359,7 +325,9 @@ fn int_rect<K: Kernel>(kernel: K, parts: &[Part], mut rect: Rect) {
             let height = if one_block(w) { K::INT_STRIP.min(rows) } else { rows };
             acc.resize(count * height * PANEL);
             let acc = acc.as_chunks_mut::<PANEL>().0;
-            tail_acc.resize(count * K::INT_STRIP.min(rows) * PANEL);
+            if tail.is_some() {
+                tail_acc.resize(count * K::INT_STRIP.min(rows) * PANEL);
+            }
             let tail_acc = tail_acc.as_chunks_mut::<PANEL>().0;
             if w.groups() > 1 {
                 sums.resize(count * rows * PANEL);
@@ -441,65 +409,6 @@ fn float_rect(kernel: impl Kernel, x: &[f32], w: &PackedWeights, mut rect: Rect,
             }
         }
         kernel.store(sums, &[1.; ROWS][..rows], Columns { rect: &mut rect, row: 0, col, accumulate });
-    }
-}
-
-#[inline(always)]
-fn fold(group: Term, sum: &mut [[f32; PANEL]], begin: bool) {
-    for (i, sum) in sum.iter_mut().enumerate() {
-        let product = product(&group.acc[i], group.zero[i], group.channel_scale, group.colsum);
-        for c in 0..PANEL {
-            sum[c] = if begin { product[c] } else { sum[c] + product[c] };
-        }
-    }
-}
-
-#[inline(always)]
-fn finish(main: Term, tail: Option<Term>, to: Columns) {
-    let Columns { rect, row, col, accumulate } = to;
-    let scaled = |term: &Term, i: usize| {
-        product(&term.acc[i], term.zero[i], term.channel_scale, term.colsum).map(|v| term.scale[i] * v)
-    };
-    for i in 0..main.acc.len() {
-        let mut sum = scaled(&main, i);
-        if let Some(tail) = &tail {
-            let more = scaled(tail, i);
-            (0..PANEL).for_each(|c| sum[c] += more[c]);
-        }
-        store_row(sum, &mut rect.row_mut(row + i)[col..], accumulate);
-    }
-}
-
-#[inline(always)]
-fn store(sum: &[[f32; PANEL]], scale: &[f32], to: Columns) {
-    let Columns { rect, row, col, accumulate } = to;
-    for (i, (sum, scale)) in sum.iter().zip(scale).enumerate() {
-        store_row(sum.map(|v| scale * v), &mut rect.row_mut(row + i)[col..], accumulate);
-    }
-}
-
-/// One token's sums of a group, scaled.
-#[inline(always)]
-fn product(acc: &[i32; PANEL], zero: i32, scale: &[f32; PANEL], colsum: &[i32; PANEL]) -> [f32; PANEL] {
-    let mut product = [0.; PANEL];
-    for c in 0..PANEL {
-        product[c] = scale[c] * (acc[c] - zero * colsum[c]) as f32;
-    }
-    product
-}
-
-#[inline(always)]
-fn store_row(mut row: [f32; PANEL], y: &mut [f32], accumulate: bool) {
-    let width = y.len().min(PANEL);
-    if accumulate {
-        match y.first_chunk::<PANEL>() {
-            Some(y) => (0..PANEL).for_each(|c| row[c] += y[c]),
-            None => (0..width).for_each(|c| row[c] += y[c]),
-        }
-    }
-    match y.first_chunk_mut() {
-        Some(y) => *y = row,
-        None => y[..width].copy_from_slice(&row[..width]),
     }
 }
 

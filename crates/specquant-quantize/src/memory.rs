@@ -123,24 +123,28 @@ fn block(config: &ModelConfig, recipe: &Recipe, shapes: &[(String, [usize; 2])])
         done += of_site(site) * 3 / 8;
         waiting -= of_site(site) + hessian(site);
     }
-    most.max(observing).max(searching.unwrap_or(0)) + learning(config, recipe, shapes)
+    most.max(observing).max(searching.unwrap_or(0)).max(learning(config, recipe, shapes))
 }
 
-/// A step of learning on one block. OmniQuant: the weights copied, rounded and their gradients, the widest layer's while it is added up. FlatQuant: the
-/// weights transformed, rounded and the gradients of each. Both: what the backward pass needs.
+/// Learning on one block. OmniQuant: the weights, a copy, rounded and their gradients, the widest layer's while it is added up. FlatQuant: the weights,
+/// transformed, rounded and the gradients of each. Both: the sequences that are learned from, before the block and behind it, and what the backward pass
+/// needs of those of a step.
 #[cfg(feature = "learn")]
 fn learning(config: &ModelConfig, recipe: &Recipe, shapes: &[(String, [usize; 2])]) -> usize {
-    let longest = recipe.calibration.sequence_length;
-    match &recipe.learn {
+    let calibration = &recipe.calibration;
+    let sequences =
+        |samples: usize, length: usize| 2 * samples.min(calibration.samples) * length * config.hidden_size;
+    4 * match &recipe.learn {
         Some(Learn::OmniQuant(settings)) => {
-            let kept = graph(config, 1, settings.sequence_length.min(longest));
-            4 * (3 * weights(shapes) + widest(shapes)) + kept
+            let length = settings.sequence_length.min(calibration.sequence_length);
+            4 * weights(shapes) + widest(shapes) + sequences(settings.samples, length) + graph(config, length)
         }
         Some(Learn::FlatQuant(settings)) => {
-            let batch = settings.batch_size.min(settings.samples);
-            let length = settings.sequence_length.min(longest);
-            let scores = 3 * config.num_heads * length;
-            4 * (8 * weights(shapes) + batch * length * (8 * wide(config) + scores))
+            let batch = settings.batch_size.min(settings.samples).min(calibration.samples);
+            let length = settings.sequence_length.min(calibration.sequence_length);
+            let row = (8 * wide(config)).saturating_add((3 * config.num_heads).saturating_mul(length));
+            let kept = (batch * length).saturating_mul(row).min(MOST);
+            9 * weights(shapes) + sequences(settings.samples, length) + kept
         }
         _ => 0,
     }
@@ -152,25 +156,31 @@ fn learning(config: &ModelConfig, recipe: &Recipe, shapes: &[(String, [usize; 2]
 #[cfg(feature = "learn")]
 fn rotations(config: &ModelConfig, recipe: &Recipe, shapes: &[(String, [usize; 2])]) -> usize {
     let Some(Learn::SpinQuant(settings)) = &recipe.learn else { return 0 };
-    let length = settings.sequence_length;
+    let length = settings.sequence_length.min(recipe.calibration.sequence_length);
     let vocabularies = if config.tie_word_embeddings { 1 } else { 2 };
-    let online = recipe.rotate.and_then(|rotate| online(&rotate, config).down);
-    let down = online.map_or(0, |_| Hadamard::new(config.intermediate_size).block());
+    let rotation = recipe.rotate.and_then(|rotate| online(&rotate, config).down);
+    let down = rotation.map_or(0, |_| Hadamard::new(config.intermediate_size).block());
     let rounded = if matches!(recipe.rounding, Rounding::Gptq(_)) { 0 } else { 3 * weights(shapes) };
     4 * (config.num_layers * (weights(shapes) + length * config.hidden_size)
         + config.vocab_size * (vocabularies * config.hidden_size + 2 * LOGIT_ROWS)
         + 14 * config.hidden_size.pow(2)
         + 2 * down.pow(2)
-        + rounded)
-        + graph(config, 1, length)
+        + rounded
+        + graph(config, length))
 }
 
-/// What the backward pass of a block needs of its forward pass, a value of each operation.
+/// Values that the backward pass of a block needs of its forward pass of a sequence, one of each operation.
 #[cfg(feature = "learn")]
-fn graph(config: &ModelConfig, batch: usize, length: usize) -> usize {
-    let attention = config.num_heads * (14 * config.head_dim + 4 * length);
-    4 * batch * length * (12 * config.hidden_size + attention + 7 * config.intermediate_size)
+fn graph(config: &ModelConfig, length: usize) -> usize {
+    let row =
+        12 * config.hidden_size + 14 * config.num_heads * config.head_dim + 7 * config.intermediate_size;
+    let scores = (4 * config.num_heads).saturating_mul(length);
+    length.saturating_mul(row.saturating_add(scores)).min(MOST)
 }
+
+/// More values than there is memory for, of which some do not overflow.
+#[cfg(feature = "learn")]
+const MOST: usize = usize::MAX >> 8;
 
 /// Such recipes are refused.
 #[cfg(not(feature = "learn"))]
@@ -211,7 +221,51 @@ fn tuning(
 
 /// Logits that tuning has at a time, from either model.
 const LOGITS: usize = 1 << 23;
-/// Rows of them at least.
+/// Rows of them at least; SpinQuant has as many.
 const LOGIT_ROWS: usize = 64;
 /// Queries whose attention a thread has at a time.
 const QUERIES: usize = 128;
+
+#[cfg(all(test, feature = "learn"))]
+mod tests {
+    use super::*;
+    use crate::testing::tiny;
+
+    fn of(config: &ModelConfig, recipe: &Recipe) -> usize {
+        peak(config, recipe, &config.linear_shapes(0), 0, 0)
+    }
+
+    /// What learning takes grows with what is learned from, and never beyond what can be said.
+    #[test]
+    fn learning_takes_memory() {
+        let source = tiny("llama-sharded");
+        let config = source.config();
+        let deeper = ModelConfig { num_layers: 4 * config.num_layers, ..config.clone() };
+        for name in ["omniquant", "flatquant", "spinquant"] {
+            let mut recipe = Recipe::load(name).unwrap();
+            // Text that the model writes takes all blocks, too.
+            recipe.calibration.file = Some("text".into());
+            (recipe.calibration.samples, recipe.calibration.sequence_length) = (4, 64);
+            let taught = of(config, &recipe);
+            let untaught = of(config, &Recipe { learn: None, ..recipe.clone() });
+            assert!(taught > untaught, "{name}: {taught} and {untaught}");
+            let grows = of(&deeper, &recipe) > taught;
+            assert_eq!(grows, name == "spinquant", "{name} learns on all blocks at once, or on one");
+            recipe.calibration.sequence_length = 128;
+            let longer = of(config, &recipe);
+            assert!(longer > taught, "{name}: {longer} and {taught}");
+            if name != "spinquant" {
+                recipe.calibration.samples = 8;
+                assert!(of(config, &recipe) > longer, "{name} keeps its sequences");
+            }
+            match recipe.learn.as_mut() {
+                Some(Learn::OmniQuant(settings)) => settings.sequence_length = usize::MAX,
+                Some(Learn::FlatQuant(settings)) => settings.sequence_length = usize::MAX,
+                Some(Learn::SpinQuant(settings)) => settings.sequence_length = usize::MAX,
+                _ => (),
+            }
+            (recipe.calibration.samples, recipe.calibration.sequence_length) = (1, 1 << 30);
+            assert!(of(config, &recipe) > 1 << 40, "{name}");
+        }
+    }
+}

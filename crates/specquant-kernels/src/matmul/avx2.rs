@@ -21,7 +21,7 @@ impl Kernel for Avx2 {
     fn int_block(self, block: &IntBlock, scratch: &mut Buffer<Chunk>, acc: &mut [[i32; PANEL]]) {
         block.clear(acc);
         for (panel, acc) in block.panels().iter().zip(acc.chunks_exact_mut(block.rows)) {
-            let depth = block.depth();
+            let depth = panel.len() * if block.nibbles { 8 } else { 4 };
             check(block.a.len(), block.stride, block.rows, depth, acc.len());
             // SAFETY: the token proves AVX2; `check` has proved that every token has the codes that the chunks ask for.
             unsafe { int_block(block, panel, scratch, acc) }

@@ -20,7 +20,7 @@ impl Kernel for NeonDot {
         block.clear(acc);
         let (rows, stride) = (block.rows, block.stride);
         for (panel, acc) in block.panels().iter().zip(acc.chunks_exact_mut(rows)) {
-            let depth = block.depth();
+            let depth = panel.len() * if block.nibbles { 8 } else { 4 };
             assert!(rows > 0 && acc.len() == rows && block.a.len() >= (rows - 1) * stride + depth);
             // SAFETY: the token proves the dot products; every token has the codes that the chunks ask for.
             unsafe { int_block(block, panel, scratch, acc) }

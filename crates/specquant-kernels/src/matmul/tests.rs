@@ -89,7 +89,9 @@ fn widths_of_models() {
 #[test]
 fn many_tokens() {
     let mut rng = Lcg(7);
-    for (inp, out, group) in [(64, 32, 64), (8, 16, 8), (72, 33, 72), (1500, 48, 1500), (384, 80, 128)] {
+    for (inp, out, group) in
+        [(64, 32, 64), (8, 16, 8), (72, 33, 72), (144, 33, 72), (1500, 48, 1500), (384, 80, 128)]
+    {
         for rows in [8, 9, 16, 24, 31, 32, 33, 47, 49, 64, 97, 300] {
             for (act_bits, bits) in [(4, 4), (8, 8)] {
                 let w = random_weights(&mut rng, out, inp, bits, group);
@@ -232,16 +234,19 @@ fn parts_of_different_groups_add_up() {
     }
 }
 
-/// A part of several blocks of depth, one of a single block and one in groups, for more tokens than are finished together.
+/// A part of several blocks of depth, one of a single block and one in groups, for few tokens and for more than are finished together; each in the order of the parts.
 #[test]
 fn parts_of_different_depths_add_up() {
-    let (mut rng, rows, out) = (Lcg(7), 107, 50);
-    let mut part = |inp: usize, bits: u8, group: usize| {
-        (random_acts(&mut rng, rows, inp, bits), random_weights(&mut rng, out, inp, bits, group))
-    };
-    let parts =
-        [part(2 * INT_DEPTH + 40, 4, 2 * INT_DEPTH + 40), part(72, 8, 72), part(24, 4, 8), part(544, 4, 544)];
-    for isa in Isa::available() {
+    for (rows, isa) in [1, 4, 8, 9, 33, 107]
+        .into_iter()
+        .flat_map(|rows| Isa::available().into_iter().map(move |isa| (rows, isa)))
+    {
+        let (mut rng, out) = (Lcg(7), 50);
+        let mut part = |inp: usize, bits: u8, group: usize| {
+            (random_acts(&mut rng, rows, inp, bits), random_weights(&mut rng, out, inp, bits, group))
+        };
+        let deep = 2 * INT_DEPTH + 40;
+        let parts = [part(deep, 4, deep), part(72, 8, 72), part(24, 4, 8), part(544, 4, 544)];
         let product = |isa, parts: &[&(QuantizedActs, PackedWeights)]| {
             let mut y = vec![f32::NAN; rows * out];
             let parts: Vec<_> = parts.iter().map(|(a, w)| (a, w)).collect();
@@ -251,7 +256,14 @@ fn parts_of_different_depths_add_up() {
         for (a, b) in (0..4).flat_map(|a| (0..4).map(move |b| (a, b))) {
             let (first, second) = (product(Isa::Scalar, &[&parts[a]]), product(Isa::Scalar, &[&parts[b]]));
             let sum: Vec<f32> = first.iter().zip(&second).map(|(a, b)| a + b).collect();
-            assert_eq!(product(isa, &[&parts[a], &parts[b]]), sum, "{isa:?} {a} {b}");
+            assert_eq!(product(isa, &[&parts[a], &parts[b]]), sum, "{isa:?} {rows} {a} {b}");
+            let third = product(Isa::Scalar, &[&parts[1]]);
+            let sum: Vec<f32> = sum.iter().zip(&third).map(|(a, b)| a + b).collect();
+            assert_eq!(
+                product(isa, &[&parts[a], &parts[b], &parts[1]]),
+                sum,
+                "{isa:?} {rows} {a} {b}, then 1"
+            );
         }
     }
 }
