@@ -245,7 +245,6 @@ fn bars(source: &Source, quiet: bool) -> impl FnMut(Event) + use<> {
             }
             Event::Block { index, layers, .. } => {
                 *writing = None;
-                system::give_back();
                 let block = block.get_or_insert_with(|| Progress::new("block", blocks, quiet));
                 skip(block, &mut skipped.0);
                 block.step(index as u64 + 1, &news(layers));

@@ -7,13 +7,6 @@ use std::time::Duration;
 
 use anyhow::Context;
 
-/// Gives what is free back to the system. Otherwise a second moment of a gigabyte may stay with the allocator for as long as nobody asks for much memory, and the
-/// next block comes on top.
-pub fn give_back() {
-    // SAFETY: the program's allocator; it has no conditions.
-    unsafe { libmimalloc_sys::mi_collect(true) }
-}
-
 /// A line of a /proc file in bytes; `None` where there is no /proc.
 fn proc_bytes(file: &str, key: &str) -> Option<u64> {
     let text = std::fs::read_to_string(file).ok()?;
