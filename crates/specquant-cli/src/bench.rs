@@ -75,9 +75,9 @@ fn text(report: &Report) -> String {
     }
     if !report.blocks.is_empty() {
         text += "\none decoder block on prompts, times faster than in f32; of the limit: spectral's linear layers of integer arithmetic; memory of weights and cache, times less than at 16 bits\n";
-        text += &table(&prompts(report));
+        text += &table(&blocks(report, false));
         text += "\none decoder block on the next token of each sequence, times faster than in f32; of the limit: as above, or of reading weights and cache from memory (caches are faster); spectral's tokens a second, times one sequence's\n";
-        text += &table(&decoded(report));
+        text += &table(&blocks(report, true));
     }
     if !report.models.is_empty() {
         text += "\nwhole models, tokens a second; in brackets, times the first one's\n";
@@ -132,69 +132,41 @@ fn attention(all: &[AttentionRow]) -> Vec<Vec<String>> {
     rows
 }
 
-fn prompts(report: &Report) -> Vec<Vec<String>> {
-    let mut rows = vec![cells([
-        "block of",
-        "prompts",
-        "tokens each",
-        "f32 ms",
-        "spectral ms",
-        "plain W4A4",
-        "specquant",
-        "spectral",
-        "over plain",
-        "of the limit",
-        "specquant memory",
-        "spectral memory",
-    ])];
-    for row in report.blocks.iter().filter(|row| row.before == 0) {
-        let mut cells = vec![row.shape.name.to_owned(), row.batch.to_string(), row.tokens.to_string()];
-        cells.extend(times(row, report));
+/// Blocks on prompts, or on single tokens behind what is cached.
+fn blocks(report: &Report, decoded: bool) -> Vec<Vec<String>> {
+    let (first, last) = match decoded {
+        false => (["prompts", "tokens each"], ["specquant memory", "spectral memory"]),
+        true => (["sequences", "cached"], ["tokens/s", "times one"]),
+    };
+    let times =
+        ["f32 ms", "spectral ms", "plain W4A4", "specquant", "spectral", "over plain", "of the limit"];
+    let head = ["block of"].into_iter().chain(first).chain(times).chain(last);
+    let mut rows = vec![head.map(str::to_owned).collect()];
+    rows.extend(report.blocks.iter().filter(|row| decoded == (row.before > 0)).map(|row: &BlockRow| {
+        let faster = |seconds: f64| format!("{:.2}", row.dense / seconds);
+        let over = |seconds: f64| format!("{:+.0}%", 100.0 * (seconds / row.plain - 1.0));
         let less = |bytes: usize| format!("{:.2}", row.f16_bytes as f64 / bytes as f64);
-        cells.extend([less(row.specquant_bytes), less(row.spectral_bytes)]);
-        rows.push(cells);
-    }
+        let one = || row.times_one(&report.blocks).map_or("-".to_owned(), |times| format!("{times:.2}"));
+        let (length, last) = match decoded {
+            false => (row.tokens, [less(row.specquant_bytes), less(row.spectral_bytes)]),
+            true => (row.before, [format!("{:.0}", row.tokens_per_second()), one()]),
+        };
+        let mut cells = vec![
+            row.shape.name.to_owned(),
+            row.batch.to_string(),
+            length.to_string(),
+            format!("{:.2}", 1e3 * row.dense),
+            format!("{:.2}", 1e3 * row.spectral),
+            faster(row.plain),
+            faster(row.specquant),
+            faster(row.spectral),
+            format!("{}, {}", over(row.specquant), over(row.spectral)),
+            format!("{:.0}%", 100.0 * row.of_the_limit(&report.machine)),
+        ];
+        cells.extend(last);
+        cells
+    }));
     rows
-}
-
-fn decoded(report: &Report) -> Vec<Vec<String>> {
-    let mut rows = vec![cells([
-        "block of",
-        "sequences",
-        "cached",
-        "f32 ms",
-        "spectral ms",
-        "plain W4A4",
-        "specquant",
-        "spectral",
-        "over plain",
-        "of the limit",
-        "tokens/s",
-        "times one",
-    ])];
-    for row in report.blocks.iter().filter(|row| row.before > 0) {
-        let mut cells = vec![row.shape.name.to_owned(), row.batch.to_string(), row.before.to_string()];
-        cells.extend(times(row, report));
-        let one = row.times_one(&report.blocks).map_or("-".to_owned(), |times| format!("{times:.2}"));
-        cells.extend([format!("{:.0}", row.tokens_per_second()), one]);
-        rows.push(cells);
-    }
-    rows
-}
-
-/// What is said of a block on prompts and on single tokens.
-fn times(row: &BlockRow, report: &Report) -> [String; 7] {
-    let faster = |seconds: f64| format!("{:.2}", row.dense / seconds);
-    let over = |seconds: f64| format!("{:+.0}%", 100.0 * (seconds / row.plain - 1.0));
-    [
-        format!("{:.2}", 1e3 * row.dense),
-        format!("{:.2}", 1e3 * row.spectral),
-        faster(row.plain),
-        faster(row.specquant),
-        faster(row.spectral),
-        format!("{}, {}", over(row.specquant), over(row.spectral)),
-        format!("{:.0}%", 100.0 * row.of_the_limit(&report.machine)),
-    ]
 }
 
 fn models(all: &[ModelRow]) -> Vec<Vec<String>> {
