@@ -7,8 +7,9 @@ use specquant_kernels::{Buffer, KvCache};
 use crate::linear::{Linear, forward_shared};
 use crate::{Activation, InputTransform, ModelConfig, Result, Rotations};
 
-/// See [`Block::rows_at_once`]: of a block 4096 wide, some 30 MB.
-const ROWS_AT_ONCE: usize = 256;
+/// Rows that go through a block's layers together, so that what lies between them stays small: of a block 4096 wide, some 30 MB. Attention has all rows at
+/// once.
+pub const ROWS_AT_ONCE: usize = 256;
 /// Values that one thread changes at least; below, sharing costs more than it saves.
 const ROW_VALUES: usize = 1 << 15;
 /// Spans that are enough to keep all threads busy, and the tokens of a long one.
@@ -309,7 +310,7 @@ impl Block {
         Ok(())
     }
 
-    /// Rows that go through the block's layers together: what lies between them stays small. Weights that are widened at each use are used once.
+    /// [`ROWS_AT_ONCE`], or all: weights that are widened at each use are used once.
     fn rows_at_once(&self, rows: usize) -> usize {
         let all = self.linears().iter().any(|(_, linear)| linear.is_mapped());
         if all { rows.max(1) } else { ROWS_AT_ONCE }

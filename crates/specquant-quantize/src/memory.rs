@@ -2,7 +2,7 @@
 
 #[cfg(feature = "learn")]
 use specquant_kernels::Hadamard;
-use specquant_model::{BranchBasis, ModelConfig, Site};
+use specquant_model::{BranchBasis, ModelConfig, ROWS_AT_ONCE, Site};
 
 use crate::calibration::GENERATION_BATCH;
 use crate::learn::Learn;
@@ -38,6 +38,13 @@ pub(crate) fn peak(
 /// f32 values of a row on its way through a block.
 fn wide(config: &ModelConfig) -> usize {
     4 * config.hidden_size + 3 * config.intermediate_size + 3 * config.num_heads * config.head_dim
+}
+
+/// f32 values of the rows that calibration runs through a block together: of all the residual stream, queries, keys and values, the cache of both and what
+/// attention puts out; the rest a part of them at a time.
+fn passing(config: &ModelConfig, rows: usize) -> usize {
+    let (heads, kv_heads) = (config.num_heads * config.head_dim, config.num_kv_heads * config.head_dim);
+    rows * (config.hidden_size + 2 * heads + 4 * kv_heads) + ROWS_AT_ONCE.min(rows) * wide(config)
 }
 
 fn weights(shapes: &[(String, [usize; 2])]) -> usize {
@@ -80,7 +87,10 @@ fn block(config: &ModelConfig, recipe: &Recipe, shapes: &[(String, [usize; 2])])
     let all_hessians: usize = Site::ALL.into_iter().map(hessian).sum();
     // What a row leaves behind at every site, and what it takes on its way.
     let kept = 4 * searched * Site::ALL.map(|site| config.site_width(site)).iter().sum::<usize>();
-    let observing = whole + all_hessians + kept + 4 * BATCH_ROWS.min(rows) * wide(config);
+    let observing = whole
+        + all_hessians
+        + kept
+        + 4 * passing(config, BATCH_ROWS.max(recipe.calibration.sequence_length).min(rows));
 
     let of_site = |site: Site| 4 * site_outputs(shapes, site) * config.site_width(site);
     let widest_of = |site: Site| {

@@ -112,7 +112,8 @@ impl SiteStats {
     pub fn transform(&mut self, change: &InputChange) -> (InputTransform, SiteStats) {
         let n = self.max.len();
         let rotation = InputTransform::new(Reflections::new(n, Vec::new()), Vec::new(), change.rotation);
-        let hessian = self.take_hessian().map(|h| h.rotated(|x| rotation.apply(&x, n).rest.into_vec()));
+        let hessian =
+            self.take_hessian().map(|h| h.rotated(|x| rotation.apply(&x, x.len() / n).rest.into_vec()));
         let (vectors, norms, hessian) = match (hessian, change.keep.min(n - 1)) {
             (Some(hessian), r @ 1..) => {
                 let keep::Fit { vectors, kept, rest } = keep::fit(hessian.into_normalized(), n, r);
@@ -133,7 +134,8 @@ impl SiteStats {
     /// The statistics of the transformed input; the second moment goes there. transform: one that keeps nothing.
     pub fn transformed(&mut self, transform: &InputTransform) -> SiteStats {
         let n = self.max.len();
-        let hessian = self.take_hessian().map(|h| h.rotated(|x| transform.apply(&x, n).rest.into_vec()));
+        let hessian =
+            self.take_hessian().map(|h| h.rotated(|x| transform.apply(&x, x.len() / n).rest.into_vec()));
         self.behind(transform, hessian)
     }
 

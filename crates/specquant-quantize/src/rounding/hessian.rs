@@ -94,18 +94,21 @@ impl Hessian {
         }
     }
 
-    /// The Hessian of inputs `x Q`, for a `rotate` that takes rows `[rows, dim]` to rows Q, in f32.
+    /// The Hessian of inputs `x Q`, for a `rotate` that takes rows `[rows, dim]` to rows Q, in f32. In the memory of its sums, a few rows at a time: of wide
+    /// layers another matrix takes hundreds of megabytes.
     pub fn rotated(self, rotate: impl Fn(Vec<f32>) -> Vec<f32>) -> Self {
         let n = self.dim;
-        let whole = self.into_normalized();
-        // A matrix at a time: of wide layers each takes hundreds of megabytes.
-        let rows: Vec<f32> = whole.iter().map(|&v| v as f32).collect();
-        drop(whole);
-        let once = rotate(rows); // H Q
-        let transposed = (0..n * n).map(|at| once[at % n * n + at / n]).collect();
-        drop(once);
-        let twice = rotate(transposed); // Qᵀ H Q, transposed
-        Self::from_matrix(n, twice.iter().map(|&v| f64::from(v)).collect())
+        let mut h = self.into_normalized();
+        let rotate_rows = |h: &mut [f64]| {
+            for rows in h.chunks_mut(CHUNK_ROWS * n.max(1)) {
+                let rotated = rotate(rows.iter().map(|&v| v as f32).collect());
+                rows.iter_mut().zip(rotated).for_each(|(to, v)| *to = f64::from(v));
+            }
+        };
+        rotate_rows(&mut h); // H Q
+        below_diagonal(n, |below, above| h.swap(below, above));
+        rotate_rows(&mut h); // Qᵀ H Q, transposed
+        Self::from_matrix(n, h)
     }
 
     /// Input channels.
@@ -163,16 +166,48 @@ pub struct Factor {
     pub fallback: Option<String>,
 }
 
-/// Copies the triangle below the diagonal of `a: [n, n]` onto the other.
-fn mirror(a: &mut [f64], n: usize) {
+/// Every place below the diagonal of a matrix `[n, n]`, and the one that mirrors it.
+fn below_diagonal(n: usize, mut each: impl FnMut(usize, usize)) {
     // In tiles, as one of the two is walked down its columns.
     const TILE: usize = 32;
     for (first_i, first_j) in (0..n).step_by(TILE).flat_map(|i| (0..=i).step_by(TILE).map(move |j| (i, j))) {
         for i in first_i..n.min(first_i + TILE) {
             for j in first_j..i.min(first_j + TILE) {
-                a[j * n + i] = a[i * n + j];
+                each(i * n + j, j * n + i);
             }
         }
+    }
+}
+
+/// Copies the triangle below the diagonal of `a: [n, n]` onto the other.
+fn mirror(a: &mut [f64], n: usize) {
+    below_diagonal(n, |below, above| a[above] = a[below]);
+}
+
+/// Puts row and column `order[i]` of `a: [n, n]` in the place of row and column i, in place.
+fn permute(a: &mut [f64], n: usize, order: &[usize]) {
+    a.par_chunks_exact_mut(n).for_each(|row| {
+        let old = row.to_vec();
+        row.iter_mut().zip(order).for_each(|(to, &from)| *to = old[from]);
+    });
+    // Rows along the cycles of the permutation.
+    let mut placed = vec![false; n];
+    for first in 0..n {
+        if placed[first] {
+            continue;
+        }
+        let spare = a[first * n..][..n].to_vec();
+        let mut at = first;
+        loop {
+            placed[at] = true;
+            let from = order[at];
+            if from == first {
+                break;
+            }
+            a.copy_within(from * n..(from + 1) * n, at * n);
+            at = from;
+        }
+        a[at * n..][..n].copy_from_slice(&spare);
     }
 }
 
@@ -212,18 +247,14 @@ pub fn factorize(h: Hessian, cfg: &GptqConfig) -> Factor {
 
     // Reversing rows and columns turns the upper factor that is wanted into the lower one that Cholesky gives: [c * n + r], c <= r, is column-major.
     let scale = h.scale();
-    let mut lower = match cfg.actorder {
-        false => {
-            let mut sums = h.sums;
-            sums.reverse();
-            sums
-        }
-        true => {
-            let reversed: Vec<usize> = factor.order.iter().rev().copied().collect();
-            let at = |i: usize, j: usize| h.sums[i.max(j) * n + i.min(j)];
-            (0..n * n).map(|k| at(reversed[k % n], reversed[k / n])).collect()
-        }
-    };
+    let mut lower = h.sums;
+    if cfg.actorder {
+        let reversed: Vec<usize> = factor.order.iter().rev().copied().collect();
+        mirror(&mut lower, n);
+        permute(&mut lower, n, &reversed);
+    } else {
+        lower.reverse();
+    }
     lower.par_iter_mut().for_each(|v| *v *= scale);
     // An attempt that fails destroys what it was made from. Of wide layers this takes hundreds of megabytes, and what a vector grows by more.
     let mut triangle = Vec::with_capacity(n * (n + 1) / 2);
@@ -383,6 +414,42 @@ mod tests {
         b.add(&scaled);
         for (a, b) in a.normalized().iter().zip(b.normalized()) {
             assert!((a - b).abs() <= 1e-6 * b.abs().max(1e-2), "{a} {b}");
+        }
+    }
+
+    /// More rows than are rotated at a time.
+    #[test]
+    fn rotated_inputs() {
+        let n = CHUNK_ROWS + 20;
+        let x = correlated(2 * n, n, 8);
+        // A permutation with signs; what each row is turned by does not depend on its neighbours.
+        let turn = |rows: Vec<f32>| -> Vec<f32> {
+            rows.chunks_exact(n)
+                .flat_map(|row| (0..n).map(|i| row[(7 * i + 3) % n] * [1.0, -2.0][i % 2]))
+                .collect()
+        };
+        let of = |x: &[f32]| {
+            let mut h = Hessian::new(n);
+            h.add(x);
+            h
+        };
+        let (got, want) = (of(&x).rotated(turn), of(&turn(x)));
+        assert_eq!((n % 7, got.rows()), (3, 2), "7 i + 3 is a permutation");
+        for (got, want) in got.normalized().iter().zip(want.normalized()) {
+            assert!((got - want).abs() <= 1e-5 * want.abs().max(0.1), "{got} {want}");
+        }
+    }
+
+    #[test]
+    fn rows_and_columns_in_another_order() {
+        // Cycles of 1, 2 and 4.
+        let order = [4, 1, 3, 2, 6, 0, 5];
+        let n = order.len();
+        let matrix: Vec<f64> = (0..n * n).map(|v| v as f64).collect();
+        let mut got = matrix.clone();
+        permute(&mut got, n, &order);
+        for (at, got) in got.into_iter().enumerate() {
+            assert_eq!(got, matrix[order[at / n] * n + order[at % n]]);
         }
     }
 
