@@ -221,7 +221,7 @@ mod tests {
         rayon::ThreadPoolBuilder::new().num_threads(threads).build().unwrap().install(f)
     }
 
-    const SHAPES: [(usize, usize, usize); 14] = [
+    const SHAPES: [(usize, usize, usize); 15] = [
         (1, 1, 1),
         (1, 576, 1537),
         (2, 33, 5),
@@ -236,6 +236,8 @@ mod tests {
         (257, 65, 600),
         (513, 16, 70),
         (300, 576, 17),
+        // More columns than are packed at a time by one or two threads.
+        (20, 9, 1100),
     ];
 
     #[test]

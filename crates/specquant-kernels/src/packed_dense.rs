@@ -70,7 +70,7 @@ impl PackedDense {
     pub fn pack_transposed(w: &[f32], n: usize, k: usize) -> Self {
         assert_eq!(Some(w.len()), n.checked_mul(k), "dense weight: {} values are not [{k}, {n}]", w.len());
         let mut panels = vec![0.0; n.div_ceil(PANEL) * k * PANEL];
-        pack_transposed_into(&mut panels, w, n, k);
+        pack_transposed_into(&mut panels, w, n, k, 0);
         PackedDense { n, k, panels: Panels::F32(panels), scales: None }
     }
 
@@ -179,9 +179,9 @@ fn pack_into(panels: &mut [f32], w: &[f32], k: usize) {
     });
 }
 
-/// As [`pack_into`], of w `[k, n]`.
-fn pack_transposed_into(panels: &mut [f32], w: &[f32], n: usize, k: usize) {
-    for_each_chunk(panels, (k * PANEL).max(1), |i, panel| pack_columns(w, n, i, panel));
+/// As [`pack_into`], of w `[k, n]`, from panel `first` on.
+fn pack_transposed_into(panels: &mut [f32], w: &[f32], n: usize, k: usize, first: usize) {
+    for_each_chunk(panels, (k * PANEL).max(1), |i, panel| pack_columns(w, n, first + i, panel));
 }
 
 /// Up to 16 rows of w, `[.., k]`, as a panel, `[k, 16]`; lanes without a row stay as they are.
@@ -243,7 +243,8 @@ pub fn matmul_packed_with(isa: Isa, x: &[f32], w: &PackedDense, y: &mut [f32], m
     }
 }
 
-/// y [m, n] = x [m, k] · w, or y plus that, with w `[n, k]`, or `[k, n]` if `transposed`, packed for this product alone.
+/// y [m, n] = x [m, k] · w, or y plus that, with w `[n, k]`, or `[k, n]` if `transposed`, packed for this product alone: some columns at a time, for a wide
+/// layer's weights take hundreds of megabytes.
 pub(crate) fn matmul_once(
     x: &[f32],
     (w, transposed): (&[f32], bool),
@@ -252,14 +253,25 @@ pub(crate) fn matmul_once(
     accumulate: bool,
 ) {
     assert_eq!(Some(w.len()), n.checked_mul(k), "dense product: w does not hold {n} x {k}");
-    let mut panels = Buffer::new(n.div_ceil(PANEL) * k * PANEL);
-    if transposed {
-        pack_transposed_into(&mut panels, w, n, k);
-    } else {
-        pack_into(&mut panels, w, k);
+    check(x, y, [n, k], m);
+    if empty(y, [m, k, n], accumulate) {
+        return;
     }
-    let right = Right { panels: &panels, shape: [n, k], scales: None };
-    matmul_panels(Isa::active(), x, right, y, m, accumulate);
+    let (pitch, copy) = spread(x, m, k);
+    let x = copy.as_deref().unwrap_or(x);
+    let at_once = n.min(2 * TASK_PANELS * PANEL * rayon::current_num_threads());
+    let mut panels = Buffer::new(at_once.div_ceil(PANEL) * k * PANEL);
+    for first in (0..n).step_by(at_once) {
+        let width = at_once.min(n - first);
+        let panels = &mut panels[..width.div_ceil(PANEL) * k * PANEL];
+        if transposed {
+            pack_transposed_into(panels, w, n, k, first / PANEL);
+        } else {
+            pack_into(panels, &w[first * k..][..width * k], k);
+        }
+        let product = Product { x, pitch, panels, n: width, k, ldy: n, accumulate };
+        product.all(Isa::active(), m, None, &mut y[first..]);
+    }
 }
 
 /// What [`add_matmul_packed`] says of weights of codes.
@@ -290,52 +302,33 @@ fn matmul_panels<W: Weight>(
 ) {
     assert!(scales.is_none() || !accumulate, "{SCALED}");
     check(x, y, [n, k], m);
-    if m == 0 || n == 0 {
+    if empty(y, [m, k, n], accumulate) {
         return;
     }
-    if k == 0 {
-        if !accumulate {
-            y.fill(0.0);
-        }
-        return;
+    let (pitch, copy) = spread(x, m, k);
+    let x = copy.as_deref().unwrap_or(x);
+    Product { x, pitch, panels, n, k, ldy: n, accumulate }.all(isa, m, scales, y);
+}
+
+/// Whether there is nothing to multiply, of which the sums are zero.
+fn empty(y: &mut [f32], shape: [usize; 3], accumulate: bool) -> bool {
+    let empty = shape.contains(&0);
+    if empty && !accumulate {
+        y.fill(0.0);
     }
-    // Rows a multiple of a page apart share one set of the L1 cache; a few floats between them spread them out.
-    let pitch = if k.is_multiple_of(1024) && m > 1 { k + PANEL } else { k };
-    let spread: Buffer<f32>;
-    let x = if pitch == k {
-        x
-    } else {
-        let mut copy = Buffer::new(m * pitch);
-        for_each_chunk(&mut copy, pitch, |i, row| row[..k].copy_from_slice(&x[i * k..][..k]));
-        spread = copy;
-        &spread
-    };
-    let columns = n.div_ceil(PANEL);
-    let task_panels = if m <= TASK_ROWS && columns < MANY_PANELS { FEW_TASK_PANELS } else { TASK_PANELS };
-    let (row_blocks, column_blocks) = (m.div_ceil(TASK_ROWS), columns.div_ceil(task_panels));
-    let (product, out) = (Product { x, pitch, panels, n, k, accumulate }, Shared(y.as_mut_ptr()));
-    let task = |t: usize| {
-        let rows = t / column_blocks * TASK_ROWS..m.min((t / column_blocks + 1) * TASK_ROWS);
-        let columns = t % column_blocks * task_panels..columns.min((t % column_blocks + 1) * task_panels);
-        // SAFETY: y is [m, n], and only this task touches these rows and columns.
-        with_token!(isa, token => unsafe { product.block(token, rows.clone(), columns.clone(), out.get()) });
-        if let Some(scales) = scales {
-            let columns = columns.start * PANEL..n.min(columns.end * PANEL);
-            for row in rows {
-                // SAFETY: as before.
-                let y = unsafe {
-                    std::slice::from_raw_parts_mut(out.get().add(row * n + columns.start), columns.len())
-                };
-                y.iter_mut().zip(&scales[columns.clone()]).for_each(|(y, s)| *y *= s);
-            }
-        }
-    };
-    let tasks = row_blocks * column_blocks;
-    if tasks == 1 || m * k * n < SMALL {
-        (0..tasks).for_each(task);
-    } else {
-        for_each_index(tasks, task);
+    empty
+}
+
+/// How far apart the rows of x `[m, k]` should lie, and a copy in which they do, if that is not k: rows a multiple of a page apart share one set of the L1
+/// cache; a few floats between them spread them out.
+fn spread(x: &[f32], m: usize, k: usize) -> (usize, Option<Buffer<f32>>) {
+    if !k.is_multiple_of(1024) || m == 1 {
+        return (k, None);
     }
+    let pitch = k + PANEL;
+    let mut copy = Buffer::new(m * pitch);
+    for_each_chunk(&mut copy, pitch, |i, row| row[..k].copy_from_slice(&x[i * k..][..k]));
+    (pitch, Some(copy))
 }
 
 /// y [m, n] = x [m, k] · w [n, k]ᵀ on this thread.
@@ -345,7 +338,7 @@ pub(crate) fn tile_nt(x: &[f32], w: &[f32], y: &mut [f32], m: usize, k: usize, n
     for (panel, rows) in panels.chunks_exact_mut(k * PANEL).zip(w.chunks(PANEL * k)) {
         pack_rows(rows, k, panel, |w| w);
     }
-    whole(Product { x, pitch: k, panels: &panels, n, k, accumulate: false }, y, m);
+    whole(Product { x, pitch: k, panels: &panels, n, k, ldy: n, accumulate: false }, y, m);
 }
 
 /// y [m, n] += x [m, k] · w [k, n] on this thread.
@@ -355,7 +348,7 @@ pub(crate) fn tile_nn_add(x: &[f32], w: &[f32], y: &mut [f32], m: usize, k: usiz
     for (i, panel) in panels.chunks_exact_mut(k * PANEL).enumerate() {
         pack_columns(w, n, i, panel);
     }
-    whole(Product { x, pitch: k, panels: &panels, n, k, accumulate: true }, y, m);
+    whole(Product { x, pitch: k, panels: &panels, n, k, ldy: n, accumulate: true }, y, m);
 }
 
 /// All of y [m, n], which the caller has checked; on this thread.
@@ -374,17 +367,53 @@ struct Product<'a, W> {
     panels: &'a [W],
     n: usize,
     k: usize,
+    /// How far apart the rows of y lie.
+    ldy: usize,
     /// Whether it is added to y.
     accumulate: bool,
 }
 
 impl<W: Weight> Product<'_, W> {
+    /// All of the product on all threads. y: its first value and all that lies up to the last one; scales: of columns.
+    fn all(&self, isa: Isa, m: usize, scales: Option<&[f32]>, y: &mut [f32]) {
+        let (n, k, ldy) = (self.n, self.k, self.ldy);
+        assert!(n <= ldy && y.len() >= (m - 1) * ldy + n);
+        let columns = n.div_ceil(PANEL);
+        let few = m <= TASK_ROWS && columns < MANY_PANELS;
+        let task_panels = if few { FEW_TASK_PANELS } else { TASK_PANELS };
+        let (row_blocks, column_blocks) = (m.div_ceil(TASK_ROWS), columns.div_ceil(task_panels));
+        let out = Shared(y.as_mut_ptr());
+        let task = |t: usize| {
+            let rows = t / column_blocks * TASK_ROWS..m.min((t / column_blocks + 1) * TASK_ROWS);
+            let columns = t % column_blocks * task_panels..columns.min((t % column_blocks + 1) * task_panels);
+            // SAFETY: y is [m, n] of rows ldy apart, and only this task touches these rows and columns.
+            with_token!(isa, token => unsafe { self.block(token, rows.clone(), columns.clone(), out.get()) });
+            if let Some(scales) = scales {
+                let columns = columns.start * PANEL..n.min(columns.end * PANEL);
+                for row in rows {
+                    // SAFETY: as before.
+                    let y = unsafe {
+                        let first = out.get().add(row * ldy + columns.start);
+                        std::slice::from_raw_parts_mut(first, columns.len())
+                    };
+                    y.iter_mut().zip(&scales[columns.clone()]).for_each(|(y, s)| *y *= s);
+                }
+            }
+        };
+        let tasks = row_blocks * column_blocks;
+        if tasks == 1 || m * k * n < SMALL {
+            (0..tasks).for_each(task);
+        } else {
+            for_each_index(tasks, task);
+        }
+    }
+
     /// Some rows, and the columns of some panels.
     ///
     /// # Safety
-    /// y must be valid for reading and writing these rows and columns of `[.., n]`, and nobody else may touch them.
+    /// y must be valid for reading and writing these rows, `ldy` apart, and columns, and nobody else may touch them.
     unsafe fn block<T: Tile>(&self, token: T, rows: Range<usize>, columns: Range<usize>, y: *mut f32) {
-        let (n, k) = (self.n, self.k);
+        let (n, k, ldy) = (self.n, self.k, self.ldy);
         let part = |depth: usize, first: usize, count: usize| {
             let mut row = rows.start;
             while row < rows.end {
@@ -407,7 +436,7 @@ impl<W: Weight> Product<'_, W> {
                 let width = (count * PANEL).min(n - first * PANEL);
                 // SAFETY: rows row..row + height and columns from first · 16 on, `width` of them, are among the caller's.
                 unsafe {
-                    let to = Place { y: y.add(row * n + first * PANEL), ldy: n, width };
+                    let to = Place { y: y.add(row * ldy + first * PANEL), ldy, width };
                     token.tile(&part, height, count, to);
                 };
                 row += height;

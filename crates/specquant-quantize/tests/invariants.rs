@@ -265,6 +265,7 @@ fn every_built_in_recipe_runs_and_its_result_is_read_back() {
 }
 
 /// Mean KL divergence from the first model's predictions to the second's.
+#[cfg(feature = "learn")]
 fn divergence(full: &Model, other: &Model, texts: &[Vec<u32>]) -> f64 {
     let log_softmax = |row: &[f32]| -> Vec<f64> {
         let sum: f64 = row.iter().map(|v| f64::from(*v).exp()).sum();
