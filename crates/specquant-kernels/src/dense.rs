@@ -221,7 +221,7 @@ mod tests {
         rayon::ThreadPoolBuilder::new().num_threads(threads).build().unwrap().install(f)
     }
 
-    const SHAPES: [(usize, usize, usize); 15] = [
+    const SHAPES: [(usize, usize, usize); 16] = [
         (1, 1, 1),
         (1, 576, 1537),
         (2, 33, 5),
@@ -236,8 +236,9 @@ mod tests {
         (257, 65, 600),
         (513, 16, 70),
         (300, 576, 17),
-        // More columns than are packed at a time by one or two threads.
+        // More columns than one thread packs at a time.
         (20, 9, 1100),
+        (10, 1024, 530),
     ];
 
     #[test]
@@ -249,7 +250,7 @@ mod tests {
                 let f = if let Right::Nk = right { matmul_nt } else { matmul_nn };
                 for accumulate in [false, true] {
                     let mut y = y0.clone();
-                    f(&x, &w, &mut y, m, k, n, accumulate);
+                    in_pool(1, || f(&x, &w, &mut y, m, k, n, accumulate));
                     for e in 0..m * n {
                         let want = want[e] + if accumulate { f64::from(y0[e]) } else { 0.0 };
                         let tol = 1e-6 * (k as f64).sqrt().max(1.0) * 4.0;

@@ -322,7 +322,10 @@ impl Plane {
     fn append(&mut self, format: KvFormat, x: &[f32], width: usize, head: usize, head_dim: usize) {
         let rows = || x.chunks_exact(width).map(|token| &token[head * head_dim..][..head_dim]);
         match self {
-            Plane::F32(all) => rows().for_each(|row| all.extend_from_slice(row)),
+            Plane::F32(all) => {
+                all.reserve(x.len() / width * head_dim);
+                rows().for_each(|row| all.extend_from_slice(row));
+            }
             Plane::F16(all) => {
                 let mut at = all.len();
                 all.resize(at + x.len() / width * head_dim, f16::ZERO);

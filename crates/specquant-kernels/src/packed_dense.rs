@@ -259,7 +259,7 @@ pub(crate) fn matmul_once(
     }
     let (pitch, copy) = spread(x, m, k);
     let x = copy.as_deref().unwrap_or(x);
-    let at_once = n.min(2 * TASK_PANELS * PANEL * rayon::current_num_threads());
+    let at_once = columns_at_once(n);
     let mut panels = Buffer::new(at_once.div_ceil(PANEL) * k * PANEL);
     for first in (0..n).step_by(at_once) {
         let width = at_once.min(n - first);
@@ -272,6 +272,11 @@ pub(crate) fn matmul_once(
         let product = Product { x, pitch, panels, n: width, k, ldy: n, accumulate };
         product.all(Isa::active(), m, None, &mut y[first..]);
     }
+}
+
+/// Columns, of n, that a weight multiplied once is packed by at a time: two tasks for every thread.
+pub fn columns_at_once(n: usize) -> usize {
+    n.min(2 * TASK_PANELS * PANEL * rayon::current_num_threads())
 }
 
 /// What [`add_matmul_packed`] says of weights of codes.

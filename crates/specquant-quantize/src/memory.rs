@@ -2,6 +2,7 @@
 
 #[cfg(feature = "learn")]
 use specquant_kernels::Hadamard;
+use specquant_kernels::columns_at_once;
 use specquant_model::{BranchBasis, ModelConfig, ROWS_AT_ONCE, Site};
 
 use crate::calibration::GENERATION_BATCH;
@@ -40,11 +41,12 @@ fn wide(config: &ModelConfig) -> usize {
     4 * config.hidden_size + 3 * config.intermediate_size + 3 * config.num_heads * config.head_dim
 }
 
-/// f32 values of the rows that calibration runs through a block together: of all the residual stream, queries, keys and values, the cache of both and what
-/// attention puts out; the rest a part of them at a time.
-fn passing(config: &ModelConfig, rows: usize) -> usize {
-    let (heads, kv_heads) = (config.num_heads * config.head_dim, config.num_kv_heads * config.head_dim);
-    rows * (config.hidden_size + 2 * heads + 4 * kv_heads) + ROWS_AT_ONCE.min(rows) * wide(config)
+/// f32 values of the rows that calibration runs through a block together: of all the residual stream, angles, queries, keys and values, the cache of both and
+/// what attention puts out; the rest a part of them at a time; and what is packed of the widest layer.
+fn passing(config: &ModelConfig, shapes: &[(String, [usize; 2])], rows: usize) -> usize {
+    let head = (1 + 2 * config.num_heads + 4 * config.num_kv_heads) * config.head_dim;
+    let packed = shapes.iter().map(|(_, [out, inp])| columns_at_once(*out) * inp).max().unwrap_or(0);
+    rows * (config.hidden_size + head) + ROWS_AT_ONCE.min(rows) * wide(config) + packed
 }
 
 fn weights(shapes: &[(String, [usize; 2])]) -> usize {
@@ -90,7 +92,7 @@ fn block(config: &ModelConfig, recipe: &Recipe, shapes: &[(String, [usize; 2])])
     let observing = whole
         + all_hessians
         + kept
-        + 4 * passing(config, BATCH_ROWS.max(recipe.calibration.sequence_length).min(rows));
+        + 4 * passing(config, shapes, BATCH_ROWS.max(recipe.calibration.sequence_length).min(rows));
 
     let of_site = |site: Site| 4 * site_outputs(shapes, site) * config.site_width(site);
     let widest_of = |site: Site| {

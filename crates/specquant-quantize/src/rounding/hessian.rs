@@ -422,7 +422,7 @@ mod tests {
     fn rotated_inputs() {
         let n = CHUNK_ROWS + 20;
         let x = correlated(2 * n, n, 8);
-        // A permutation with signs; what each row is turned by does not depend on its neighbours.
+        // A permutation with factors; what each row is turned by does not depend on its neighbours.
         let turn = |rows: Vec<f32>| -> Vec<f32> {
             rows.chunks_exact(n)
                 .flat_map(|row| (0..n).map(|i| row[(7 * i + 3) % n] * [1.0, -2.0][i % 2]))
