@@ -4,8 +4,9 @@ FETCH := scripts/fetch-model.sh
 TEXTS := ../shared/data/wikitext2
 TASKS := ../shared/data/tasks
 
-# What soak takes in all, and fuzz for each target.
+# What soak feeds damaged files for, and fuzz, in all.
 MINUTES := 60
+KILLS := 100
 HOST := $(shell rustc -vV | sed -n 's/^host: //p')
 # What Miri interprets in minutes: packers and unpackers, scalar products, quantizers of activations and of the cache.
 MIRI_TESTS := parallel::tests::chunks parallel::tests::a_panic weights:: isa:: error:: matmul::tests::empty matmul::tests::levels matmul::tests::names acts::tests::special acts::tests::equals kv::tests::degenerate \
@@ -39,8 +40,10 @@ arm: ## The kernels' tests for AArch64 in an emulator: rustup target add aarch64
 	CARGO_TARGET_AARCH64_UNKNOWN_LINUX_MUSL_LINKER=rust-lld CARGO_TARGET_AARCH64_UNKNOWN_LINUX_MUSL_RUNNER=qemu-aarch64-static \
 		cargo test -p specquant-kernels --lib --target aarch64-unknown-linux-musl
 
-soak: ## Feed damaged files to every reader for MINUTES (60); inputs that break a limit go to target/soak.
+soak: build ## Damaged files for MINUTES (60), whose finds go to target/soak; KILLS (100) kills; memory against layers.
 	cargo run --release -p specquant-fuzz -- soak $$(($(MINUTES) * 60)) target/soak
+	SPECQUANT_KILLS=$(KILLS) cargo test --release -p specquant-cli --test kills
+	TEXT=$(TEXTS)/wiki.valid.raw scripts/memory.sh
 
 fuzz: ## The same targets under libFuzzer and AddressSanitizer for MINUTES (60) in all: nightly compiler, cargo install cargo-fuzz.
 	cargo run --release -p specquant-fuzz -- seeds fuzz/corpus
