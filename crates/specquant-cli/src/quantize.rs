@@ -201,17 +201,13 @@ pub fn quantize(
     destination: &q::Destination,
     quiet: bool,
 ) -> anyhow::Result<Report> {
-    let texts = prepare(source, recipe, destination, quiet)?;
+    q::check_output(destination)?;
+    let texts = prepare(source, recipe, quiet)?;
     Ok(q::run(source, recipe, texts.as_deref(), destination, &mut bars(source, quiet))?)
 }
 
-/// The calibration sequences of the recipe's file, if it has one and everything else is there as well.
-fn prepare(
-    source: &Source,
-    recipe: &Recipe,
-    destination: &q::Destination,
-    quiet: bool,
-) -> anyhow::Result<Option<Vec<Vec<u32>>>> {
+/// The calibration sequences of the recipe's file, if it has one; also checks the tokenizer.
+fn prepare(source: &Source, recipe: &Recipe, quiet: bool) -> anyhow::Result<Option<Vec<Vec<u32>>>> {
     let tokenizer = source.tokenizer()?;
     let (have, known) = (tokenizer.vocab_size(), source.config().vocab_size);
     anyhow::ensure!(
@@ -219,7 +215,6 @@ fn prepare(
         "{}: the tokenizer has {have} tokens but the model embeds {known}; take both from the same revision of the model",
         source.path().display()
     );
-    q::check_output(destination)?;
     match recipe.scheme.weight_bits {
         16 => Ok(None),
         _ => texts(&tokenizer, recipe, quiet),
@@ -258,13 +253,12 @@ fn dry_run(
     source: &Source,
     recipe: &Recipe,
     destination: &q::Destination,
-    plan: &Plan,
+    (plan, texts): (&Plan, Option<&[Vec<u32>]>),
     json: bool,
 ) -> anyhow::Result<()> {
     interrupt::explain(After::Remove(destination.trial()?.partial()?));
     let watch = system::Watch::new();
-    let texts = prepare(source, recipe, destination, json)?;
-    let trial = q::first_block(source, recipe, texts.as_deref(), destination, &mut bars(source, json))?;
+    let trial = q::first_block(source, recipe, texts, destination, &mut bars(source, json))?;
     let peak = watch.peak();
     let tuned = matches!(recipe.learn, Some(q::Learn::Tune(_)));
     if json {
@@ -423,24 +417,36 @@ fn remedies(source: &Source, recipe: &Recipe, free: &Free) -> Vec<String> {
     found
 }
 
+/// Two things that were looked at, or what is wrong with either of them, or with both.
+fn both<A, B>(a: anyhow::Result<A>, b: anyhow::Result<B>) -> anyhow::Result<(A, B)> {
+    match (a, b) {
+        (Ok(a), Ok(b)) => Ok((a, b)),
+        (Err(a), Err(b)) => Err(anyhow::anyhow!("{a:#}\n{b:#}")),
+        (Err(e), Ok(_)) | (Ok(_), Err(e)) => Err(e),
+    }
+}
+
 pub fn run(args: QuantizeArgs) -> anyhow::Result<ExitCode> {
-    let recipe = recipe(&args.recipe, &args.overrides)?;
+    let (recipe, source) =
+        both(recipe(&args.recipe, &args.overrides), Source::open(&args.model).map_err(Into::into))?;
     system::set_threads(recipe.threads)?;
-    let source = Source::open(&args.model)?;
-    let plan = q::plan(&source, &recipe)?;
     let describe = |plan: &Plan| (!args.json).then(|| note!("{}", describe(plan, &recipe)));
     // Said before it is refused, too.
-    let checked = check_resources(&source, &recipe, &args.output, args.ignore_memory, args.spill);
-    describe(checked.as_ref().unwrap_or(&plan));
-    let plan = checked?;
+    let plan = q::plan(&source, &recipe).map_err(Into::into).and_then(|plan| {
+        let checked = check_resources(&source, &recipe, &args.output, args.ignore_memory, args.spill);
+        describe(checked.as_ref().unwrap_or(&plan));
+        checked
+    });
     let unfinished = match (args.resume, args.overwrite) {
         (true, _) => q::Unfinished::Resume,
         (false, true) => q::Unfinished::Discard,
         (false, false) => q::Unfinished::Keep,
     };
-    let (path, overwrite, spill) = (args.output.clone(), args.overwrite, plan.spill);
+    let (path, overwrite) = (args.output.clone(), args.overwrite);
+    let spill = plan.as_ref().is_ok_and(|plan| plan.spill);
     let destination = q::Destination { path, overwrite, unfinished, spill };
-    q::check_output(&destination)?;
+    let output = q::check_output(&destination).map_err(Into::into);
+    let ((plan, ()), texts) = both(both(plan, output), prepare(&source, &recipe, args.json))?;
     if args.plan {
         if args.json {
             writeln!(std::io::stdout(), "{:#}", json!({ "plan": plan, "recipe": recipe }))?;
@@ -448,18 +454,18 @@ pub fn run(args: QuantizeArgs) -> anyhow::Result<ExitCode> {
         return Ok(ExitCode::SUCCESS);
     }
     if args.dry_run {
-        dry_run(&source, &recipe, &destination, &plan, args.json)?;
+        dry_run(&source, &recipe, &destination, (&plan, texts.as_deref()), args.json)?;
         return Ok(ExitCode::SUCCESS);
     }
     let watch = system::Watch::new();
     let started = Instant::now();
-    let report = quantize(&source, &recipe, &destination, args.json)?;
+    let report = q::run(&source, &recipe, texts.as_deref(), &destination, &mut bars(&source, args.json))?;
     let seconds = started.elapsed().as_secs_f64();
-    if let [_, ..] = report.fallbacks[..] {
-        let mut list = specquant_model::Problems::default();
-        report.fallbacks.iter().for_each(|q::Fallback { layer, what }| list.push(format!("{layer}: {what}")));
+    if !report.fallbacks.is_empty() {
+        let line = |q::Fallback { layer, what }: &q::Fallback| format!("\n  {layer}: {what}");
+        let list: String = report.fallbacks.iter().map(line).collect();
         note!(
-            "warning: done other than the recipe says, as report.json and README.md of the checkpoint list too: {list}"
+            "warning: done other than the recipe says, as report.json and README.md of the checkpoint list too:{list}"
         );
     }
     let peak = system::peak_rss();
@@ -469,10 +475,12 @@ pub fn run(args: QuantizeArgs) -> anyhow::Result<ExitCode> {
     } else {
         writeln!(
             std::io::stdout(),
-            "wrote {}: {:.3} bits per weight, {} of tensors, in {seconds:.0} s, peak memory {}",
+            "wrote {}: {:.3} bits per weight, {} of tensors, in {seconds:.0} s, peak memory {} (predicted {}), {} with mapped files",
             args.output.display(),
             report.bits_per_weight,
             human(report.tensor_bytes),
+            watch.peak().map_or("unknown".to_owned(), human),
+            human(plan.peak_bytes),
             peak.map_or("unknown".to_owned(), human),
         )?;
     }

@@ -525,3 +525,27 @@ fn too_little_memory() {
     let compare = ["compare", model, "--text", text, "--recipes", "rtn", "-o", out.to_str().unwrap()];
     refuse(&lab, compare.iter().chain(&many), &words);
 }
+
+/// A recipe that does not fit, no such calibration text, an output that is not ours: told together, and also when only a plan is asked for.
+#[test]
+fn everything_that_is_wrong_at_once() {
+    let lab = Lab::new();
+    let model = lab.model("llama-sharded");
+    let model = model.to_str().unwrap();
+    let (out, text) = (lab.file("mine", "my own file"), lab.out("no-such-text.txt"));
+    let run = ["quantize", "-r", "gptq", "-m", model, "-o", out.to_str().unwrap()];
+    let wrong = ["--group-size", "7", "--calibration", text.to_str().unwrap()];
+    let words = ["group size 7", "mine", "no-such-text.txt"];
+    refuse(&lab, run.iter().chain(&wrong), &words);
+    refuse(&lab, run.iter().chain(&wrong).chain(&["--plan"]), &words);
+    refuse(&lab, run.iter().chain(&wrong).chain(&["--dry-run"]), &words);
+    assert_eq!(fs::read_to_string(out).unwrap(), "my own file");
+    // A recipe that contradicts itself twice; a model that is not there.
+    let recipe =
+        "name = \"x\"\n[calibration]\nsamples = 0\n[rounding]\nkind = \"gptq\"\ndampening_frac = 7.0\n";
+    let recipe = lab.file("recipe.toml", recipe);
+    let run = ["quantize", "-r", recipe.to_str().unwrap(), "-m", model, "-o", "other"];
+    refuse(&lab, run, &["dampening_frac", "samples"]);
+    let run = ["quantize", "-r", "no-such-recipe", "-m", "no-such-model", "-o", "other"];
+    refuse(&lab, run, &["no-such-recipe", "no-such-model"]);
+}

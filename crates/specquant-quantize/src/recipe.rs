@@ -344,28 +344,29 @@ impl Recipe {
     /// # Errors
     /// [`Error::Recipe`] names the key and its range.
     pub fn validate(&self) -> Result<()> {
-        self.scheme.validate()?;
-        let refuse = |why: String| Err(Error::Recipe(why));
+        // All of it at once: nobody wants to mend one and be told of the next.
+        let mut wrong: Vec<String> = self.scheme.validate().err().iter().map(ToString::to_string).collect();
+        let mut refuse = |why: String| wrong.push(why);
         if let Some(Smooth { smoothing_strength: Searched::Fixed(a), .. }) = self.smooth
             && !(0.0..=1.0).contains(&a)
         {
-            return refuse(format!("smooth.smoothing_strength = {a}: choose 0 to 1, or \"search\""));
+            refuse(format!("smooth.smoothing_strength = {a}: choose 0 to 1, or \"search\""));
         }
         if let (Some(Rotate { residual: true, .. }), Some(Smooth { all_sites: true, .. })) =
             (self.rotate, self.smooth)
         {
-            return refuse(
+            refuse(
                 "rotate and smooth.all_sites = true: the inputs of o_proj and down_proj are rotated after the layers that smoothing would \
                  fold into; set smooth.all_sites = false"
                     .to_owned(),
             );
         }
         if let Some(branch) = &self.branch {
-            branch.validate(self.scheme.weight_bits)?;
+            branch.validate(self.scheme.weight_bits).map_err(why).unwrap_or_else(&mut refuse);
         }
         let smooth_o = self.smooth.is_some_and(|s| s.all_sites);
         if self.kv_center && smooth_o {
-            return refuse(
+            refuse(
                 "kv_center and smooth.all_sites = true: smoothing the input of o_proj would move the mean value; set smooth.all_sites = false"
                     .to_owned(),
             );
@@ -373,7 +374,7 @@ impl Recipe {
         if let (Some(_), Some(Smooth { smoothing_strength: Searched::Search(_), .. })) =
             (self.input, self.smooth)
         {
-            return refuse(
+            refuse(
                 "smooth.smoothing_strength = \"search\" does not see what [input] does behind it: give a number, or leave out [smooth]"
                     .to_owned(),
             );
@@ -395,16 +396,16 @@ impl Recipe {
                 _ => "",
             };
             if !why.is_empty() {
-                return refuse(format!("scheme.levels = \"gaussian\": {why}; set levels = \"uniform\""));
+                refuse(format!("scheme.levels = \"gaussian\": {why}; set levels = \"uniform\""));
             }
         }
         if let Some(learn) = &self.learn {
-            learn.validate(self)?;
+            learn.validate(self).map_err(why).unwrap_or_else(&mut refuse);
         }
         if let Rounding::Gptq(g) = &self.rounding
             && (!(g.dampening_frac > 0.0 && g.dampening_frac <= 1.0) || g.block_size == 0)
         {
-            return refuse("rounding: dampening_frac lies in (0, 1] and block_size is at least 1".to_owned());
+            refuse("rounding: dampening_frac lies in (0, 1] and block_size is at least 1".to_owned());
         }
         let clip = &self.weight_clip;
         if clip.enabled
@@ -413,25 +414,28 @@ impl Recipe {
                 || clip.norm.is_nan()
                 || clip.norm <= 0.0)
         {
-            return refuse(format!(
+            refuse(format!(
                 "weight_clip: grid lies in 1 to {MAX_TRIES}, max_shrink in [0, 1), and norm is positive"
             ));
         }
         let c = &self.calibration;
         let samples = self.text().samples;
         if samples.checked_mul(c.sequence_length).is_none_or(|tokens| tokens > MAX_TOKENS) {
-            return refuse(format!(
+            refuse(format!(
                 "calibration: {samples} samples × {} tokens of sequence_length is more than {MAX_TOKENS} tokens",
                 c.sequence_length
             ));
         }
         if c.samples == 0 || c.sequence_length < 2 || c.search_tokens == 0 {
-            return refuse(
+            refuse(
                 "calibration: samples and search_tokens are at least 1, sequence_length at least 2"
                     .to_owned(),
             );
         }
-        Ok(())
+        match wrong.is_empty() {
+            true => Ok(()),
+            false => Err(Error::Recipe(wrong.join("\n"))),
+        }
     }
 }
 
@@ -476,6 +480,14 @@ impl Branch {
             ));
         }
         Ok(())
+    }
+}
+
+/// What is wrong, without what the whole recipe's error begins with.
+fn why(e: Error) -> String {
+    match e {
+        Error::Recipe(why) => why,
+        other => other.to_string(),
     }
 }
 

@@ -112,6 +112,14 @@ fn another_run_is_not_continued() {
     assert_eq!(differs(&source, &other, 1), "recipe.calibration.search_tokens, recipe.seed");
     assert_eq!(differs(&source, &recipe, 2), "calibration_sha256");
     assert_eq!(differs(&tiny("qwen3"), &recipe, 1), "model_sha256");
+    // Begun by another version.
+    let progress = destination.partial().unwrap().join(".specquant-unfinished/progress.json");
+    let ours = std::fs::read_to_string(&progress).unwrap();
+    let version = concat!("\"specquant_version\":\"", env!("CARGO_PKG_VERSION"), "\"");
+    assert!(ours.contains(version), "{ours}");
+    std::fs::write(&progress, ours.replace(version, "\"specquant_version\":\"0.0.9\"")).unwrap();
+    assert_eq!(differs(&source, &recipe, 1), "specquant_version");
+    std::fs::write(&progress, ours).unwrap();
     assert_eq!(before, files(&destination.partial().unwrap().join(".specquant-unfinished")));
     run(&source, &recipe, Some(&texts(1)), &destination, &mut |_| ()).unwrap();
 }
