@@ -107,7 +107,7 @@ pub struct QuantizeArgs {
     /// Keep the hidden states of the calibration text in a mapped file beside DST instead of memory; without the flag, where it would not fit otherwise. The result is the same
     #[arg(long)]
     pub spill: bool,
-    /// Print the plan and stop
+    /// Check all that can be known before a weight is read, print the plan and stop
     #[arg(long, conflicts_with = "dry_run")]
     pub plan: bool,
     /// Quantize the first block, print what all of them would take in time, memory and size, and keep nothing; the calibration text is written and rotations are learned as they would be, tuning is left out

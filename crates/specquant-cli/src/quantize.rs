@@ -194,7 +194,7 @@ fn texts(tokenizer: &Tokenizer, recipe: &Recipe, quiet: bool) -> anyhow::Result<
     Ok(Some(texts))
 }
 
-/// Runs; what `quantize`, `compare` and `demo` share.
+/// Quantizes for `compare` and `demo`, which have looked at the resources.
 pub fn quantize(
     source: &Source,
     recipe: &Recipe,
@@ -249,16 +249,10 @@ fn bars(source: &Source, quiet: bool) -> impl FnMut(Event) + use<> {
 }
 
 /// Quantizes the first block, and says what all of them would take.
-fn dry_run(
-    source: &Source,
-    recipe: &Recipe,
-    destination: &q::Destination,
-    (plan, texts): (&Plan, Option<&[Vec<u32>]>),
-    json: bool,
-) -> anyhow::Result<()> {
+fn dry_run(checked: &Checked, json: bool) -> anyhow::Result<()> {
+    let Checked { source, recipe, plan, destination, texts, watch } = checked;
     interrupt::explain(After::Remove(destination.trial()?.partial()?));
-    let watch = system::Watch::new();
-    let trial = q::first_block(source, recipe, texts, destination, &mut bars(source, json))?;
+    let trial = q::first_block(source, recipe, texts.as_deref(), destination, &mut bars(source, json))?;
     let peak = watch.peak();
     let tuned = matches!(recipe.learn, Some(q::Learn::Tune(_)));
     if json {
@@ -426,7 +420,20 @@ fn both<A, B>(a: anyhow::Result<A>, b: anyhow::Result<B>) -> anyhow::Result<(A, 
     }
 }
 
-pub fn run(args: QuantizeArgs) -> anyhow::Result<ExitCode> {
+/// A run, everything of which that can be known before a weight is read is right.
+struct Checked {
+    source: Source,
+    recipe: Recipe,
+    plan: Plan,
+    destination: q::Destination,
+    texts: Option<Vec<Vec<u32>>>,
+    /// Of memory since before the text was read.
+    watch: system::Watch,
+}
+
+/// Looks at all that can be known before a weight is read, and tells all that is wrong.
+fn check(args: &QuantizeArgs) -> anyhow::Result<Checked> {
+    let watch = system::Watch::new();
     let (recipe, source) =
         both(recipe(&args.recipe, &args.overrides), Source::open(&args.model).map_err(Into::into))?;
     system::set_threads(recipe.threads)?;
@@ -447,18 +454,23 @@ pub fn run(args: QuantizeArgs) -> anyhow::Result<ExitCode> {
     let destination = q::Destination { path, overwrite, unfinished, spill };
     let output = q::check_output(&destination).map_err(Into::into);
     let ((plan, ()), texts) = both(both(plan, output), prepare(&source, &recipe, args.json))?;
+    Ok(Checked { source, recipe, plan, destination, texts, watch })
+}
+
+pub fn run(args: QuantizeArgs) -> anyhow::Result<ExitCode> {
+    let started = Instant::now();
+    let checked = check(&args)?;
+    if args.dry_run {
+        dry_run(&checked, args.json)?;
+        return Ok(ExitCode::SUCCESS);
+    }
+    let Checked { source, recipe, plan, destination, texts, watch } = checked;
     if args.plan {
         if args.json {
             writeln!(std::io::stdout(), "{:#}", json!({ "plan": plan, "recipe": recipe }))?;
         }
         return Ok(ExitCode::SUCCESS);
     }
-    if args.dry_run {
-        dry_run(&source, &recipe, &destination, (&plan, texts.as_deref()), args.json)?;
-        return Ok(ExitCode::SUCCESS);
-    }
-    let watch = system::Watch::new();
-    let started = Instant::now();
     let report = q::run(&source, &recipe, texts.as_deref(), &destination, &mut bars(&source, args.json))?;
     let seconds = started.elapsed().as_secs_f64();
     if !report.fallbacks.is_empty() {
