@@ -3,7 +3,7 @@
 use std::sync::Arc;
 
 use half::f16;
-use specquant_kernels::{Basis, GAUSSIAN_LEVELS, PackedWeights};
+use specquant_kernels::{Basis, GAUSSIAN_LEVELS, PackedWeights, UNIFORM_LEVELS};
 
 use crate::checkpoint::{StoredTensor, scales_fit_f16};
 use crate::linear::{Branch, DenseLinear, DenseWeight, Kept, Linear, QuantLinear};
@@ -68,15 +68,25 @@ fn pack_row(codes: &[i8], bits: u8, bytes: &mut Vec<u8>) {
     }
 }
 
-/// The inverse of [`pack_row`].
-fn unpack_row(bytes: &[u8], bits: u8, inp: usize, codes: &mut Vec<i8>) {
+/// The inverse of [`pack_row`], with what a code stands for in its place: `levels[code + 8]`, for codes of 4 bits or fewer.
+fn unpack_row(bytes: &[u8], bits: u8, inp: usize, levels: &[i8; 16], codes: &mut Vec<i8>) {
+    if bits == 4 {
+        let begin = codes.len();
+        codes.resize(begin + 2 * bytes.len(), 0);
+        for (pair, byte) in codes[begin..].as_chunks_mut::<2>().0.iter_mut().zip(bytes) {
+            *pair = [levels[usize::from(byte & 15)], levels[usize::from(byte >> 4)]];
+        }
+        codes.truncate(begin + inp);
+        return;
+    }
     let (mut word, mut filled, mut bytes) = (0u32, 0, bytes.iter());
+    let zero = 8 - (1 << (bits - 1));
     for _ in 0..inp {
         while filled < u32::from(bits) {
             word |= u32::from(bytes.next().copied().unwrap_or(0)) << filled;
             filled += 8;
         }
-        codes.push(((word & ((1 << bits) - 1)) as i32 - (1 << (bits - 1))) as i8);
+        codes.push(levels[(word & ((1 << bits) - 1)) as usize + zero]);
         word >>= bits;
         filled -= u32::from(bits);
     }
@@ -172,6 +182,11 @@ impl StoredLinear {
         let (bits, group_size) = (scheme.weight_bits, scheme.group(inp));
         let packed = reader.tensor("weight_packed")?;
         let mut channel_bits = Vec::new();
+        let uniform = source.has(&reader.name("weight_bits")) || scheme.levels(bits) == Levels::Uniform;
+        let (levels, table) = match uniform {
+            true => (Levels::Uniform, &UNIFORM_LEVELS),
+            false => (Levels::Gaussian, &GAUSSIAN_LEVELS),
+        };
         let mut codes = Vec::new(); // as long as the tensor turns out to be
         if bits > 4 {
             reader.expect(&packed, "weight_packed", Dtype::I8, &[out, inp])?;
@@ -190,17 +205,14 @@ impl StoredLinear {
             let mut rest = packed.bytes();
             for &bits in &channel_bits {
                 let (row, after) = rest.split_at(row_bytes(inp, bits));
-                unpack_row(row, bits, inp, &mut codes);
+                unpack_row(row, bits, inp, table, &mut codes);
                 rest = after;
             }
         } else {
             let width = row_bytes(inp, bits);
             reader.expect(&packed, "weight_packed", Dtype::U8, &[out, width])?;
-            packed.bytes().chunks(width.max(1)).for_each(|row| unpack_row(row, bits, inp, &mut codes));
-        }
-        let levels = if channel_bits.is_empty() { scheme.levels(bits) } else { Levels::Uniform };
-        if levels == Levels::Gaussian {
-            codes.iter_mut().for_each(|code| *code = GAUSSIAN_LEVELS[(*code + 8) as usize & 15]);
+            codes.reserve_exact(out * inp);
+            packed.bytes().chunks(width.max(1)).for_each(|row| unpack_row(row, bits, inp, table, &mut codes));
         }
         let scales = reader.scales("weight_scale", [out, inp / group_size])?;
         let kept = match kept {
