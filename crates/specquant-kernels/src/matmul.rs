@@ -46,9 +46,12 @@ const ROWS: usize = 96;
 const TILE_ROWS: usize = 12;
 /// Panels that an instruction set may take side by side.
 const PANELS: usize = 2;
-/// Inputs of a block: unpacked, 32 channels take 24 kB. Blocks of a group lie multiples of what AMX takes at once apart.
+/// Inputs of a block: unpacked, 32 channels take 24 kB.
 const INT_DEPTH: usize = 768;
+/// Blocks of a group lie multiples of what AMX takes at once apart.
 const INT_STEP: usize = 64;
+/// Bytes of results that do not stay in a core's L2 until they are read.
+const LARGE: usize = 1 << 21;
 /// Inputs of a block: 16 channels of widened weights take 8 kB.
 const FLOAT_DEPTH: usize = 128;
 
@@ -96,7 +99,7 @@ fn int_products<K: Kernel, const N: usize>(kernel: K, products: [IntProduct; N])
             assert!(a.rows == rows && w.out_features() == out, "parts of one product");
         }
         let inp = parts.iter().map(|(_, w)| w.in_features()).sum();
-        (parts, Grid::new(y, [rows, out, inp], K::INT_ROWS, K::INT_TILE_ROWS))
+        (parts, Grid::new(y, [rows, out, inp], K::int_rows(inp), K::INT_TILE_ROWS))
     });
     for_each_index(grids.iter().map(|(_, grid)| grid.len()).sum(), |mut i| {
         for (parts, grid) in &grids {
@@ -183,13 +186,22 @@ fn i16_steps(a_max: i32, w_max: i32) -> usize {
 trait Kernel: Copy + Send + Sync {
     /// Panels that [`int_block`](Self::int_block) likes to have side by side, at most [`PANELS`].
     const INT_PANELS: usize = 1;
-    /// Tokens of a rectangle of an integer product at most, and of the tallest tile.
-    const INT_ROWS: usize = ROWS;
+    /// Tokens of the tallest tile of an integer product.
     const INT_TILE_ROWS: usize = TILE_ROWS;
     /// Tokens of a rectangle whose sums are finished together, so that they are still in the first cache.
     const INT_STRIP: usize = ROWS;
     /// What [`int_block`](Self::int_block) has for itself, from one to the next of a rectangle.
     type Scratch: Default;
+    /// Inputs of a block of an integer product of so many tokens at most.
+    fn int_depth(rows: usize) -> usize {
+        let _ = rows;
+        INT_DEPTH
+    }
+    /// Tokens of a rectangle of an integer product of so many inputs at most.
+    fn int_rows(inp: usize) -> usize {
+        let _ = inp;
+        ROWS
+    }
     /// The block as [`int_block`](Self::int_block) likes to have it for every strip; `bytes` may hold its panels.
     fn unpacked<'a>(self, block: IntBlock<'a>, bytes: &'a mut Buffer<Chunk>) -> IntBlock<'a> {
         let _ = bytes;
@@ -300,7 +312,7 @@ impl<'a> IntBlock<'a> {
 type Part<'a> = (&'a QuantizedActs, &'a PackedWeights);
 
 fn int_rect<K: Kernel>(kernel: K, parts: &[Part], mut rect: Rect) {
-    let (row, rows) = (rect.row, rect.rows);
+    let (row, rows, depth) = (rect.row, rect.rows, K::int_depth(rect.rows));
     let strips = || (0..rows).step_by(K::INT_STRIP).map(|at| at..(at + K::INT_STRIP).min(rows));
     // Sums of a strip's tokens and one panel, then of the same tokens and the next panel. One block's strip takes the place of the one before.
     let (mut acc, mut tail_acc, mut sums) = (Buffer::default(), Buffer::default(), Buffer::default());
@@ -311,7 +323,7 @@ fn int_rect<K: Kernel>(kernel: K, parts: &[Part], mut rect: Rect) {
         let mut rest = parts;
         while let [part @ (a, w), others @ ..] = rest {
             // A second part of one block is multiplied behind the last block of the first, and finished together with that.
-            let one_block = |w: &PackedWeights| w.group_size() <= INT_DEPTH;
+            let one_block = |w: &PackedWeights| w.group_size() <= depth;
             let accumulate = rest.len() < parts.len();
             let joins =
                 |w: &PackedWeights, t: &PackedWeights| w.groups() == 1 && t.groups() == 1 && one_block(t);
@@ -334,12 +346,15 @@ fn int_rect<K: Kernel>(kernel: K, parts: &[Part], mut rect: Rect) {
             }
             let sums = sums.as_chunks_mut::<PANEL>().0;
             for g in 0..w.groups() {
-                for (k, end) in blocks(g * w.group_size(), w.group_size(), INT_DEPTH, INT_STEP) {
+                for (k, end) in blocks(g * w.group_size(), w.group_size(), depth, INT_STEP) {
                     let block = kernel.unpacked(IntBlock::new(part, &range, k..end, row, rows), &mut bytes);
                     for strip in strips() {
                         let n = strip.len();
                         let first = if one_block(w) { 0 } else { count * strip.start };
                         let acc = &mut acc[first..][..count * n];
+                        if rect.bytes() > LARGE && end == w.in_features() {
+                            rect.fetch(strip.clone(), col..col + count * PANEL);
+                        }
                         kernel.int_block(&block.of(&strip), &mut scratch, acc);
                         if end < (g + 1) * w.group_size() {
                             continue;

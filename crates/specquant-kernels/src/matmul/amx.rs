@@ -8,20 +8,34 @@
 //! sums use the AVX-512 code. Stable Rust has no intrinsics for tiles yet, hence assembly; in one block, for the compiler knows nothing of their shapes.
 
 use super::avx512::FEW_ROWS;
-use super::{Columns, FloatBlock, IntBlock, Kernel, PANELS, Term};
+use super::{Columns, FloatBlock, INT_DEPTH, IntBlock, Kernel, PANELS, Term};
 use crate::Buffer;
 use crate::isa::AmxInt8;
 use crate::tiles::{ROW_BYTES, ROWS, STRIP, Tiles};
 use crate::weights::{Chunk, PANEL};
 use std::arch::asm;
 
+/// Inputs of a block for many tokens: unpacked, 32 channels take half a megabyte.
+const DEEP: usize = 1 << 14;
+/// Bytes of codes of a rectangle's tokens.
+const ROW_CODES: usize = 1_100_000;
+
 impl Kernel for AmxInt8 {
     const INT_PANELS: usize = PANELS;
-    const INT_ROWS: usize = 256;
     const INT_TILE_ROWS: usize = STRIP;
     const INT_STRIP: usize = STRIP;
 
     type Scratch = Tiles;
+
+    /// Few tokens multiply weights as they come to the first cache. For many, blocks that fit it take longer: their sums are stored and loaded again.
+    fn int_depth(rows: usize) -> usize {
+        if rows <= 2 * STRIP { INT_DEPTH } else { DEEP }
+    }
+
+    /// As many as stay in a core's L2 beside the weights while every panel is multiplied with them.
+    fn int_rows(inp: usize) -> usize {
+        (ROW_CODES / inp.max(1) / STRIP * STRIP).clamp(2 * STRIP, 16 * STRIP)
+    }
 
     fn unpacked<'a>(self, block: IntBlock<'a>, bytes: &'a mut Buffer<Chunk>) -> IntBlock<'a> {
         // Whole tiles, if every token has codes to multiply zeros with.

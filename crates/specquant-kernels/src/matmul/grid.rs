@@ -3,11 +3,17 @@
 use super::PANELS;
 use crate::parallel::Shared;
 use crate::weights::PANEL;
+#[cfg(target_arch = "x86_64")]
+use std::arch::x86_64::{_MM_HINT_ET0, _mm_prefetch};
 use std::marker::PhantomData;
 use std::ops::Range;
 
 /// Multiply-accumulates that a rectangle has at least, if the product has them: below, sharing costs more than it saves.
 const GRAIN: usize = 1 << 17;
+
+/// Values of a cache line.
+#[cfg(target_arch = "x86_64")]
+const LINE: usize = 16;
 
 /// A rectangle of y: some columns of some rows, which one task writes.
 pub(super) struct Rect<'a> {
@@ -18,10 +24,33 @@ pub(super) struct Rect<'a> {
     /// Its first value; rows lie `stride` apart.
     start: *mut f32,
     stride: usize,
+    /// Bytes of y.
+    total: usize,
     y: PhantomData<&'a mut [f32]>,
 }
 
 impl Rect<'_> {
+    /// Bytes of the whole result.
+    pub(super) fn bytes(&self) -> usize {
+        self.total
+    }
+
+    /// Asks for memory that is about to be written, so that the core need not wait for it then: rows lie so far apart that the processor does not see it coming.
+    #[inline(always)]
+    pub(super) fn fetch(&mut self, rows: Range<usize>, columns: Range<usize>) {
+        #[cfg(target_arch = "x86_64")]
+        for row in rows {
+            let row = self.row_mut(row);
+            let end = columns.end.min(row.len());
+            for line in row[columns.start.min(end)..end].chunks(LINE) {
+                // SAFETY: it reads nothing.
+                unsafe { _mm_prefetch::<_MM_HINT_ET0>(line.as_ptr().cast()) };
+            }
+        }
+        #[cfg(not(target_arch = "x86_64"))]
+        let _ = (rows, columns);
+    }
+
     /// Row i of the rectangle.
     #[inline(always)]
     pub(super) fn row_mut(&mut self, i: usize) -> &mut [f32] {
@@ -73,7 +102,8 @@ impl<'a> Grid<'a> {
         let (rows, width) = (self.high.min(self.rows - row), self.wide.min(self.out - col));
         // SAFETY: row < rows and col < out.
         let start = unsafe { self.start.get().add(row * self.out + col) };
-        Rect { row, col, rows, width, start, stride: self.out, y: PhantomData }
+        let total = size_of::<f32>() * self.rows * self.out;
+        Rect { row, col, rows, width, start, stride: self.out, total, y: PhantomData }
     }
 }
 
