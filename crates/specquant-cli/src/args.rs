@@ -110,7 +110,7 @@ pub struct QuantizeArgs {
     /// Check all that can be known before a weight is read, print the plan and stop
     #[arg(long, conflicts_with = "dry_run")]
     pub plan: bool,
-    /// Quantize the first block, print what all of them would take in time, memory and size, and keep nothing; the calibration text is written and rotations are learned as they would be, tuning is left out
+    /// Quantize the first block and take a few steps of tuning, print what all of it would take in time, memory and size, and keep nothing; the calibration text is written and rotations are learned as they would be
     #[arg(long)]
     pub dry_run: bool,
     /// Print the result as JSON on stdout

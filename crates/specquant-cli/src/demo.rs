@@ -10,13 +10,13 @@ use serde::{Deserialize, Serialize};
 use serde_json::json;
 use specquant_eval::{Protocol, perplexity};
 use specquant_kernels::kernel_name;
-use specquant_model::{Levels, Model, Sampler, Sampling, Source, generate};
+use specquant_model::{Levels, Model, Sampler, Sampling, generate};
 use specquant_quantize as q;
 
 use crate::args::{DemoArgs, MeasureArgs};
-use crate::quantize::{check_resources, quantize, recipe};
+use crate::quantize::{Checked, Wanted};
 use crate::system::{self, human};
-use crate::ui::{Progress, note, table};
+use crate::ui::{Progress, table};
 
 /// Written for this purpose; in no training or calibration set.
 const TEXT: &str = include_str!("../../../assets/demo-text.txt");
@@ -105,30 +105,27 @@ fn measure_apart(model: &Path, threads: Option<usize>) -> anyhow::Result<Measure
 
 pub fn run(args: DemoArgs) -> anyhow::Result<ExitCode> {
     let started = Instant::now();
-    let recipe = recipe(&args.recipe, &args.overrides)?;
-    system::set_threads(recipe.threads)?;
-    let source = Source::open(&args.model)?;
-    let plan = check_resources(&source, &recipe, &args.output, args.ignore_memory, false)?;
-    let c = source.config();
-    note!(
-        "quantizing {} ({} blocks, {:.0} M weights in linear layers) to {} by recipe {}",
-        args.model.display(),
-        plan.blocks,
-        plan.weights as f64 / 1e6,
-        recipe.scheme,
-        recipe.name
-    );
-    let quantizing = Instant::now();
     // A demo that was interrupted goes on, unless it was another.
-    let replacing = q::Destination { spill: plan.spill, ..q::Destination::replacing(&args.output) };
-    let resuming = q::Destination { unfinished: q::Unfinished::Resume, ..replacing.clone() };
-    let report = match quantize(&source, &recipe, &resuming, false) {
+    let unfinished = q::Unfinished::Resume;
+    let mut checked = Checked::new(Wanted {
+        model: &args.model,
+        recipe: &args.recipe,
+        overrides: &args.overrides,
+        destination: q::Destination { unfinished, ..q::Destination::replacing(&args.output) },
+        ignore_memory: args.ignore_memory,
+        quiet: false,
+    })?;
+    let quantizing = Instant::now();
+    let report = match checked.run(false) {
         Err(e) if matches!(e.downcast_ref(), Some(q::Error::Differs { .. })) => {
-            quantize(&source, &recipe, &replacing, false)
+            checked.destination.unfinished = q::Unfinished::Discard;
+            checked.run(false)
         }
         result => result,
     }?;
     let quantizing = quantizing.elapsed().as_secs_f64();
+    let Checked { source, recipe, plan, .. } = checked;
+    let c = source.config();
     let embedded = c.vocab_size * c.hidden_size * if c.tie_word_embeddings { 1 } else { 2 };
     let f16_bytes = 2 * (plan.weights + embedded) as u64;
     drop(source);

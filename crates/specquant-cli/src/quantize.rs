@@ -202,8 +202,26 @@ pub fn quantize(
     quiet: bool,
 ) -> anyhow::Result<Report> {
     q::check_output(destination)?;
-    let texts = prepare(source, recipe, quiet)?;
-    Ok(q::run(source, recipe, texts.as_deref(), destination, &mut bars(source, quiet))?)
+    run_told(source, recipe, prepare(source, recipe, quiet)?.as_deref(), destination, quiet)
+}
+
+/// A run that shows what happens, and at its end lists what was done other than the recipe says.
+fn run_told(
+    source: &Source,
+    recipe: &Recipe,
+    texts: Option<&[Vec<u32>]>,
+    destination: &q::Destination,
+    quiet: bool,
+) -> anyhow::Result<Report> {
+    let report = q::run(source, recipe, texts, destination, &mut bars(source, quiet))?;
+    if !report.fallbacks.is_empty() {
+        let line = |q::Fallback { layer, what }: &q::Fallback| format!("\n  {layer}: {what}");
+        let list: String = report.fallbacks.iter().map(line).collect();
+        note!(
+            "warning: done other than the recipe says, as report.json and README.md of the checkpoint list too:{list}"
+        );
+    }
+    Ok(report)
 }
 
 /// The calibration sequences of the recipe's file, if it has one; also checks the tokenizer.
@@ -254,16 +272,21 @@ fn dry_run(checked: &Checked, json: bool) -> anyhow::Result<()> {
     interrupt::explain(After::Remove(destination.trial()?.partial()?));
     let trial = q::first_block(source, recipe, texts.as_deref(), destination, &mut bars(source, json))?;
     let peak = watch.peak();
-    let tuned = matches!(recipe.learn, Some(q::Learn::Tune(_)));
     if json {
-        let result = json!({ "plan": plan, "recipe": recipe, "first_block": trial,
-            "peak_anonymous_bytes": peak, "includes_tuning": !tuned });
+        let result =
+            json!({ "plan": plan, "recipe": recipe, "first_block": trial, "peak_anonymous_bytes": peak });
         writeln!(std::io::stdout(), "{result:#}")?;
         return Ok(());
     }
+    let tuning = match trial.tuning_seconds {
+        0.0 => String::new(),
+        time => {
+            format!(", {} for tuning the whole model at the end, by a few steps of that block", seconds(time))
+        }
+    };
     writeln!(
         std::io::stdout(),
-        "first block: {}, and {} for what is done once\nall {} blocks, extrapolated: {}, peak memory {} (predicted {}), {} of tensors (predicted {})",
+        "first block: {}, and {} for what is done once{tuning}\nall {} blocks, extrapolated: {}, peak memory {} (predicted {}), {} of tensors (predicted {})",
         seconds(trial.block_seconds),
         seconds(trial.once_seconds),
         plan.blocks,
@@ -273,9 +296,8 @@ fn dry_run(checked: &Checked, json: bool) -> anyhow::Result<()> {
         human(trial.tensor_bytes),
         human(plan.output_bytes),
     )?;
-    if tuned {
-        let text = "not in the time and the memory measured: tuning of the whole model at the end, which takes most of the time; its memory is in the prediction";
-        writeln!(std::io::stdout(), "{text}")?;
+    if trial.tuning_seconds > 0.0 {
+        writeln!(std::io::stdout(), "memory of tuning is not in what was measured, but in the prediction")?;
     }
     Ok(())
 }
@@ -420,66 +442,87 @@ fn both<A, B>(a: anyhow::Result<A>, b: anyhow::Result<B>) -> anyhow::Result<(A, 
     }
 }
 
+/// A run that is asked for.
+pub struct Wanted<'a> {
+    pub model: &'a Path,
+    pub recipe: &'a str,
+    pub overrides: &'a Overrides,
+    pub destination: q::Destination,
+    pub ignore_memory: bool,
+    pub quiet: bool,
+}
+
 /// A run, everything of which that can be known before a weight is read is right.
-struct Checked {
-    source: Source,
-    recipe: Recipe,
-    plan: Plan,
-    destination: q::Destination,
+pub struct Checked {
+    pub source: Source,
+    pub recipe: Recipe,
+    pub plan: Plan,
+    pub destination: q::Destination,
     texts: Option<Vec<Vec<u32>>>,
     /// Of memory since before the text was read.
     watch: system::Watch,
 }
 
-/// Looks at all that can be known before a weight is read, and tells all that is wrong.
-fn check(args: &QuantizeArgs) -> anyhow::Result<Checked> {
-    let watch = system::Watch::new();
-    let (recipe, source) =
-        both(recipe(&args.recipe, &args.overrides), Source::open(&args.model).map_err(Into::into))?;
-    system::set_threads(recipe.threads)?;
-    let describe = |plan: &Plan| (!args.json).then(|| note!("{}", describe(plan, &recipe)));
-    // Said before it is refused, too.
-    let plan = q::plan(&source, &recipe).map_err(Into::into).and_then(|plan| {
-        let checked = check_resources(&source, &recipe, &args.output, args.ignore_memory, args.spill);
-        describe(checked.as_ref().unwrap_or(&plan));
-        checked
-    });
-    let unfinished = match (args.resume, args.overwrite) {
-        (true, _) => q::Unfinished::Resume,
-        (false, true) => q::Unfinished::Discard,
-        (false, false) => q::Unfinished::Keep,
-    };
-    let (path, overwrite) = (args.output.clone(), args.overwrite);
-    let spill = plan.as_ref().is_ok_and(|plan| plan.spill);
-    let destination = q::Destination { path, overwrite, unfinished, spill };
-    let output = q::check_output(&destination).map_err(Into::into);
-    let ((plan, ()), texts) = both(both(plan, output), prepare(&source, &recipe, args.json))?;
-    Ok(Checked { source, recipe, plan, destination, texts, watch })
+impl Checked {
+    /// Looks at all that can be known before a weight is read, and tells all that is wrong. Prints the plan, also of what is refused.
+    pub fn new(wanted: Wanted) -> anyhow::Result<Checked> {
+        let watch = system::Watch::new();
+        let Wanted { model, overrides, mut destination, ignore_memory, quiet, .. } = wanted;
+        let (recipe, source) =
+            both(recipe(wanted.recipe, overrides), Source::open(model).map_err(Into::into))?;
+        system::set_threads(recipe.threads)?;
+        let describe = |plan: &Plan| (!quiet).then(|| note!("{}", describe(plan, &recipe)));
+        // Said before it is refused, too.
+        let plan = q::plan(&source, &recipe).map_err(Into::into).and_then(|plan| {
+            let (output, spill) = (&destination.path, destination.spill);
+            let checked = check_resources(&source, &recipe, output, ignore_memory, spill);
+            describe(checked.as_ref().unwrap_or(&plan));
+            checked
+        });
+        destination.spill = plan.as_ref().is_ok_and(|plan| plan.spill);
+        let output = q::check_output(&destination).map_err(Into::into);
+        let ((plan, ()), texts) = both(both(plan, output), prepare(&source, &recipe, quiet))?;
+        Ok(Checked { source, recipe, plan, destination, texts, watch })
+    }
+
+    /// Does it.
+    pub fn run(&self, quiet: bool) -> anyhow::Result<Report> {
+        run_told(&self.source, &self.recipe, self.texts.as_deref(), &self.destination, quiet)
+    }
 }
 
 pub fn run(args: QuantizeArgs) -> anyhow::Result<ExitCode> {
     let started = Instant::now();
-    let checked = check(&args)?;
+    let checked = Checked::new(Wanted {
+        model: &args.model,
+        recipe: &args.recipe,
+        overrides: &args.overrides,
+        destination: q::Destination {
+            path: args.output.clone(),
+            overwrite: args.overwrite,
+            unfinished: match (args.resume, args.overwrite) {
+                (true, _) => q::Unfinished::Resume,
+                (false, true) => q::Unfinished::Discard,
+                (false, false) => q::Unfinished::Keep,
+            },
+            spill: args.spill,
+        },
+        ignore_memory: args.ignore_memory,
+        quiet: args.json,
+    })?;
     if args.dry_run {
         dry_run(&checked, args.json)?;
         return Ok(ExitCode::SUCCESS);
     }
-    let Checked { source, recipe, plan, destination, texts, watch } = checked;
+    let Checked { recipe, plan, watch, .. } = &checked;
     if args.plan {
         if args.json {
             writeln!(std::io::stdout(), "{:#}", json!({ "plan": plan, "recipe": recipe }))?;
         }
         return Ok(ExitCode::SUCCESS);
     }
-    let report = q::run(&source, &recipe, texts.as_deref(), &destination, &mut bars(&source, args.json))?;
+    let report = checked.run(args.json)?;
     let seconds = started.elapsed().as_secs_f64();
-    if !report.fallbacks.is_empty() {
-        let line = |q::Fallback { layer, what }: &q::Fallback| format!("\n  {layer}: {what}");
-        let list: String = report.fallbacks.iter().map(line).collect();
-        note!(
-            "warning: done other than the recipe says, as report.json and README.md of the checkpoint list too:{list}"
-        );
-    }
     let peak = system::peak_rss();
     if args.json {
         let result = json!({ "output": args.output, "seconds": seconds, "peak_rss_bytes": peak, "peak_anonymous_bytes": watch.peak(), "plan": plan, "report": report });

@@ -196,7 +196,7 @@ fn quantize_reports_and_a_dry_run_writes_nothing() {
     }
     let trial = json_of(&mut run(&["--dry-run", "--json"]));
     assert_eq!((&trial["plan"], &trial["recipe"]), (&plan["plan"], &plan["recipe"]));
-    assert_eq!(trial["includes_tuning"], true);
+    assert_eq!(trial["first_block"]["tuning_seconds"], 0.0);
     let said = |command: &mut assert_cmd::Command| {
         let output = command.assert().success().get_output().stdout.clone();
         String::from_utf8(output).unwrap()
@@ -206,7 +206,11 @@ fn quantize_reports_and_a_dry_run_writes_nothing() {
     let mut tuned = specquant();
     tuned.args(["quantize", "--dry-run", "--spill", "--keep", "8", "-m"]).arg(&model).arg("-o").arg(&out);
     let text = said(tuned.args(QUICK));
-    assert!(text.contains("tuning of the whole model"), "{text}");
+    assert!(text.contains(" for tuning the whole model at the end"), "{text}");
+    let with_tuning = json_of(tuned.arg("--json"));
+    let time = |key: &str| with_tuning["first_block"][key].as_f64().unwrap();
+    let sum = time("once_seconds") + 2.0 * time("block_seconds") + time("tuning_seconds");
+    assert!(time("tuning_seconds") > 0.0 && (time("seconds") - sum).abs() < 1e-6, "{with_tuning:#}");
     assert!(before == tree(lab.path()));
 
     let result = json_of(&mut run(&["--json"]));

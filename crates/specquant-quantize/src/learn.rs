@@ -142,6 +142,7 @@ impl Learn {
 #[cfg(feature = "learn")]
 mod run {
     use std::collections::HashMap;
+    use std::time::{Duration, Instant};
 
     use specquant_kernels::Hadamard;
     use specquant_learn::{BlockWeights, Start, Tuning, flatquant, omniquant, spinquant};
@@ -157,6 +158,11 @@ mod run {
     use crate::transforms::flat;
     use crate::transforms::rotate::Orthogonal;
     use crate::{Result, States};
+
+    /// Steps of a trial at most: more than the teacher reads at once, twice.
+    const TRIAL_STEPS: usize = 5000;
+    /// Time that is measured of a trial, and a little more.
+    const TRIAL: Duration = Duration::from_secs(2);
 
     /// The learned rotations: of the residual stream, `[hidden, hidden]`, and of the heads of v of every layer, `[head_dim, head_dim]`.
     /// `progress` is told step, number of steps and loss.
@@ -296,6 +302,21 @@ mod run {
         Ok(Learned { clips, inputs: inputs.map(Some), act_clips })
     }
 
+    /// Seconds of a step of tuning `checkpoint`, of which a few are taken: the first fill buffers, the others are measured.
+    pub fn step_seconds(
+        source: &Source,
+        checkpoint: &Source,
+        config: &TuneConfig,
+        texts: &[Vec<u32>],
+    ) -> Result<f64> {
+        let config = TuneConfig { steps: TRIAL_STEPS, ..config.clone() };
+        let mut tuning = Tuning::new(source, checkpoint, texts, &config)?;
+        tuning.advance(&mut |_, _| ())?;
+        let (started, mut steps) = (Instant::now(), 0);
+        while tuning.advance(&mut |_, _| steps += 1)? && started.elapsed() < TRIAL {}
+        Ok(started.elapsed().as_secs_f64() / steps as f64)
+    }
+
     /// Tunes the quantized `checkpoint` on what `source` predicts, and returns the tensors that have changed.
     ///
     /// begun: steps that have been taken, and what `save` was given behind them.
@@ -389,6 +410,10 @@ mod run {
         Err(Error::Recipe(NOT_BUILT.to_owned()))
     }
 
+    pub fn step_seconds(_: &Source, _: &Source, _: &TuneConfig, _: &[Vec<u32>]) -> Result<f64> {
+        Err(Error::Recipe(NOT_BUILT.to_owned()))
+    }
+
     pub fn tuned_tensors(
         _: &Source,
         _: &Source,
@@ -413,4 +438,4 @@ pub(crate) fn steps(_: &TuneConfig) -> usize {
     0
 }
 
-pub(crate) use run::{rotations, scales_and_clips, transforms, tuned_tensors};
+pub(crate) use run::{rotations, scales_and_clips, step_seconds, transforms, tuned_tensors};

@@ -24,6 +24,7 @@ mod stats;
 #[cfg(test)]
 mod testing;
 pub mod transforms;
+mod trial;
 mod vocabulary;
 
 pub use block::*;
@@ -37,3 +38,4 @@ pub use recipe::*;
 pub use run::*;
 pub use states::States;
 pub use stats::*;
+pub use trial::*;

@@ -7,7 +7,7 @@ use std::path::Path;
 use std::time::{Duration, Instant};
 
 use serde::{Deserialize, Serialize};
-use serde_json::{Map, json};
+use serde_json::json;
 use specquant_model::{
     FORMAT_VERSION, InputRotation, Model, OnlineRotations, QuantizationConfig, Source, StoredTensor, sha256,
 };
@@ -92,6 +92,8 @@ impl Report {
     }
 }
 
+/// Of the program.
+const VERSION: &str = env!("CARGO_PKG_VERSION");
 /// Time that goes into saving the state of tuning, as a share of all.
 const SAVING: f64 = 0.05;
 
@@ -138,54 +140,8 @@ pub fn run(
     })
 }
 
-/// What a run would take, by its first block.
-#[derive(Debug, Clone, PartialEq, Serialize)]
-pub struct Trial {
-    /// Seconds of what is done once: writing text, learning rotations, embeddings and head.
-    pub once_seconds: f64,
-    /// Seconds of the first block.
-    pub block_seconds: f64,
-    /// Seconds of all that, and of the other blocks if they take as long; not of tuning, which comes at the end.
-    pub seconds: f64,
-    /// Bytes of all tensors, if the other blocks have as many.
-    pub tensor_bytes: u64,
-}
-
-/// Does what [`run`] would do up to the end of the first block, in a directory beside `destination` that is removed.
-///
-/// # Errors
-/// As [`run`].
-pub fn first_block(
-    source: &Source,
-    recipe: &Recipe,
-    texts: Option<&[Vec<u32>]>,
-    destination: &Destination,
-    progress: &mut dyn FnMut(Event),
-) -> Result<Trial> {
-    let texts = check(source, recipe, texts)?;
-    let of = source.config().num_layers;
-    let mut output = Output::open(&destination.trial()?, Map::new(), of + 1)?;
-    let mut work = || -> Result<Trial> {
-        let started = Instant::now();
-        let begun = begin(source, recipe, texts, &mut output, progress)?;
-        let (once, once_bytes) = (started.elapsed(), output.bytes());
-        let started = Instant::now();
-        blocks(source, recipe, &begun, 1, &mut output, progress)?;
-        let block = started.elapsed();
-        Ok(Trial {
-            once_seconds: once.as_secs_f64(),
-            block_seconds: block.as_secs_f64(),
-            seconds: once.as_secs_f64() + of as f64 * block.as_secs_f64(),
-            tensor_bytes: once_bytes + of as u64 * (output.bytes() - once_bytes),
-        })
-    };
-    let trial = work();
-    output.discard();
-    trial
-}
-
 /// The calibration sequences, if they and the recipe fit the model.
-fn check<'a>(
+pub(crate) fn check<'a>(
     source: &Source,
     recipe: &Recipe,
     texts: Option<&'a [Vec<u32>]>,
@@ -201,9 +157,9 @@ fn check<'a>(
 }
 
 /// What all blocks need.
-struct Begun {
+pub(crate) struct Begun {
     /// All calibration sequences.
-    texts: Vec<Vec<u32>>,
+    pub texts: Vec<Vec<u32>>,
     /// The first so many are what blocks are calibrated on.
     calibrating: usize,
     rotation: Option<Rotation>,
@@ -213,7 +169,7 @@ struct Begun {
 }
 
 /// What is done before the first block, except where an earlier run has done it.
-fn begin(
+pub(crate) fn begin(
     source: &Source,
     recipe: &Recipe,
     texts: Option<&[Vec<u32>]>,
@@ -252,7 +208,7 @@ fn work(
     let weights: f64 = layers.iter().map(|l| (l.shape[0] * l.shape[1]) as f64).sum();
     let bits: f64 = layers.iter().map(|l| l.bits_per_weight * (l.shape[0] * l.shape[1]) as f64).sum();
     let mut report = Report {
-        specquant_version: env!("CARGO_PKG_VERSION").to_owned(),
+        specquant_version: VERSION.to_owned(),
         scheme: recipe.scheme.to_string(),
         calibration_tokens: begun.texts[..begun.calibrating].iter().map(Vec::len).sum(),
         bits_per_weight: if weights > 0.0 { bits / weights } else { 16.0 },
@@ -261,10 +217,31 @@ fn work(
         fallbacks: fallbacks(recipe, &layers),
         layers,
     };
+    for (name, bytes) in source.side_files()? {
+        output.write(&name, &bytes)?;
+    }
+    write_config(source, recipe, &begun, output)?;
+    if let Some(Learn::Tune(settings)) = &recipe.learn {
+        tune(source, settings, &begun.texts, output, progress)?;
+        report.tuning_losses.clone_from(&output.progress.losses);
+    }
+    report.tensor_bytes = output.bytes();
+    output.write("report.json", format!("{:#}\n", json!(report)).as_bytes())?;
+    output.write("README.md", card::render(source, recipe, &report).as_bytes())?;
+    Ok(report)
+}
+
+/// config.json: the source's, and what was done.
+pub(crate) fn write_config(
+    source: &Source,
+    recipe: &Recipe,
+    begun: &Begun,
+    output: &mut Output,
+) -> Result<()> {
     let quantization = QuantizationConfig {
         quant_method: "specquant".to_owned(),
         format_version: FORMAT_VERSION,
-        specquant_version: report.specquant_version.clone(),
+        specquant_version: VERSION.to_owned(),
         scheme: recipe.scheme,
         branch_basis: recipe.branch.as_ref().map(|b| b.basis),
         input_rotation: match recipe.learn {
@@ -277,18 +254,7 @@ fn work(
     let mut config_json = source.config_json().clone();
     config_json["quantization_config"] = json!(quantization);
     config_json["tie_word_embeddings"] = json!(begun.tied);
-    for (name, bytes) in source.side_files()? {
-        output.write(&name, &bytes)?;
-    }
-    output.write("config.json", format!("{config_json:#}\n").as_bytes())?;
-    if let Some(Learn::Tune(settings)) = &recipe.learn {
-        tune(source, settings, &begun.texts, output, progress)?;
-        report.tuning_losses.clone_from(&output.progress.losses);
-    }
-    report.tensor_bytes = output.bytes();
-    output.write("report.json", format!("{:#}\n", json!(report)).as_bytes())?;
-    output.write("README.md", card::render(source, recipe, &report).as_bytes())?;
-    Ok(report)
+    output.write("config.json", format!("{config_json:#}\n").as_bytes())
 }
 
 /// The text that the model writes, or has written.
@@ -348,7 +314,7 @@ fn ends(
 }
 
 /// Every block up to `until` that is not finished yet, and with each the hidden states behind it.
-fn blocks(
+pub(crate) fn blocks(
     source: &Source,
     recipe: &Recipe,
     begun: &Begun,

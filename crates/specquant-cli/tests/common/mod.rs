@@ -200,8 +200,8 @@ pub fn assert_same(a: &Path, b: &Path) {
     }
 }
 
-/// Runs a command that must refuse: exit code 2, nothing on stdout, one message on stderr that holds `words`, and nothing written
-/// or lost. Returns the message.
+/// Runs a command that must refuse: exit code 2, nothing on stdout, one message on stderr that holds `words`, behind the plan if it prints one, and nothing
+/// written or lost. Returns the message.
 pub fn refuse<S: AsRef<OsStr>>(lab: &Lab, args: impl IntoIterator<Item = S>, words: &[&str]) -> String {
     let before = tree(lab.path());
     let mut command = specquant();
@@ -212,7 +212,8 @@ pub fn refuse<S: AsRef<OsStr>>(lab: &Lab, args: impl IntoIterator<Item = S>, wor
     println!("{stderr}");
     assert_eq!(output.status.code(), Some(2), "{command:?}\n{stderr}");
     assert_eq!(stdout, "", "{command:?}");
-    assert!(stderr.starts_with("error:") && stderr.matches("error:").count() == 1, "{command:?}\n{stderr}");
+    let first = stderr.starts_with("error:") || stderr.starts_with("plan:") && stderr.contains("\nerror:");
+    assert!(first && stderr.matches("error:").count() == 1, "{command:?}\n{stderr}");
     assert!(!stderr.contains("panicked"), "{stderr}");
     for word in words {
         assert!(stderr.contains(word), "no {word:?} in\n{stderr}");

@@ -27,7 +27,7 @@ use safetensors_dir::Tensors;
 pub use view::{Dtype, TensorView};
 
 /// An opened model: configuration, named tensors on memory maps, and the files that travel with it.
-#[derive(Debug)]
+#[derive(Debug, Clone)]
 pub struct Source {
     path: PathBuf,
     config: ModelConfig,
@@ -192,6 +192,18 @@ impl Source {
         surplus
             .for_each(|n| problems.push(format!("{n} is not a tensor of this model type and configuration")));
         if problems.is_empty() { Ok(()) } else { Err(Error::Tensors { path: self.path.clone(), problems }) }
+    }
+
+    /// The same model as if it ended behind its first `n` blocks, `n` at most as many as there are.
+    pub fn first_layers(&self, n: usize) -> Source {
+        let mut first = self.clone();
+        first.config.num_layers = n;
+        first.config_json["num_hidden_layers"] = json!(n);
+        if let Some(types) = first.config_json.get_mut("layer_types").and_then(Value::as_array_mut) {
+            types.truncate(n);
+        }
+        first.fingerprint = OnceLock::new();
+        first
     }
 
     /// What was opened.
