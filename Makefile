@@ -40,8 +40,9 @@ arm: ## The kernels' tests for AArch64 in an emulator: rustup target add aarch64
 	CARGO_TARGET_AARCH64_UNKNOWN_LINUX_MUSL_LINKER=rust-lld CARGO_TARGET_AARCH64_UNKNOWN_LINUX_MUSL_RUNNER=qemu-aarch64-static \
 		cargo test -p specquant-kernels --lib --target aarch64-unknown-linux-musl
 
-soak: build ## Damaged files for MINUTES (60), whose finds go to target/soak; KILLS (100) kills; memory against layers.
+soak: build ## Damaged files for MINUTES (60), whose finds go to target/soak; checkpoints with a turned bit; KILLS (100) kills; memory against layers.
 	cargo run --release -p specquant-fuzz -- soak $$(($(MINUTES) * 60)) target/soak
+	SPECQUANT_BITS=7 cargo test --release -p specquant-fuzz --test bits
 	SPECQUANT_KILLS=$(KILLS) cargo test --release -p specquant-cli --test kills
 	TEXT=$(TEXTS)/wiki.valid.raw scripts/memory.sh
 

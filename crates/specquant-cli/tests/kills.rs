@@ -295,6 +295,55 @@ fn no_space_left() {
     }
 }
 
+/// Every flush of a run fails once (those of directories are not asked for more than some systems give), and the disk is full behind every eighth of what it writes: a library that is preloaded does that to the binary.
+#[cfg(all(target_os = "linux", target_env = "gnu"))]
+#[test]
+fn every_flush_and_any_write_may_fail() {
+    let runs = Runs::new();
+    let text = runs.lab.file("text.txt", TEXT);
+    let faults = runs.lab.path().join("faults.so");
+    let source = concat!(env!("CARGO_MANIFEST_DIR"), "/tests/faults/preload.rs");
+    let mut rustc = Command::new("rustc");
+    rustc.args(["--edition", "2024", "--crate-type", "cdylib", source, "-o"]).arg(&faults);
+    assert!(rustc.status().unwrap().success());
+    let command = |out: &Path| {
+        let mut command = Command::new(env!("CARGO_BIN_EXE_specquant"));
+        command.args(["quantize", "--resume", "--recipe", "gptq", "--calibration"]).arg(&text);
+        command.args(&FLAGS[2..]).arg("-m").arg(&runs.model).arg("-o").arg(out);
+        command
+    };
+    let whole = runs.lab.out("whole");
+    assert!(command(&whole).output().unwrap().status.success());
+    let bytes: usize = tree(&whole).iter().map(|(_, content)| content.len()).sum();
+    // Whether a run was there to fail so late.
+    let fails = |kind: &str, at: usize, why: &str| {
+        let out = runs.lab.out(&format!("{kind}{at}"));
+        let output = command(&out).env("LD_PRELOAD", &faults).env(kind, at.to_string()).output().unwrap();
+        let message = String::from_utf8(output.stderr).unwrap();
+        let failed = !output.status.success();
+        if failed {
+            assert_eq!(output.status.code(), Some(2), "{kind}={at}: {message}");
+            assert!(
+                message.contains(why) && message.matches("error:").count() == 1,
+                "{kind}={at}: {message}"
+            );
+            assert_whole_or_unfinished(&out, &whole);
+            let again = partial(&out).exists();
+            assert_eq!(again, message.contains("add --resume"), "{kind}={at}: {message}");
+            let output = command(&out).output().unwrap();
+            assert!(output.status.success(), "{kind}={at}: {}", String::from_utf8_lossy(&output.stderr));
+        }
+        assert_same(&out, &whole);
+        assert!(!partial(&out).exists());
+        fs::remove_dir_all(&out).unwrap();
+        failed
+    };
+    let flushes = (1..=40).filter(|n| fails("FAULT_FSYNC", *n, "Input/output error")).count();
+    let writes = (0..).take_while(|n| fails("FAULT_WRITE", n * bytes / 8, "No space left on device")).count();
+    println!("{flushes} flushes and {writes} writes failed");
+    assert!(flushes > 8 && writes > 8);
+}
+
 /// `compare --resume` and `demo` continue the quantization that they were killed in.
 #[test]
 fn compare_and_demo_resume() {
