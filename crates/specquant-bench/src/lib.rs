@@ -155,10 +155,14 @@ pub fn run(settings: &Settings, progress: &mut dyn FnMut(Step)) -> Result<Report
     Ok(report)
 }
 
+/// Seconds in which a warm-up is lost, and other programs' work evens out.
+const LONG: f64 = 20.0;
+
 /// Shortest time of each of some calls, in seconds: they take turns, twice each at least after one that warms up, until each has had `seconds` on average. Who has
-/// had more than twice that waits for the others, so that a slow call does not keep them from being called often.
+/// had more than twice that waits for the others, so that a slow call does not keep them from being called often. Calls that take [`LONG`] together are
+/// called once.
 fn best<const N: usize>(seconds: f64, mut calls: [&mut dyn FnMut(); N]) -> [f64; N] {
-    let (mut least, mut spent) = ([f64::INFINITY; N], [0.0f64; N]);
+    let (mut least, mut spent, mut first) = ([f64::INFINITY; N], [0.0f64; N], [0.0; N]);
     let seconds = seconds.clamp(0.0, 1e6);
     for round in 0.. {
         let waits = |spent: f64| round > 2 && spent >= 2.0 * seconds;
@@ -166,16 +170,20 @@ fn best<const N: usize>(seconds: f64, mut calls: [&mut dyn FnMut(); N]) -> [f64;
         if round > 2 && others.clone().sum::<f64>() >= seconds * others.count() as f64 {
             break;
         }
-        for ((call, spent), least) in calls.iter_mut().zip(&mut spent).zip(&mut least) {
-            if waits(*spent) {
+        for (i, call) in calls.iter_mut().enumerate() {
+            if waits(spent[i]) {
                 continue;
             }
             let begun = Instant::now();
             call();
             let took = begun.elapsed().as_secs_f64();
-            if round > 0 {
-                (*spent, *least) = (*spent + took, least.min(took));
+            match round {
+                0 => first[i] = took,
+                _ => (spent[i], least[i]) = (spent[i] + took, least[i].min(took)),
             }
+        }
+        if round == 0 && first.iter().sum::<f64>() >= LONG {
+            return first;
         }
     }
     least

@@ -500,7 +500,7 @@ pub struct BenchArgs {
     /// Models and checkpoints to run whole; the first is what the others are compared with
     #[arg(value_name = "MODEL")]
     pub models: Vec<PathBuf>,
-    /// All block shapes of the paper's Table 2, up to 8192 tokens a sequence: hours
+    /// All block shapes of the paper's Table 2, up to 8192 tokens a sequence: half an hour and more
     #[arg(long)]
     pub full: bool,
     /// Measure these parts only

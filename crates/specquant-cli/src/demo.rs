@@ -124,7 +124,7 @@ pub fn run(args: DemoArgs) -> anyhow::Result<ExitCode> {
         result => result,
     }?;
     let quantizing = quantizing.elapsed().as_secs_f64();
-    let Checked { source, recipe, plan, .. } = checked;
+    let (source, recipe, plan) = checked.into_parts();
     let c = source.config();
     let embedded = c.vocab_size * c.hidden_size * if c.tie_word_embeddings { 1 } else { 2 };
     let f16_bytes = 2 * (plan.weights + embedded) as u64;

@@ -194,7 +194,7 @@ fn texts(tokenizer: &Tokenizer, recipe: &Recipe, quiet: bool) -> anyhow::Result<
     Ok(Some(texts))
 }
 
-/// Quantizes for `compare` and `demo`, which have looked at the resources.
+/// Quantizes for `compare`, which has looked at the resources.
 pub fn quantize(
     source: &Source,
     recipe: &Recipe,
@@ -270,8 +270,14 @@ fn bars(source: &Source, quiet: bool) -> impl FnMut(Event) + use<> {
 fn dry_run(checked: &Checked, json: bool) -> anyhow::Result<()> {
     let Checked { source, recipe, plan, destination, texts, watch } = checked;
     interrupt::explain(After::Remove(destination.trial()?.partial()?));
-    let trial = q::first_block(source, recipe, texts.as_deref(), destination, &mut bars(source, json))?;
-    let peak = watch.peak();
+    let (mut bars, mut peak) = (bars(source, json), None);
+    let mut progress = |event: Event| {
+        if matches!(event, Event::Block { .. }) {
+            peak = watch.peak();
+        }
+        bars(event);
+    };
+    let trial = q::first_block(source, recipe, texts.as_deref(), destination, &mut progress)?;
     if json {
         let result =
             json!({ "plan": plan, "recipe": recipe, "first_block": trial, "peak_anonymous_bytes": peak });
@@ -454,9 +460,9 @@ pub struct Wanted<'a> {
 
 /// A run, everything of which that can be known before a weight is read is right.
 pub struct Checked {
-    pub source: Source,
-    pub recipe: Recipe,
-    pub plan: Plan,
+    source: Source,
+    recipe: Recipe,
+    plan: Plan,
     pub destination: q::Destination,
     texts: Option<Vec<Vec<u32>>>,
     /// Of memory since before the text was read.
@@ -483,6 +489,11 @@ impl Checked {
         let output = q::check_output(&destination).map_err(Into::into);
         let ((plan, ()), texts) = both(both(plan, output), prepare(&source, &recipe, quiet))?;
         Ok(Checked { source, recipe, plan, destination, texts, watch })
+    }
+
+    /// What is of use behind the run.
+    pub fn into_parts(self) -> (Source, Recipe, Plan) {
+        (self.source, self.recipe, self.plan)
     }
 
     /// Does it.

@@ -1,5 +1,5 @@
 //! Single bits of checkpoints are turned over: `verify` names the file, and without the checksums the checkpoint is refused or gives finite logits. Where the
-//! bit is in no file that the model is read from, or in a part of one that means nothing to it, they are the logits that they were.
+//! bit is in no file that the model is read from, they are the logits that they were.
 #![allow(clippy::unwrap_used, clippy::panic, reason = "a find ends the test")]
 
 use std::path::Path;

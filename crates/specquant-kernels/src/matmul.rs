@@ -8,7 +8,7 @@
 //! y[t, n] = scale[t] · Σ_g scale[n, g] · (Σ_{k in g} a[t, k] · w[n, k] − zero[t] · Σ_{k in g} w[n, k])
 //! ```
 //!
-//! This file cuts the product into rectangles of `y`, which threads share, and blocks of depth that fit the first cache; an
+//! This file cuts the product into rectangles of `y`, which threads share, and blocks of depth that fit a cache; an
 //! instruction set's file ([`scalar`], `avx2`, `avxvnni`, `avx512`, `amx`, `neon`) multiplies one block. The cuts depend on the shape and the
 //! instruction set and every float sum has a fixed order, so that results depend neither on the number of threads nor, for integer products,
 //! on the instruction set; nor does a token's result depend on the other tokens.

@@ -211,7 +211,8 @@ impl StoredLinear {
         } else {
             let width = row_bytes(inp, bits);
             reader.expect(&packed, "weight_packed", Dtype::U8, &[out, width])?;
-            codes.reserve_exact(out * inp);
+            // A row of an odd width brings one more along for a moment.
+            codes.reserve_exact(out * inp + 1);
             packed.bytes().chunks(width.max(1)).for_each(|row| unpack_row(row, bits, inp, table, &mut codes));
         }
         let scales = reader.scales("weight_scale", [out, inp / group_size])?;

@@ -314,7 +314,7 @@ mod run {
         tuning.advance(&mut |_, _| ())?;
         let (started, mut steps) = (Instant::now(), 0);
         while tuning.advance(&mut |_, _| steps += 1)? && started.elapsed() < TRIAL {}
-        Ok(started.elapsed().as_secs_f64() / steps as f64)
+        Ok(started.elapsed().as_secs_f64() / steps.max(1) as f64)
     }
 
     /// Tunes the quantized `checkpoint` on what `source` predicts, and returns the tensors that have changed.

@@ -19,7 +19,7 @@ pub struct Trial {
     pub once_seconds: f64,
     /// Seconds of the first block.
     pub block_seconds: f64,
-    /// Seconds of tuning at the end, by a few steps of a model of the first block alone and of one without blocks; 0 for a recipe that does not tune.
+    /// Seconds of the steps of tuning at the end, by a few of a model of the first block alone and of one without blocks; 0 for a recipe that does not tune.
     pub tuning_seconds: f64,
     /// Seconds of all that, and of the other blocks if they take as long.
     pub seconds: f64,

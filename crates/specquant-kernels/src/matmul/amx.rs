@@ -29,12 +29,12 @@ impl Kernel for AmxInt8 {
 
     /// Few tokens multiply weights as they come to the first cache. For many, blocks that fit it take longer: their sums are stored and loaded again.
     fn int_depth(rows: usize) -> usize {
-        if rows <= 2 * STRIP { INT_DEPTH } else { DEEP }
+        if rows <= STRIP { INT_DEPTH } else { DEEP }
     }
 
     /// As many as stay in a core's L2 beside the weights while every panel is multiplied with them.
     fn int_rows(inp: usize) -> usize {
-        (ROW_CODES / inp.max(1) / STRIP * STRIP).clamp(2 * STRIP, 16 * STRIP)
+        (ROW_CODES / inp.max(1) / STRIP * STRIP).clamp(3 * STRIP, 16 * STRIP)
     }
 
     fn unpacked<'a>(self, block: IntBlock<'a>, bytes: &'a mut Buffer<Chunk>) -> IntBlock<'a> {

@@ -4,7 +4,7 @@ use super::PANELS;
 use crate::parallel::Shared;
 use crate::weights::PANEL;
 #[cfg(target_arch = "x86_64")]
-use std::arch::x86_64::{_MM_HINT_ET0, _mm_prefetch};
+use std::arch::x86_64::{_MM_HINT_T0, _mm_prefetch};
 use std::marker::PhantomData;
 use std::ops::Range;
 
@@ -35,7 +35,7 @@ impl Rect<'_> {
         self.total
     }
 
-    /// Asks for memory that is about to be written, so that the core need not wait for it then: rows lie so far apart that the processor does not see it coming.
+    /// Asks for what is about to be written over, so that the core need not wait for it then: rows lie so far apart that the processor does not see it coming.
     #[inline(always)]
     pub(super) fn fetch(&mut self, rows: Range<usize>, columns: Range<usize>) {
         #[cfg(target_arch = "x86_64")]
@@ -44,7 +44,7 @@ impl Rect<'_> {
             let end = columns.end.min(row.len());
             for line in row[columns.start.min(end)..end].chunks(LINE) {
                 // SAFETY: it reads nothing.
-                unsafe { _mm_prefetch::<_MM_HINT_ET0>(line.as_ptr().cast()) };
+                unsafe { _mm_prefetch::<_MM_HINT_T0>(line.as_ptr().cast()) };
             }
         }
         #[cfg(not(target_arch = "x86_64"))]
