@@ -19,7 +19,7 @@ pub struct Trial {
     pub once_seconds: f64,
     /// Seconds of the first block.
     pub block_seconds: f64,
-    /// Seconds of the steps of tuning at the end, by a few of a model of the first block alone and of one without blocks; 0 for a recipe that does not tune.
+    /// Seconds of the steps of tuning at the end, by a few of models of one block and of four; 0 for a recipe that does not tune.
     pub tuning_seconds: f64,
     /// Seconds of all that, and of the other blocks if they take as long.
     pub seconds: f64,
@@ -66,7 +66,7 @@ pub fn first_block(
     trial
 }
 
-/// A step of a model without blocks, which is the head's, and as many times as there are blocks what one block adds to it.
+/// A step of models of one block and of some, all of them the first, tells what every block adds to the rest.
 fn tuning_seconds(
     source: &Source,
     recipe: &Recipe,
@@ -74,14 +74,16 @@ fn tuning_seconds(
     begun: &Begun,
     output: &mut Output,
 ) -> Result<f64> {
-    write_config(&source.first_layers(1), recipe, begun, output)?;
+    const SOME: usize = 4;
+    write_config(&source.first_layer_times(1), recipe, begun, output)?;
     output.write_index()?;
     let checkpoint = Source::open(output.path())?;
     let step = |layers| {
-        let (teacher, student) = (source.first_layers(layers), checkpoint.first_layers(layers));
+        let (teacher, student) = (source.first_layer_times(layers), checkpoint.first_layer_times(layers));
         learn::step_seconds(&teacher, &student, settings, &begun.texts)
     };
-    let (none, one) = (step(0)?, step(1)?);
-    let of = source.config().num_layers as f64;
-    Ok(learn::steps(settings) as f64 * (none + of * (one - none).max(0.0)))
+    let (one, some) = (step(1)?, step(SOME)?);
+    let block = ((some - one) / (SOME - 1) as f64).max(0.0);
+    let others = source.config().num_layers as f64 - 1.0;
+    Ok(learn::steps(settings) as f64 * (one + others * block))
 }

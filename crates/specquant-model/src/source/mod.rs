@@ -194,16 +194,23 @@ impl Source {
         if problems.is_empty() { Ok(()) } else { Err(Error::Tensors { path: self.path.clone(), problems }) }
     }
 
-    /// The same model as if it ended behind its first `n` blocks, `n` at most as many as there are.
-    pub fn first_layers(&self, n: usize) -> Source {
-        let mut first = self.clone();
-        first.config.num_layers = n;
-        first.config_json["num_hidden_layers"] = json!(n);
-        if let Some(types) = first.config_json.get_mut("layer_types").and_then(Value::as_array_mut) {
-            types.truncate(n);
+    /// A model of `n` blocks, all of which are the first, which is what others take the time of.
+    pub fn first_layer_times(&self, n: usize) -> Source {
+        const FIRST: &str = "model.layers.0.";
+        let mut made = self.clone();
+        made.config.num_layers = n;
+        made.config_json["num_hidden_layers"] = json!(n);
+        if let Some(types) = made.config_json.get_mut("layer_types").and_then(Value::as_array_mut) {
+            let first = types.first().cloned();
+            *types = first.into_iter().cycle().take(n).collect();
         }
-        first.fingerprint = OnceLock::new();
-        first
+        for (name, view) in &self.tensors {
+            let Some(suffix) = name.strip_prefix(FIRST) else { continue };
+            let others = (1..n).map(|i| (format!("model.layers.{i}.{suffix}"), view.clone()));
+            made.tensors.extend(others);
+        }
+        made.fingerprint = OnceLock::new();
+        made
     }
 
     /// What was opened.
