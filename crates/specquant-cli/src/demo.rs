@@ -116,10 +116,10 @@ pub fn run(args: DemoArgs) -> anyhow::Result<ExitCode> {
         quiet: false,
     })?;
     let quantizing = Instant::now();
-    let report = match checked.run(false) {
+    let report = match checked.run() {
         Err(e) if matches!(e.downcast_ref(), Some(q::Error::Differs { .. })) => {
             checked.destination.unfinished = q::Unfinished::Discard;
-            checked.run(false)
+            checked.run()
         }
         result => result,
     }?;

@@ -267,10 +267,10 @@ fn bars(source: &Source, quiet: bool) -> impl FnMut(Event) + use<> {
 }
 
 /// Quantizes the first block, and says what all of them would take.
-fn dry_run(checked: &Checked, json: bool) -> anyhow::Result<()> {
-    let Checked { source, recipe, plan, destination, texts, watch } = checked;
+fn dry_run(checked: &Checked) -> anyhow::Result<()> {
+    let Checked { source, recipe, plan, destination, texts, quiet, watch } = checked;
     interrupt::explain(After::Remove(destination.trial()?.partial()?));
-    let (mut bars, mut peak) = (bars(source, json), None);
+    let (mut bars, mut peak) = (bars(source, *quiet), None);
     let mut progress = |event: Event| {
         if matches!(event, Event::Block { .. }) {
             peak = watch.peak();
@@ -278,7 +278,7 @@ fn dry_run(checked: &Checked, json: bool) -> anyhow::Result<()> {
         bars(event);
     };
     let trial = q::first_block(source, recipe, texts.as_deref(), destination, &mut progress)?;
-    if json {
+    if *quiet {
         let result =
             json!({ "plan": plan, "recipe": recipe, "first_block": trial, "peak_anonymous_bytes": peak });
         writeln!(std::io::stdout(), "{result:#}")?;
@@ -455,6 +455,7 @@ pub struct Wanted<'a> {
     pub overrides: &'a Overrides,
     pub destination: q::Destination,
     pub ignore_memory: bool,
+    /// For `--json`, whose result is all that is printed.
     pub quiet: bool,
 }
 
@@ -465,6 +466,7 @@ pub struct Checked {
     plan: Plan,
     pub destination: q::Destination,
     texts: Option<Vec<Vec<u32>>>,
+    quiet: bool,
     /// Of memory since before the text was read.
     watch: system::Watch,
 }
@@ -473,9 +475,8 @@ impl Checked {
     /// Looks at all that can be known before a weight is read, and tells all that is wrong. Prints the plan, also of what is refused.
     pub fn new(wanted: Wanted) -> anyhow::Result<Checked> {
         let watch = system::Watch::new();
-        let Wanted { model, overrides, mut destination, ignore_memory, quiet, .. } = wanted;
-        let (recipe, source) =
-            both(recipe(wanted.recipe, overrides), Source::open(model).map_err(Into::into))?;
+        let Wanted { model, recipe: name, overrides, mut destination, ignore_memory, quiet } = wanted;
+        let (recipe, source) = both(recipe(name, overrides), Source::open(model).map_err(Into::into))?;
         system::set_threads(recipe.threads)?;
         let describe = |plan: &Plan| (!quiet).then(|| note!("{}", describe(plan, &recipe)));
         // Said before it is refused, too.
@@ -488,7 +489,7 @@ impl Checked {
         destination.spill = plan.as_ref().is_ok_and(|plan| plan.spill);
         let output = q::check_output(&destination).map_err(Into::into);
         let ((plan, ()), texts) = both(both(plan, output), prepare(&source, &recipe, quiet))?;
-        Ok(Checked { source, recipe, plan, destination, texts, watch })
+        Ok(Checked { source, recipe, plan, destination, texts, quiet, watch })
     }
 
     /// What is of use behind the run.
@@ -497,8 +498,8 @@ impl Checked {
     }
 
     /// Does it.
-    pub fn run(&self, quiet: bool) -> anyhow::Result<Report> {
-        run_told(&self.source, &self.recipe, self.texts.as_deref(), &self.destination, quiet)
+    pub fn run(&self) -> anyhow::Result<Report> {
+        run_told(&self.source, &self.recipe, self.texts.as_deref(), &self.destination, self.quiet)
     }
 }
 
@@ -522,7 +523,7 @@ pub fn run(args: QuantizeArgs) -> anyhow::Result<ExitCode> {
         quiet: args.json,
     })?;
     if args.dry_run {
-        dry_run(&checked, args.json)?;
+        dry_run(&checked)?;
         return Ok(ExitCode::SUCCESS);
     }
     let Checked { recipe, plan, watch, .. } = &checked;
@@ -532,7 +533,7 @@ pub fn run(args: QuantizeArgs) -> anyhow::Result<ExitCode> {
         }
         return Ok(ExitCode::SUCCESS);
     }
-    let report = checked.run(args.json)?;
+    let report = checked.run()?;
     let seconds = started.elapsed().as_secs_f64();
     let peak = system::peak_rss();
     if args.json {

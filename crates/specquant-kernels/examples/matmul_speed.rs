@@ -26,7 +26,7 @@ fn main() {
     let threads = rayon::current_num_threads();
     println!("isa {}, {threads} threads; {:?}", Isa::active().name(), measure_ceilings(threads, 2.));
     println!("{:>12} {:>5}  {:>10}  GOP/s and ratio to it", "in x out", "rows", "dense f32");
-    for (inp, out) in [(576, 576), (576, 1536), (1536, 576), (4096, 4096)] {
+    for (inp, out) in [(576, 576), (576, 1536), (1536, 576), (4096, 4096), (4096, 11008), (11008, 4096)] {
         let mut seed = 1u32;
         let mut float = || {
             seed = seed.wrapping_mul(1664525).wrapping_add(1013904223);

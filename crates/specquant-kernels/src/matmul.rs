@@ -50,8 +50,6 @@ const PANELS: usize = 2;
 const INT_DEPTH: usize = 768;
 /// Blocks of a group lie multiples of what AMX takes at once apart.
 const INT_STEP: usize = 64;
-/// Bytes of results that do not stay in a core's L2 until they are read.
-const LARGE: usize = 1 << 21;
 /// Inputs of a block: 16 channels of widened weights take 8 kB.
 const FLOAT_DEPTH: usize = 128;
 
@@ -352,7 +350,7 @@ fn int_rect<K: Kernel>(kernel: K, parts: &[Part], mut rect: Rect) {
                         let n = strip.len();
                         let first = if one_block(w) { 0 } else { count * strip.start };
                         let acc = &mut acc[first..][..count * n];
-                        if rect.bytes() > LARGE && end == w.in_features() {
+                        if end == w.in_features() {
                             rect.fetch(strip.clone(), col..col + count * PANEL);
                         }
                         kernel.int_block(&block.of(&strip), &mut scratch, acc);

@@ -161,7 +161,7 @@ mod run {
 
     /// Steps of a trial at most: more than the teacher reads at once, twice.
     const TRIAL_STEPS: usize = 5000;
-    /// Of those times at most.
+    /// Times that are compared at most.
     const TRIALS: usize = 16;
     /// Time that is measured of a trial, and a little more.
     const TRIAL: Duration = Duration::from_secs(6);

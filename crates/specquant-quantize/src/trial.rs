@@ -75,11 +75,12 @@ fn tuning_seconds(
     output: &mut Output,
 ) -> Result<f64> {
     const SOME: usize = 4;
-    write_config(&source.first_layer_times(1), recipe, begun, output)?;
+    write_config(&source.repeating_first_block(1), recipe, begun, output)?;
     output.write_index()?;
     let checkpoint = Source::open(output.path())?;
     let step = |layers| {
-        let (teacher, student) = (source.first_layer_times(layers), checkpoint.first_layer_times(layers));
+        let (teacher, student) =
+            (source.repeating_first_block(layers), checkpoint.repeating_first_block(layers));
         learn::step_seconds(&teacher, &student, settings, &begun.texts)
     };
     let (one, some) = (step(1)?, step(SOME)?);

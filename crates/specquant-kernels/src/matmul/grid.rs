@@ -11,6 +11,9 @@ use std::ops::Range;
 /// Multiply-accumulates that a rectangle has at least, if the product has them: below, sharing costs more than it saves.
 const GRAIN: usize = 1 << 17;
 
+/// Bytes of results that do not stay in a core's L2 until they are read.
+#[cfg(target_arch = "x86_64")]
+const LARGE: usize = 1 << 21;
 /// Values of a cache line.
 #[cfg(target_arch = "x86_64")]
 const LINE: usize = 16;
@@ -30,16 +33,12 @@ pub(super) struct Rect<'a> {
 }
 
 impl Rect<'_> {
-    /// Bytes of the whole result.
-    pub(super) fn bytes(&self) -> usize {
-        self.total
-    }
-
-    /// Asks for what is about to be written over, so that the core need not wait for it then: rows lie so far apart that the processor does not see it coming.
+    /// Asks for what is about to be written over, if it is not in a core's L2 anyway, so that the core need not wait for it then: rows lie so far apart that
+    /// the processor does not see it coming.
     #[inline(always)]
     pub(super) fn fetch(&mut self, rows: Range<usize>, columns: Range<usize>) {
         #[cfg(target_arch = "x86_64")]
-        for row in rows {
+        for row in if self.total > LARGE { rows } else { 0..0 } {
             let row = self.row_mut(row);
             let end = columns.end.min(row.len());
             for line in row[columns.start.min(end)..end].chunks(LINE) {

@@ -194,15 +194,15 @@ impl Source {
         if problems.is_empty() { Ok(()) } else { Err(Error::Tensors { path: self.path.clone(), problems }) }
     }
 
-    /// A model of `n` blocks, all of which are the first, which is what others take the time of.
-    pub fn first_layer_times(&self, n: usize) -> Source {
+    /// A model of `n` blocks, each of them the first: what takes as long as some blocks of this one, where there is but one yet.
+    pub fn repeating_first_block(&self, n: usize) -> Source {
         const FIRST: &str = "model.layers.0.";
         let mut made = self.clone();
         made.config.num_layers = n;
+        made.config.sliding_window = vec![self.config.sliding_window.first().copied().flatten(); n];
         made.config_json["num_hidden_layers"] = json!(n);
         if let Some(types) = made.config_json.get_mut("layer_types").and_then(Value::as_array_mut) {
-            let first = types.first().cloned();
-            *types = first.into_iter().cycle().take(n).collect();
+            *types = vec![types.first().cloned().unwrap_or_default(); n];
         }
         for (name, view) in &self.tensors {
             let Some(suffix) = name.strip_prefix(FIRST) else { continue };

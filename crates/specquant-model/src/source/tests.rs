@@ -82,6 +82,22 @@ fn golden_directories() {
 }
 
 #[test]
+fn the_first_block_repeated_is_a_model() {
+    for name in ["llama-sharded", "mistral", "qwen3"] {
+        let source = Source::open(&Path::new(TINY).join(name)).unwrap();
+        let made = source.repeating_first_block(5);
+        made.validate().unwrap();
+        let config = ModelConfig::from_hf_json(made.config_json(), Path::new("config.json")).unwrap();
+        assert_eq!((config.num_layers, &config.sliding_window), (5, &made.config.sliding_window));
+        for (name, _) in source.config.linear_shapes(0) {
+            let first = source.tensor(&format!("{name}.weight")).unwrap();
+            let last = made.tensor(&format!("{}.weight", name.replace("layers.0", "layers.4"))).unwrap();
+            assert_eq!(first.bytes(), last.bytes(), "{name}");
+        }
+    }
+}
+
+#[test]
 fn what_is_not_a_model() {
     let dir = tempfile::tempdir().unwrap();
     error(&dir, &["no config.json", "GGUF"]);
