@@ -18,8 +18,9 @@ use specquant_quantize as q;
 
 use crate::args::{CompareArgs, Overrides};
 use crate::eval::Prose;
+use crate::resources::check_resources;
 use crate::tasks::{self, Queries, run_info};
-use crate::ui::{self, note, table};
+use crate::ui::{self, Wrong, note, table};
 use crate::{eval, quantize, system};
 
 /// Tells a directory that a comparison writes to from any other.
@@ -72,59 +73,66 @@ fn names(paths: &[PathBuf]) -> Vec<String> {
     names
 }
 
-/// Quantizes the first model by the recipes, each with whether hidden states go to the disk, except where an earlier run has done so.
-fn quantize_all(
-    args: &CompareArgs,
-    recipes: &[(q::Recipe, bool)],
-    source: &Source,
-    source_sha256: &str,
-) -> anyhow::Result<Vec<PathBuf>> {
-    for (i, (recipe, _)) in recipes.iter().enumerate() {
-        let twice = recipes[..i].iter().any(|(r, _)| sanitized(&r.name) == sanitized(&recipe.name));
-        anyhow::ensure!(
-            !twice,
-            "--recipes: two of them are called {:?}; give each a name of its own",
-            recipe.name
-        );
-    }
-    let dir = args.output.join(CHECKPOINTS);
-    let mut paths = Vec::new();
-    for (recipe, spill) in recipes {
-        let path = dir.join(sanitized(&recipe.name));
-        let calibration = recipe.calibration.file.as_ref().map(|file| -> anyhow::Result<String> {
-            let text = read_text(file).map_err(anyhow::Error::msg);
-            Ok(sha256(text.with_context(|| format!("calibration text {}", file.display()))?.as_bytes()))
-        });
+/// A recipe that the first model is quantized by.
+struct Quantization {
+    recipe: q::Recipe,
+    /// Whether hidden states go to the disk.
+    spill: bool,
+    checkpoint: PathBuf,
+    /// What the checkpoint depends on, and where that is noted.
+    identity: Value,
+    record: PathBuf,
+}
+
+impl Quantization {
+    /// Looks at all that can be known before it is done, and whether an earlier run has done it with other settings.
+    fn new(
+        args: &CompareArgs,
+        recipe: q::Recipe,
+        source: &Source,
+        source_sha256: &str,
+        wrong: &mut Wrong,
+    ) -> Quantization {
+        let plan = check_resources(source, &recipe, &args.output, args.ignore_memory, false);
+        let spill = wrong.of(plan).is_some_and(|plan| plan.spill);
+        wrong.of(quantize::prepare(source, &recipe, true));
         // The calibration text is what it says, wherever it lies.
+        let text = recipe.calibration.file.as_ref().and_then(|file| read_text(file).ok());
         let mut settings = recipe.clone();
         settings.calibration.file = None;
-        let identity = json!({ "format_version": FORMAT_VERSION, "source_sha256": source_sha256, "calibration_sha256": calibration.transpose()?, "recipe": settings });
-        let record = dir.join(format!("{}.json", sanitized(&recipe.name)));
-        if path.exists() {
-            let same =
-                fs::read(&record).is_ok_and(|bytes| serde_json::from_slice(&bytes).ok() == Some(identity));
-            anyhow::ensure!(
-                same,
+        let identity = json!({ "format_version": FORMAT_VERSION, "source_sha256": source_sha256, "calibration_sha256": text.map(|text| sha256(text.as_bytes())), "recipe": settings });
+        let (dir, name) = (args.output.join(CHECKPOINTS), sanitized(&recipe.name));
+        let (checkpoint, record) = (dir.join(&name), dir.join(format!("{name}.json")));
+        let made = |bytes: Vec<u8>| serde_json::from_slice::<Value>(&bytes).ok();
+        if checkpoint.exists() && fs::read(&record).ok().and_then(made).as_ref() != Some(&identity) {
+            wrong.of::<()>(Err(anyhow::anyhow!(
                 "{} was made from another model, calibration text or settings; remove it, or choose another -o",
-                path.display()
-            );
-        } else {
-            if !args.json {
-                note!("quantizing by {} {}", recipe.name, recipe.scheme);
-            }
-            fs::create_dir_all(&dir).with_context(|| format!("cannot create {}", dir.display()))?;
-            // Before the checkpoint, which then is never there without it.
-            write_whole(&record, |file| writeln!(file, "{identity:#}"))?;
-            let destination = q::Destination {
-                unfinished: q::Unfinished::Resume,
-                spill: *spill,
-                ..q::Destination::new(&path)
-            };
-            quantize::quantize(source, recipe, &destination, args.json)?;
+                checkpoint.display()
+            )));
         }
-        paths.push(path);
+        Quantization { recipe, spill, checkpoint, identity, record }
     }
-    Ok(paths)
+
+    /// Quantizes the model, except where an earlier run has done so.
+    fn run(&self, args: &CompareArgs, source: &Source) -> anyhow::Result<()> {
+        let Quantization { recipe, spill, checkpoint, identity, record } = self;
+        if checkpoint.exists() {
+            return Ok(());
+        }
+        if !args.json {
+            note!("quantizing by {} {}", recipe.name, recipe.scheme);
+        }
+        let dir = args.output.join(CHECKPOINTS);
+        fs::create_dir_all(&dir).with_context(|| format!("cannot create {}", dir.display()))?;
+        // Before the checkpoint, which then is never there without it.
+        write_whole(record, |file| writeln!(file, "{identity:#}"))?;
+        let destination = q::Destination {
+            unfinished: q::Unfinished::Resume,
+            spill: *spill,
+            ..q::Destination::new(checkpoint)
+        };
+        quantize::quantize(source, recipe, &destination, args.json).map(drop)
+    }
 }
 
 /// Reads what an earlier run has measured under the same conditions.
@@ -273,27 +281,59 @@ fn check(args: &CompareArgs) -> anyhow::Result<()> {
     Ok(())
 }
 
+/// What is compared: texts, tasks, the model that is quantized, and how.
+struct Job {
+    data: Vec<TaskData>,
+    text: Option<String>,
+    first: Source,
+    quantizations: Vec<Quantization>,
+}
+
+impl Job {
+    /// Reads all that is there before the first hour of work, and tells all that is wrong with it.
+    fn read(args: &CompareArgs) -> anyhow::Result<Job> {
+        let mut wrong = Wrong::default();
+        let data = args.tasks.data.as_ref().and_then(|_| wrong.of(tasks::read(&args.tasks)));
+        let text = args.text.text.as_ref().and_then(|_| wrong.of(eval::read(&args.text)));
+        let mut sources = args.models.iter().map(|model| wrong.of(Source::open(model)));
+        let first = sources.next().flatten();
+        sources.for_each(drop);
+        let sha256 = first.as_ref().and_then(|source| wrong.of(source.fingerprint()));
+        let mut quantizations: Vec<Quantization> = Vec::new();
+        for name in &args.recipes {
+            let Some(recipe) = wrong.of(quantize::recipe(name, &args.overrides)) else { continue };
+            if quantizations.iter().any(|q| sanitized(&q.recipe.name) == sanitized(&recipe.name)) {
+                wrong.of::<()>(Err(anyhow::anyhow!(
+                    "--recipes: two of them are called {:?}; give each a name of its own",
+                    recipe.name
+                )));
+            }
+            if let (Some(source), Some(sha256)) = (&first, &sha256) {
+                quantizations.push(Quantization::new(args, recipe, source, sha256, &mut wrong));
+            }
+        }
+        match first {
+            Some(first) if wrong.is_nothing() => {
+                Ok(Job { data: data.unwrap_or_default(), text, first, quantizations })
+            }
+            _ => Err(wrong.into_error()),
+        }
+    }
+}
+
 pub fn run(args: CompareArgs) -> anyhow::Result<ExitCode> {
     system::set_threads(args.overrides.threads)?;
     check(&args)?;
-    // Everything is read, encoded and looked up before the first hour of work, except for what is yet to be quantized.
-    let data = if args.tasks.data.is_some() { tasks::read(&args.tasks)? } else { Vec::new() };
-    let text = args.text.text.as_ref().map(|_| eval::read(&args.text)).transpose()?;
-    let first = Source::open(&args.models[0])?;
-    let mut recipes = Vec::new();
-    for recipe in &args.recipes {
-        let recipe = quantize::recipe(recipe, &args.overrides)?;
-        let plan = quantize::check_resources(&first, &recipe, &args.output, args.ignore_memory, false)?;
-        recipes.push((recipe, plan.spill));
-    }
-    for model in &args.models[1..] {
-        Source::open(model)?;
-    }
+    let Job { data, text, first, quantizations } = Job::read(&args)?;
     let _claim = claim_directory(&args.output, MARK, "comparison", args.resume)?;
     let mut paths = args.models.clone();
-    paths.extend(quantize_all(&args, &recipes, &first, &first.fingerprint()?)?);
+    paths.extend(quantizations.iter().map(|q| q.checkpoint.clone()));
     let mut entries: Vec<Entry> = Vec::new();
-    for (name, path) in names(&paths).into_iter().zip(paths) {
+    for (i, (name, path)) in names(&paths).into_iter().zip(paths).enumerate() {
+        // After the models that are given were looked at.
+        if i == args.models.len() {
+            quantizations.iter().try_for_each(|q| q.run(&args, &first))?;
+        }
         let model = name.clone();
         let entry = prepare(&args, (name, path), text.as_deref(), &data, entries.first()).context(model)?;
         entries.push(entry);

@@ -15,6 +15,7 @@ mod inspect;
 mod interrupt;
 mod quantize;
 mod reproduce;
+mod resources;
 mod synth;
 mod system;
 mod tasks;

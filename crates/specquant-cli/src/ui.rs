@@ -140,3 +140,31 @@ mod tests {
         assert_eq!(super::table(&rows), "a    bb\nccc   d\n");
     }
 }
+
+/// All that is wrong with what was asked for, to be said at once.
+#[derive(Default)]
+pub struct Wrong(Vec<String>);
+
+impl Wrong {
+    /// What was looked at, if nothing is wrong with it.
+    pub fn of<T>(&mut self, looked_at: Result<T, impl Into<anyhow::Error>>) -> Option<T> {
+        let error: anyhow::Error = match looked_at {
+            Ok(found) => return Some(found),
+            Err(error) => error.into(),
+        };
+        let line = format!("{error:#}");
+        // Several runs may stumble over one file.
+        if !self.0.contains(&line) {
+            self.0.push(line);
+        }
+        None
+    }
+
+    pub fn is_nothing(&self) -> bool {
+        self.0.is_empty()
+    }
+
+    pub fn into_error(self) -> anyhow::Error {
+        anyhow::anyhow!(self.0.join("\n"))
+    }
+}

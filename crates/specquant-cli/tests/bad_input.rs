@@ -539,13 +539,32 @@ fn everything_that_is_wrong_at_once() {
     refuse(&lab, run.iter().chain(&wrong), &words);
     refuse(&lab, run.iter().chain(&wrong).chain(&["--plan"]), &words);
     refuse(&lab, run.iter().chain(&wrong).chain(&["--dry-run"]), &words);
-    assert_eq!(fs::read_to_string(out).unwrap(), "my own file");
+    assert_eq!(fs::read_to_string(&out).unwrap(), "my own file");
     // A recipe that contradicts itself twice; a model that is not there.
     let recipe =
         "name = \"x\"\n[calibration]\nsamples = 0\n[rounding]\nkind = \"gptq\"\ndampening_frac = 7.0\n";
     let recipe = lab.file("recipe.toml", recipe);
-    let run = ["quantize", "-r", recipe.to_str().unwrap(), "-m", model, "-o", "other"];
-    refuse(&lab, run, &["dampening_frac", "samples"]);
-    let run = ["quantize", "-r", "no-such-recipe", "-m", "no-such-model", "-o", "other"];
+    let (recipe, mine, out) = (recipe.to_str().unwrap(), out.to_str().unwrap(), "other");
+    let run = ["quantize", "-r", recipe, "-m", model, "-o", mine];
+    refuse(&lab, run, &["dampening_frac", "samples", "mine"]);
+    let run = ["quantize", "-r", "no-such-recipe", "-m", "no-such-model", "-o", out];
     refuse(&lab, run, &["no-such-recipe", "no-such-model"]);
+    // Of a comparison: each recipe, the models, the text, the tasks.
+    let recipes = format!("no-such-recipe,{recipe},gptq,rtn");
+    let run =
+        ["compare", model, "no-such-model", "-o", out, "--recipes", &recipes, "--text", "no-such-prose.txt"];
+    let settings = ["--data", "no-such-tasks", "--calibration", text.to_str().unwrap(), "--group-size", "7"];
+    let words = [
+        "no-such-recipe",
+        "dampening_frac",
+        "samples",
+        "gptq",
+        "rtn",
+        "group size 7",
+        "no-such-text.txt",
+        "no-such-model",
+        "no-such-prose.txt",
+        "no-such-tasks",
+    ];
+    refuse(&lab, run.iter().chain(&settings), &words);
 }

@@ -302,7 +302,7 @@ twin! {
 mod tests {
     use super::*;
     use crate::KvFormat;
-    use crate::ops::test_noise as noise;
+    use crate::ops::{affordable, test_noise as noise};
 
     /// Attention in f64 over what the cache reads back as.
     fn naive(
@@ -354,8 +354,9 @@ mod tests {
     }
 
     /// (queries, cache length, heads, kv heads, head_dim, window)
-    const CASES: [(usize, usize, usize, usize, usize, Option<usize>); 14] = [
+    const CASES: [(usize, usize, usize, usize, usize, Option<usize>); 15] = [
         (1, 1, 1, 1, 1, None),
+        (20, 20, 2, 1, 3, Some(9)),
         (5, 5, 2, 1, 7, None),
         (64, 64, 9, 3, 16, None),
         (65, 130, 6, 2, 5, None),
@@ -371,9 +372,13 @@ mod tests {
         (300, 301, 2, 2, 64, Some(1000)),
     ];
 
+    fn work(&(t, len, heads, _, d, _): &(usize, usize, usize, usize, usize, Option<usize>)) -> usize {
+        t * len * heads * d / 4
+    }
+
     #[test]
     fn matches_f64_in_every_shape() {
-        for (t, len, heads, kv_heads, d, window) in CASES {
+        for (t, len, heads, kv_heads, d, window) in affordable(CASES, work) {
             let cache = filled(KvFormat::F32, len, kv_heads, d);
             let q: Vec<f32> = noise(t * heads * d, 13).iter().map(|v| v * 3.0).collect();
             let got = run(&q, t, heads, &cache, window);
@@ -390,7 +395,7 @@ mod tests {
     fn matches_f64_in_every_format() {
         let ints = (2..=8).map(|bits| KvFormat::Int { bits, clip: 0.95, intact: 0 });
         for format in [KvFormat::F32, KvFormat::F16].into_iter().chain(ints) {
-            for (t, d) in [(1, 16), (70, 16), (70, 9)] {
+            for (t, d) in affordable([(1, 4), (1, 16), (70, 16), (70, 9)], |(t, d)| 200 * t * d) {
                 let cache = filled(format, 200, 2, d);
                 let q = noise(t * 6 * d, 13);
                 let got = run(&q, t, 6, &cache, None);
@@ -430,7 +435,7 @@ mod tests {
 
     #[test]
     fn threads_do_not_change_a_bit() {
-        for (t, len, heads, kv_heads, d, window) in CASES {
+        for (t, len, heads, kv_heads, d, window) in affordable(CASES, work) {
             let mut cache = filled(KvFormat::Int { bits: 4, clip: 1.0, intact: 0 }, len, kv_heads, d);
             let q = noise(t * heads * d, 13);
             for any_order in [false, true] {

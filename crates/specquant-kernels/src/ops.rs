@@ -348,6 +348,15 @@ pub fn rope(x: &mut [f32], heads: usize, head_dim: usize, cos: &[f32], sin: &[f3
     }
 }
 
+/// Test cases, all of them but under Miri, which interprets those of little work in minutes. work: about the products of a case.
+#[cfg(test)]
+pub(crate) fn affordable<T>(
+    cases: impl IntoIterator<Item = T>,
+    work: impl Fn(&T) -> usize,
+) -> impl Iterator<Item = T> {
+    cases.into_iter().filter(move |case| !cfg!(miri) || work(case) <= 2000)
+}
+
 /// Reproducible numbers in [-1, 1).
 #[cfg(test)]
 pub(crate) fn test_noise(n: usize, seed: u64) -> Vec<f32> {

@@ -115,6 +115,7 @@ impl Reflections {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::ops::affordable;
 
     fn vectors(r: usize, n: usize) -> Vec<f32> {
         (0..r * n).map(|i| ((i * 7919 + 13) % 1009) as f32 / 504.5 - 1.0).collect()
@@ -135,7 +136,8 @@ mod tests {
 
     #[test]
     fn equal_one_reflection_after_another() {
-        for (rows, n, r) in [(1, 8, 1), (3, 40, 5), (300, 96, 16), (1, 576, 32)] {
+        let shapes = [(1, 8, 1), (3, 40, 5), (300, 96, 16), (1, 576, 32)];
+        for (rows, n, r) in affordable(shapes, |(rows, n, r)| rows * n * r) {
             let (v, x) = (vectors(r, n), vectors(rows, n));
             let mut got = x.clone();
             Reflections::new(n, v.clone()).apply(&mut got, rows);

@@ -210,13 +210,17 @@ pub fn quantize_block(
     for (i, site) in Site::ALL.into_iter().enumerate() {
         let names: Vec<String> = site.layers().iter().map(|name| format!("{prefix}.{name}")).collect();
         let names: Vec<&str> = names.iter().map(String::as_str).collect();
-        let linears = block.site(site);
-        let full_outputs = outputs(&linears, &stats[i].input(&[]))?;
+        let full_outputs = outputs(&block.site(site), &stats[i].input(&[]))?;
         let mut change = match (&learned.inputs[i], &recipe.input) {
             (Some(transform), _) => Some((transform.clone(), stats[i].transformed(transform))),
             (None, Some(change)) => Some(stats[i].transform(change)),
             (None, None) => None,
         };
+        let mut parts = Vec::new();
+        if let Some((transform, rest)) = &change {
+            let of = |layer| Parts::of(layer, transform, &rest.input(&[]));
+            parts.extend(block.site_mut(site).into_iter().filter_map(of));
+        }
         let rest = change.as_mut().map_or(&mut stats[i], |(_, rest)| rest);
         let factor: Option<Factor> = match &recipe.rounding {
             Rounding::Gptq(gptq) => {
@@ -233,14 +237,11 @@ pub fn quantize_block(
         let rest = change.as_ref().map_or(&stats[i], |(_, rest)| rest);
         let mean_abs = rest.mean_abs();
         let input = rest.input(&mean_abs);
+        let linears = block.site(site);
         let mut weights = weights(&linears, &names);
         weights.iter_mut().for_each(|w| w.clip = learned.clips.get(w.name).map(Vec::as_slice));
-        let mut parts = Vec::new();
-        if let Some((transform, _)) = &change {
-            parts.extend(weights.iter().map(|w| Parts::of(w, transform, &input)));
-            for (w, part) in weights.iter_mut().zip(&parts) {
-                (w.inp, w.values) = (part.inp, &part.rest);
-            }
+        for (w, part) in weights.iter_mut().zip(&parts) {
+            (w.inp, w.values) = (part.inp, &part.rest);
         }
         let wants: Vec<&[f32]> = match parts.is_empty() {
             true => full_outputs.iter().map(Vec::as_slice).collect(),
@@ -363,17 +364,19 @@ struct Parts {
 }
 
 impl Parts {
-    /// input: of the coordinates that are not kept.
-    fn of(w: &Weight, transform: &InputTransform, input: &Input) -> Self {
-        let split = transform.apply_to_weight(w.values, w.out);
-        let (r, inp) = (transform.kept(), w.inp - transform.kept());
-        let kept = (r > 0).then(|| round_kept(&split.kept, w.out));
-        let mut want = vec![0.0; input.rows * w.out];
-        matmul_nt(input.sample, &split.rest, &mut want, input.rows, inp, w.out, false);
-        if let Some(bias) = w.bias {
-            want.chunks_exact_mut(w.out).for_each(|y| y.iter_mut().zip(bias).for_each(|(y, b)| *y += b));
+    /// The parts of a dense layer, whose weight is gone then: both at a time would be much. input: of the coordinates that are not kept.
+    fn of(layer: &mut Linear, transform: &InputTransform, input: &Input) -> Option<Self> {
+        let out = layer.out_features();
+        let (w, bias) = layer.dense_mut()?;
+        let split = transform.apply_to_weight(&std::mem::take(w), out);
+        let (r, inp) = (transform.kept(), transform.width() - transform.kept());
+        let kept = (r > 0).then(|| round_kept(&split.kept, out));
+        let mut want = vec![0.0; input.rows * out];
+        matmul_nt(input.sample, &split.rest, &mut want, input.rows, inp, out, false);
+        if let Some(bias) = bias {
+            want.chunks_exact_mut(out).for_each(|y| y.iter_mut().zip(&*bias).for_each(|(y, b)| *y += b));
         }
-        Parts { inp, rest: split.rest.into_vec(), kept, want }
+        Some(Parts { inp, rest: split.rest.into_vec(), kept, want })
     }
 }
 

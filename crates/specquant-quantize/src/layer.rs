@@ -118,10 +118,10 @@ pub fn quantize(
     round: Round,
     input: &Input,
 ) -> Result<(StoredLinear, RoundingReport)> {
-    let mut residual = w.values.to_vec();
-    if let Some(branch) = branch {
-        residual.iter_mut().zip(&branch.weight).for_each(|(r, b)| *r -= b);
-    }
+    let residual: Cow<[f32]> = match branch {
+        Some(branch) => w.values.iter().zip(&branch.weight).map(|(w, b)| w - b).collect(),
+        None => Cow::Borrowed(w.values),
+    };
     let group_size = scheme.group(w.inp);
     let groups = w.inp / group_size;
     let mut codes = vec![0i8; residual.len()];

@@ -41,12 +41,14 @@ fn wide(config: &ModelConfig) -> usize {
     4 * config.hidden_size + 3 * config.intermediate_size + 3 * config.num_heads * config.head_dim
 }
 
-/// f32 values of the rows that calibration runs through a block together: of all the residual stream, angles, queries, keys and values, the cache of both and
-/// what attention puts out; the rest a part of them at a time; and what is packed of the widest layer.
-fn passing(config: &ModelConfig, shapes: &[(String, [usize; 2])], rows: usize) -> usize {
-    let head = (1 + 2 * config.num_heads + 4 * config.num_kv_heads) * config.head_dim;
+/// f32 values of the rows that calibration runs through a block together: of all the residual stream, angles, queries, keys and values, and what attention
+/// puts out; the rest a part of them at a time; the cache of their sequences; and what is packed of the widest layer.
+fn passing(config: &ModelConfig, shapes: &[(String, [usize; 2])], rows: usize, longest: usize) -> usize {
+    let at_once = BATCH_ROWS.min(rows);
+    let head = (1 + 2 * config.num_heads + 2 * config.num_kv_heads) * config.head_dim;
+    let cached = longest.max(at_once) * 2 * config.num_kv_heads * config.head_dim;
     let packed = shapes.iter().map(|(_, [out, inp])| columns_at_once(*out) * inp).max().unwrap_or(0);
-    rows * (config.hidden_size + head) + ROWS_AT_ONCE.min(rows) * wide(config) + packed
+    at_once * (config.hidden_size + head) + ROWS_AT_ONCE.min(rows) * wide(config) + cached + packed
 }
 
 fn weights(shapes: &[(String, [usize; 2])]) -> usize {
@@ -89,22 +91,22 @@ fn block(config: &ModelConfig, recipe: &Recipe, shapes: &[(String, [usize; 2])])
     let all_hessians: usize = Site::ALL.into_iter().map(hessian).sum();
     // What a row leaves behind at every site, and what it takes on its way.
     let kept = 4 * searched * Site::ALL.map(|site| config.site_width(site)).iter().sum::<usize>();
-    let observing = whole
-        + all_hessians
-        + kept
-        + 4 * passing(config, shapes, BATCH_ROWS.max(recipe.calibration.sequence_length).min(rows));
+    let observing =
+        whole + all_hessians + kept + 4 * passing(config, shapes, rows, recipe.calibration.sequence_length);
 
     let of_site = |site: Site| 4 * site_outputs(shapes, site) * config.site_width(site);
     let widest_of = |site: Site| {
         let of = shapes.iter().filter(|(name, _)| site.layers().iter().any(|layer| name.ends_with(layer)));
         of.map(|(_, [out, inp])| 4 * out * inp).max().unwrap_or(0)
     };
-    // A layer that is rounded: what is left to round, its codes, and its two packed forms.
-    let rounding = |site: Site| 2 * widest_of(site);
+    // A layer that is rounded: its codes and its two packed forms.
+    let rounding = widest_of;
     let branch = |site: Site| {
         let (outs, inp) = (site_outputs(shapes, site), config.site_width(site));
         recipe.branch.as_ref().map_or(0, |b| {
+            // Of a layer, what the branch leaves to round.
             of_site(site)
+                + widest_of(site)
                 + match b.basis {
                     // A fit in f64, of the layers of a site together; weighted, by a second moment that was scaled.
                     BranchBasis::Svd => 8 * outs * inp,
@@ -130,7 +132,8 @@ fn block(config: &ModelConfig, recipe: &Recipe, shapes: &[(String, [usize; 2])])
         let kept = if recipe.branch.is_some() { hessian(site) } else { 0 };
         // In the place of the second moment: its factor in f64, and half as much again.
         let factor = if gptq { kept + 4 * square(site) } else { 0 };
-        let transformed = if recipe.input.is_some() { of_site(site) } else { 0 };
+        // A layer at a time takes the place of what it was.
+        let transformed = if recipe.input.is_some() { widest_of(site) } else { 0 };
         most = most.max(done + waiting + factor.max(transformed + rounding(site) + branch(site) + kept));
         done += of_site(site) * 3 / 8;
         waiting -= of_site(site) + hessian(site);

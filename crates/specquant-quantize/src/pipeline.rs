@@ -18,8 +18,8 @@ use crate::transforms::rotate::{self, Orthogonal};
 use crate::vocabulary::HalfType;
 use crate::{Result, SiteStats, States};
 
-/// Rows that run through a block together.
-pub(crate) const BATCH_ROWS: usize = 2048;
+/// Rows that run through a block together: some short sequences, or the next part of a long one.
+pub(crate) const BATCH_ROWS: usize = 256;
 
 /// What a recipe's rotation comes to in a model.
 pub(crate) struct Rotation {
@@ -194,8 +194,8 @@ pub fn observe(
     Ok((stats, KvCenter { keys: mean(keys), values: mean(values) }))
 }
 
-/// Runs whole sequences through one block, a few at a time, each with a fresh cache, which `finished` sees at the end. states, moves: as in
-/// [`observe`].
+/// Runs whole sequences through one block, at most [`BATCH_ROWS`] rows at a time, each with a fresh cache, which `finished` sees at the end.
+/// states, moves: as in [`observe`].
 fn run_block(
     block: &Block,
     config: &ModelConfig,
@@ -210,19 +210,29 @@ fn run_block(
     let longest = ranges.iter().map(|range| range.len() / hidden).max().unwrap_or(1).max(1);
     let inv_freq = config.inv_freq(block.window.is_some());
     for batch in ranges.chunks((BATCH_ROWS / longest).max(1)) {
-        let rows: Vec<usize> = batch.iter().map(|range| range.len() / hidden).collect();
+        let new_cache = || KvCache::new(kv, config.num_kv_heads, config.head_dim);
+        let mut caches: Vec<KvCache> = batch.iter().map(|_| new_cache()).collect();
         let all = batch[0].start..batch[batch.len() - 1].end;
-        let rope = RopeTable::new(&inv_freq, rows.iter().flat_map(|&n| 0..n));
-        let mut x = states.values()[all.clone()].to_vec();
-        let mut caches: Vec<KvCache> =
-            rows.iter().map(|_| KvCache::new(kv, config.num_kv_heads, config.head_dim)).collect();
-        let mut spans: Vec<Span> =
-            rows.iter().zip(&mut caches).map(|(&rows, cache)| Span { rows, cache }).collect();
-        block.forward(config, &rope, &mut x, &mut spans, observe)?;
-        caches.iter().for_each(&mut *finished);
-        if moves {
-            states.values_mut()[all].copy_from_slice(&x);
+        // Several sequences are one part; a batch of more parts is one sequence.
+        for start in all.clone().step_by(BATCH_ROWS * hidden) {
+            let part = start..all.end.min(start + BATCH_ROWS * hidden);
+            let tokens = |range: &Range<usize>| {
+                let before = start.saturating_sub(range.start) / hidden;
+                before..(part.end.min(range.end) - range.start) / hidden
+            };
+            let rope = RopeTable::new(&inv_freq, batch.iter().flat_map(tokens));
+            let mut spans: Vec<Span> = batch
+                .iter()
+                .zip(&mut caches)
+                .map(|(range, cache)| Span { rows: tokens(range).len(), cache })
+                .collect();
+            let mut x = states.values()[part.clone()].to_vec();
+            block.forward(config, &rope, &mut x, &mut spans, observe)?;
+            if moves {
+                states.values_mut()[part].copy_from_slice(&x);
+            }
         }
+        caches.iter().for_each(&mut *finished);
     }
     Ok(())
 }
@@ -231,6 +241,32 @@ fn run_block(
 mod tests {
     use super::*;
     use crate::testing::{TINY, dense_block, forward, ids, relative, tiny};
+
+    /// Parts of a long sequence and several short ones together are what each sequence is by itself, to the bit. (Up to 8 rows are another product.)
+    #[test]
+    fn sequences_run_in_parts_and_together() {
+        for name in TINY {
+            let source = tiny(name);
+            let config = source.config();
+            let embedding = specquant_model::Embedding::read(&source).unwrap();
+            let long = ids(config).repeat(BATCH_ROWS / 40 + 2);
+            for lengths in [vec![BATCH_ROWS + 33, 100], vec![70, 90, 40, 200, 200]] {
+                let embed = |&n: &usize| embedding.lookup(&long[..n], config).unwrap().into_vec();
+                let sequences: Vec<Vec<f32>> = lengths.iter().map(embed).collect();
+                let block = dense_block(&source, 0);
+                let mut states = States::from_sequences(&sequences).unwrap();
+                let (stats, _) = observe(&block, config, 0, &mut states, true, usize::MAX, false).unwrap();
+                let mut seen = Site::ALL.map(|_| Vec::new());
+                for (mut x, got) in sequences.into_iter().zip(states.sequences()) {
+                    forward(&block, config, &mut x, &mut |site, x| seen[site as usize].extend_from_slice(x));
+                    assert!(got == x, "{name}, {lengths:?}");
+                }
+                for (stats, seen) in stats.iter().zip(seen) {
+                    assert!(stats.input(&[]).sample == seen, "{name}, {lengths:?}");
+                }
+            }
+        }
+    }
 
     /// GQA, norms on q and k and a sliding window all meet a center here.
     #[test]
