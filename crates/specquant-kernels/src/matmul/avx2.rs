@@ -15,8 +15,16 @@ use crate::isa::Avx2;
 use crate::weights::{Chunk, PANEL, UNIFORM_LEVELS};
 use std::arch::x86_64::*;
 
+/// Tokens of a rectangle at most: to unpack weights, and to cut them into runs, costs more than with other instruction sets. Codes of a block are 150 kB then.
+const INT_ROWS: usize = 192;
+
 impl Kernel for Avx2 {
     type Scratch = Buffer<Chunk>;
+    const INT_STRIP: usize = INT_ROWS;
+
+    fn int_rows(_: usize) -> usize {
+        INT_ROWS
+    }
 
     fn int_block(self, block: &IntBlock, scratch: &mut Buffer<Chunk>, acc: &mut [[i32; PANEL]]) {
         block.clear(acc);

@@ -3,9 +3,9 @@
 //! For given weights the sums that are possible reach over a range only half as wide: codes `a` lie within 64 of 64, so that Σ a·w − 64 Σ w is an i16 as long as
 //! Σ |w| ≤ 511. Additions wrap, so it does not matter what their sums are on the way. That holds for two quads always (4 · 127), and in all lanes for four of five
 //! runs of four quads of Gaussian weights. So a block is cut into long runs and short ones, which are only then widened, all long ones first: in the order in
-//! which they lie the processor would guess wrong at every fifth. The 64 Σ w go back in at the end, once for every channel.
+//! which they lie the processor would guess wrong at every fifth. The 64 Σ w go back in once for every channel, and begin its sums.
 
-use super::{add_quads, add_to, fetch_ahead, load, quad, store_chunk, table, unpack};
+use super::{add_to, fetch_ahead, load, quad, store_chunk, table, unpack};
 use crate::Buffer;
 use crate::matmul::INT_DEPTH;
 use crate::weights::{Chunk, PANEL};
@@ -59,21 +59,20 @@ pub(super) unsafe fn int_block(
             return;
         }
         let mut places = [[0; MOST]; 2];
-        let (long, short, middle) = runs(w, levels, scratch, &mut places);
-        for (i, acc) in acc.chunks_mut(4).enumerate() {
-            let a = a.add(4 * i * stride);
+        let runs = runs(w, levels, scratch, &mut places);
+        for (i, acc) in acc.chunks_mut(TILE).enumerate() {
+            let a = a.add(TILE * i * stride);
             match acc.len() {
-                4 => tile::<4>(long, short, a, stride, acc),
-                3 => tile::<3>(long, short, a, stride, acc),
-                2 => tile::<2>(long, short, a, stride, acc),
-                _ => tile::<1>(long, short, a, stride, acc),
-            }
-            for acc in acc {
-                add_to(acc, middle);
+                TILE => tile::<TILE>(runs, a, stride, acc),
+                2 => tile::<2>(runs, a, stride, acc),
+                _ => tile::<1>(runs, a, stride, acc),
             }
         }
     }
 }
+
+/// Rows of a tile: 6 registers of sums of runs, 6 of sums, two of weights, one of codes and one of products.
+const TILE: usize = 3;
 
 /// Runs of Q quads: of each −64 Σ w of every lane, which its sums begin with, and its byte chunks.
 #[derive(Clone, Copy)]
@@ -153,20 +152,21 @@ fn begin(to: &mut Chunk, sums: [__m256i; 2], middle: &mut [__m256i; 2]) {
     store_chunk(to, begin);
 }
 
-/// Products with what [`runs`] made, less 64 Σ w.
+/// Products with what [`runs`] made, less 64 Σ w, which is `middle`.
 #[target_feature(enable = "avx2")]
 unsafe fn tile<const R: usize>(
-    long: Runs<LONG>,
-    short: Runs<SHORT>,
+    (long, short, middle): (Runs<LONG>, Runs<SHORT>, [__m256i; 2]),
     a: *const u8,
     stride: usize,
     acc: &mut [[i32; PANEL]],
 ) {
+    let mut sum = [middle; R];
     // SAFETY: forwarded.
     unsafe {
-        add_runs::<R, LONG>(long, a, stride, acc);
-        add_runs::<R, SHORT>(short, a, stride, acc);
+        add_runs::<R, LONG>(long, a, stride, &mut sum);
+        add_runs::<R, SHORT>(short, a, stride, &mut sum);
     }
+    acc.iter_mut().zip(sum).for_each(|(acc, sum)| add_to(acc, sum));
 }
 
 #[inline]
@@ -175,11 +175,26 @@ unsafe fn add_runs<const R: usize, const Q: usize>(
     runs: Runs<Q>,
     a: *const u8,
     stride: usize,
-    acc: &mut [[i32; PANEL]],
+    sum: &mut [[__m256i; 2]; R],
 ) {
+    let ones = _mm256_set1_epi16(1);
     for (run, &place) in runs.stream.chunks_exact(1 + Q).zip(runs.places) {
-        // SAFETY: forwarded; the run's quads start at its place.
-        unsafe { add_quads::<R>(load(&run[0]), &run[1..], a.add(8 * usize::from(place)), stride, acc) };
+        let mut part = [load(&run[0]); R];
+        for (q, chunk) in run[1..].iter().enumerate() {
+            let w = load(chunk);
+            for r in 0..R {
+                // SAFETY: the row has the run's quads, which start at its place.
+                let x = unsafe { quad(a.add(r * stride + 8 * usize::from(place) + 4 * q)) };
+                for h in 0..2 {
+                    part[r][h] = _mm256_add_epi16(part[r][h], _mm256_maddubs_epi16(x, w[h]));
+                }
+            }
+        }
+        for r in 0..R {
+            for h in 0..2 {
+                sum[r][h] = _mm256_add_epi32(sum[r][h], _mm256_madd_epi16(part[r][h], ones));
+            }
+        }
     }
 }
 
