@@ -8,7 +8,7 @@ TASKS := ../shared/data/tasks
 MINUTES := 60
 KILLS := 100
 HOST := $(shell rustc -vV | sed -n 's/^host: //p')
-# What Miri interprets in minutes: packers and unpackers, scalar products, quantizers of activations and of the cache.
+# What Miri interprets in minutes: packers and unpackers, scalar products, quantizers of activations and of the cache, transforms, attention.
 MIRI_TESTS := parallel::tests::chunks parallel::tests::a_panic weights:: isa:: error:: matmul::tests::empty matmul::tests::levels matmul::tests::names acts::tests::special acts::tests::equals kv::tests::degenerate \
 	branch::tests::pack branch::tests::inputs dense::tests::empty hadamard::tests::nothing hadamard::tests::transforms hadamard::tests::across fft:: dct::tests::equals \
 	reflections:: kronecker::tests::equals kronecker::tests::the_inverse kronecker::tests::a_singular attention::tests::matches attention::tests::twins

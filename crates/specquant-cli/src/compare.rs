@@ -85,7 +85,7 @@ struct Quantization {
 }
 
 impl Quantization {
-    /// Looks at all that can be known before it is done, and whether an earlier run has done it with other settings.
+    /// Looks at all that can be known before it is done.
     fn new(
         args: &CompareArgs,
         recipe: q::Recipe,
@@ -95,22 +95,37 @@ impl Quantization {
     ) -> Quantization {
         let plan = check_resources(source, &recipe, &args.output, args.ignore_memory, false);
         let spill = wrong.of(plan).is_some_and(|plan| plan.spill);
-        wrong.of(quantize::prepare(source, &recipe, true));
-        // The calibration text is what it says, wherever it lies.
-        let text = recipe.calibration.file.as_ref().and_then(|file| read_text(file).ok());
-        let mut settings = recipe.clone();
-        settings.calibration.file = None;
-        let identity = json!({ "format_version": FORMAT_VERSION, "source_sha256": source_sha256, "calibration_sha256": text.map(|text| sha256(text.as_bytes())), "recipe": settings });
         let (dir, name) = (args.output.join(CHECKPOINTS), sanitized(&recipe.name));
         let (checkpoint, record) = (dir.join(&name), dir.join(format!("{name}.json")));
-        let made = |bytes: Vec<u8>| serde_json::from_slice::<Value>(&bytes).ok();
-        if checkpoint.exists() && fs::read(&record).ok().and_then(made).as_ref() != Some(&identity) {
-            wrong.of::<()>(Err(anyhow::anyhow!(
-                "{} was made from another model, calibration text or settings; remove it, or choose another -o",
-                checkpoint.display()
-            )));
+        if !checkpoint.exists() {
+            wrong.of(quantize::prepare(source, &recipe, true));
         }
+        let calibration = recipe.calibration.file.as_ref().map(|file| -> anyhow::Result<String> {
+            let text = read_text(file).map_err(anyhow::Error::msg);
+            Ok(sha256(text.with_context(|| format!("calibration text {}", file.display()))?.as_bytes()))
+        });
+        let calibration = wrong.of(calibration.transpose()).flatten();
+        // The calibration text is what it says, wherever it lies; threads change nothing.
+        let mut settings = recipe.clone();
+        settings.calibration.file = None;
+        settings.threads = None;
+        let identity = json!({ "format_version": FORMAT_VERSION, "source_sha256": source_sha256, "calibration_sha256": calibration, "recipe": settings });
         Quantization { recipe, spill, checkpoint, identity, record }
+    }
+
+    /// Whether what an earlier run has made of it, whole or in part, is what this one would.
+    fn is_continued(&self) -> anyhow::Result<()> {
+        let Quantization { checkpoint, identity, record, .. } = self;
+        let partial = q::Destination::new(checkpoint).partial()?;
+        if let Some(begun) = [checkpoint, &partial].into_iter().find(|path| path.exists()) {
+            let made = fs::read(record).ok().and_then(|bytes| serde_json::from_slice::<Value>(&bytes).ok());
+            anyhow::ensure!(
+                made.as_ref() == Some(identity),
+                "{} was made from another model, calibration text or settings; remove it, or choose another -o",
+                begun.display()
+            );
+        }
+        Ok(())
     }
 
     /// Quantizes the model, except where an earlier run has done so.
@@ -299,15 +314,15 @@ impl Job {
         let first = sources.next().flatten();
         sources.for_each(drop);
         let sha256 = first.as_ref().and_then(|source| wrong.of(source.fingerprint()));
-        let mut quantizations: Vec<Quantization> = Vec::new();
+        let (mut names, mut quantizations) = (Vec::new(), Vec::new());
         for name in &args.recipes {
             let Some(recipe) = wrong.of(quantize::recipe(name, &args.overrides)) else { continue };
-            if quantizations.iter().any(|q| sanitized(&q.recipe.name) == sanitized(&recipe.name)) {
-                wrong.of::<()>(Err(anyhow::anyhow!(
-                    "--recipes: two of them are called {:?}; give each a name of its own",
-                    recipe.name
-                )));
+            let name = sanitized(&recipe.name);
+            if names.contains(&name) {
+                let why = "give each a name of its own";
+                wrong.say(format!("--recipes: two of them are called {:?}; {why}", recipe.name));
             }
+            names.push(name);
             if let (Some(source), Some(sha256)) = (&first, &sha256) {
                 quantizations.push(Quantization::new(args, recipe, source, sha256, &mut wrong));
             }
@@ -326,6 +341,11 @@ pub fn run(args: CompareArgs) -> anyhow::Result<ExitCode> {
     check(&args)?;
     let Job { data, text, first, quantizations } = Job::read(&args)?;
     let _claim = claim_directory(&args.output, MARK, "comparison", args.resume)?;
+    let mut wrong = Wrong::default();
+    for quantization in &quantizations {
+        wrong.of(quantization.is_continued());
+    }
+    anyhow::ensure!(wrong.is_nothing(), wrong.into_error());
     let mut paths = args.models.clone();
     paths.extend(quantizations.iter().map(|q| q.checkpoint.clone()));
     let mut entries: Vec<Entry> = Vec::new();

@@ -369,8 +369,13 @@ impl Checked {
         let Wanted { model, recipe: name, overrides, mut destination, ignore_memory, quiet } = wanted;
         let mut wrong = Wrong::default();
         let (recipe, source) = (wrong.of(recipe(name, overrides)), wrong.of(Source::open(model)));
-        wrong.of(q::check_output(&destination));
-        let (Some(recipe), Some(source)) = (recipe, source) else { return Err(wrong.into_error()) };
+        let (Some(recipe), Some(source)) = (recipe, source) else {
+            // The place of a new checkpoint is tried by making directories, which nobody would need.
+            if destination.path.exists() {
+                wrong.of(q::check_output(&destination));
+            }
+            return Err(wrong.into_error());
+        };
         wrong.of(system::set_threads(recipe.threads));
         let describe = |plan: &Plan| (!quiet).then(|| note!("{}", describe(plan, &recipe)));
         // Said before it is refused, too.
@@ -380,6 +385,8 @@ impl Checked {
             describe(checked.as_ref().unwrap_or(&plan));
             checked
         });
+        // After the resources: what an earlier run has begun needs no room any more, and an empty place is tidied up by this.
+        wrong.of(q::check_output(&destination));
         let texts = wrong.of(prepare(&source, &recipe, quiet));
         let (Some(plan), Some(texts), true) = (plan, texts, wrong.is_nothing()) else {
             return Err(wrong.into_error());

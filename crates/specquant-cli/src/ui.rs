@@ -132,15 +132,6 @@ pub fn table(rows: &[Vec<String>]) -> String {
     text
 }
 
-#[cfg(test)]
-mod tests {
-    #[test]
-    fn tables_align() {
-        let rows = [vec!["a".into(), "bb".into()], vec!["ccc".into(), "d".into()]];
-        assert_eq!(super::table(&rows), "a    bb\nccc   d\n");
-    }
-}
-
 /// All that is wrong with what was asked for, to be said at once.
 #[derive(Default)]
 pub struct Wrong(Vec<String>);
@@ -148,16 +139,14 @@ pub struct Wrong(Vec<String>);
 impl Wrong {
     /// What was looked at, if nothing is wrong with it.
     pub fn of<T>(&mut self, looked_at: Result<T, impl Into<anyhow::Error>>) -> Option<T> {
-        let error: anyhow::Error = match looked_at {
-            Ok(found) => return Some(found),
-            Err(error) => error.into(),
-        };
-        let line = format!("{error:#}");
-        // Several runs may stumble over one file.
-        if !self.0.contains(&line) {
-            self.0.push(line);
+        looked_at.map_err(|error| self.say(format!("{:#}", error.into()))).ok()
+    }
+
+    /// Something is wrong. Several runs may stumble over one file, which is said once.
+    pub fn say(&mut self, what: String) {
+        if !self.0.contains(&what) {
+            self.0.push(what);
         }
-        None
     }
 
     pub fn is_nothing(&self) -> bool {
@@ -166,5 +155,14 @@ impl Wrong {
 
     pub fn into_error(self) -> anyhow::Error {
         anyhow::anyhow!(self.0.join("\n"))
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    #[test]
+    fn tables_align() {
+        let rows = [vec!["a".into(), "bb".into()], vec!["ccc".into(), "d".into()]];
+        assert_eq!(super::table(&rows), "a    bb\nccc   d\n");
     }
 }

@@ -14,7 +14,7 @@ use crate::recipe::{Embeddings, Recipe, Rounding, Searched};
 use crate::transforms::rotate::online;
 
 /// Memory that does not depend on the model: code, tokenizer, allocator.
-const BASE_BYTES: usize = 100 << 20;
+const BASE_BYTES: usize = 80 << 20;
 
 /// Peak bytes. shapes: of one block's layers; block_bytes: of a quantized block; states: bytes of hidden states in memory.
 pub(crate) fn peak(
@@ -227,7 +227,7 @@ fn tuning(
         + length * (5 * QUERIES * rayon::current_num_threads() + 3 * config.num_heads * config.head_dim)
         // The widest layer, widened and packed.
         + 2 * widest(shapes);
-    let reading = weights(shapes) + BATCH_ROWS.max(length) * wide(config);
+    let reading = weights(shapes) + TEACHER_ROWS.max(length) * wide(config);
     let all = config.num_layers * (7 * learned + length * config.hidden_size)
         + 4 * config.vocab_size * config.hidden_size
         + 2 * LOGITS.max(LOGIT_ROWS * config.vocab_size);
@@ -238,6 +238,8 @@ fn tuning(
 const LOGITS: usize = 1 << 23;
 /// Rows of them at least; SpinQuant has as many.
 const LOGIT_ROWS: usize = 64;
+/// Rows that tuning runs through the source together.
+const TEACHER_ROWS: usize = 2048;
 /// Queries whose attention a thread has at a time.
 const QUERIES: usize = 128;
 

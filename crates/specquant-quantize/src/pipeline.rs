@@ -4,8 +4,8 @@ use std::ops::Range;
 
 use specquant_kernels::{KvCache, KvFormat, KvSide};
 use specquant_model::{
-    Block, KvCenter, Linear, ModelConfig, OnlineRotations, RopeTable, Site, Source, Span, StoredTensor,
-    act_clip_tensor, basis_tensors, key_transform_tensor, transform_tensors,
+    Block, KvCenter, Linear, ModelConfig, OnlineRotations, ROWS_AT_ONCE, RopeTable, Site, Source, Span,
+    StoredTensor, act_clip_tensor, basis_tensors, key_transform_tensor, transform_tensors,
 };
 
 use crate::block::{LayerReport, quantize_block};
@@ -19,7 +19,7 @@ use crate::vocabulary::HalfType;
 use crate::{Result, SiteStats, States};
 
 /// Rows that run through a block together: some short sequences, or the next part of a long one.
-pub(crate) const BATCH_ROWS: usize = 256;
+pub(crate) const BATCH_ROWS: usize = ROWS_AT_ONCE;
 
 /// What a recipe's rotation comes to in a model.
 pub(crate) struct Rotation {

@@ -228,22 +228,16 @@ unsafe fn narrow<const R: usize>(
 ) {
     for (s, part) in w.chunks(steps).enumerate() {
         // SAFETY: forwarded; the part's quads start 4 · steps · s codes on.
-        unsafe { add_quads::<R>([_mm256_setzero_si256(); 2], part, a.add(4 * steps * s), stride, acc) };
+        unsafe { add_quads::<R>(part, a.add(4 * steps * s), stride, acc) };
     }
 }
 
-/// Byte chunks whose sums, from `begin` on, are i16 in the end.
+/// Byte chunks whose sums are i16.
 #[inline]
 #[target_feature(enable = "avx2")]
-unsafe fn add_quads<const R: usize>(
-    begin: [__m256i; 2],
-    w: &[Chunk],
-    a: *const u8,
-    stride: usize,
-    acc: &mut [[i32; PANEL]],
-) {
+unsafe fn add_quads<const R: usize>(w: &[Chunk], a: *const u8, stride: usize, acc: &mut [[i32; PANEL]]) {
     let ones = _mm256_set1_epi16(1);
-    let mut sum = [begin; R];
+    let mut sum = [[_mm256_setzero_si256(); 2]; R];
     for (q, chunk) in w.iter().enumerate() {
         let w = load(chunk);
         for r in 0..R {

@@ -1,4 +1,5 @@
 use super::*;
+use crate::ops::affordable;
 use proptest::prelude::*;
 
 /// A small generator: the same numbers for the same seed.
@@ -112,7 +113,7 @@ fn levels_are_looked_up() {
         let w = PackedWeights::pack_levels(&codes, &scales, out, inp, group, &crate::GAUSSIAN_LEVELS);
         let w = w.unwrap();
         assert_eq!(w.unpack(), codes);
-        for rows in [1, 3, 5, 17] {
+        for rows in affordable([1, 3, 5, 10, 17, 200], |rows| 100 * rows) {
             let x: Vec<f32> = (0..rows * inp).map(|_| rng.float()).collect();
             check_all(&crate::quantize_acts_gaussian(&x, rows, inp, 0.9), &w);
             check_all(&random_acts(&mut rng, rows, inp, 4), &w);
@@ -237,7 +238,7 @@ fn parts_of_different_groups_add_up() {
 /// A part of several blocks of depth, one of a single block and one in groups, for few tokens and for more than are finished together; each in the order of the parts.
 #[test]
 fn parts_of_different_depths_add_up() {
-    for (rows, isa) in [1, 4, 8, 9, 33, 107]
+    for (rows, isa) in [1, 4, 8, 9, 33, 203]
         .into_iter()
         .flat_map(|rows| Isa::available().into_iter().map(move |isa| (rows, isa)))
     {

@@ -44,7 +44,7 @@ pub(super) unsafe fn int_block(
     scratch: &mut Buffer<Chunk>,
     acc: &mut [[i32; PANEL]],
 ) {
-    // SAFETY: forwarded; a tile's rows start 4 i rows on.
+    // SAFETY: forwarded; the rows of tile i start as many tiles on.
     unsafe {
         if acc.len() <= FEW {
             for (i, acc) in acc.chunks_mut(4).enumerate() {
