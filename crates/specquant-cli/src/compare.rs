@@ -78,6 +78,8 @@ struct Quantization {
     recipe: q::Recipe,
     /// Whether hidden states go to the disk.
     spill: bool,
+    /// The calibration sequences of the recipe's file, if it has one; none where an earlier run has done it.
+    texts: Option<Vec<Vec<u32>>>,
     checkpoint: PathBuf,
     /// What the checkpoint depends on, and where that is noted.
     identity: Value,
@@ -97,9 +99,10 @@ impl Quantization {
         let spill = wrong.of(plan).is_some_and(|plan| plan.spill);
         let (dir, name) = (args.output.join(CHECKPOINTS), sanitized(&recipe.name));
         let (checkpoint, record) = (dir.join(&name), dir.join(format!("{name}.json")));
-        if !checkpoint.exists() {
-            wrong.of(quantize::prepare(source, &recipe, true));
-        }
+        let texts = match checkpoint.exists() {
+            true => None,
+            false => wrong.of(quantize::prepare(source, &recipe, args.json)).flatten(),
+        };
         let calibration = recipe.calibration.file.as_ref().map(|file| -> anyhow::Result<String> {
             let text = read_text(file).map_err(anyhow::Error::msg);
             Ok(sha256(text.with_context(|| format!("calibration text {}", file.display()))?.as_bytes()))
@@ -110,7 +113,7 @@ impl Quantization {
         settings.calibration.file = None;
         settings.threads = None;
         let identity = json!({ "format_version": FORMAT_VERSION, "source_sha256": source_sha256, "calibration_sha256": calibration, "recipe": settings });
-        Quantization { recipe, spill, checkpoint, identity, record }
+        Quantization { recipe, spill, texts, checkpoint, identity, record }
     }
 
     /// Whether what an earlier run has made of it, whole or in part, is what this one would.
@@ -130,7 +133,7 @@ impl Quantization {
 
     /// Quantizes the model, except where an earlier run has done so.
     fn run(&self, args: &CompareArgs, source: &Source) -> anyhow::Result<()> {
-        let Quantization { recipe, spill, checkpoint, identity, record } = self;
+        let Quantization { recipe, spill, texts, checkpoint, identity, record } = self;
         if checkpoint.exists() {
             return Ok(());
         }
@@ -146,7 +149,8 @@ impl Quantization {
             spill: *spill,
             ..q::Destination::new(checkpoint)
         };
-        quantize::quantize(source, recipe, &destination, args.json).map(drop)
+        q::check_output(&destination)?;
+        quantize::run_told(source, recipe, texts.as_deref(), &destination, args.json).map(drop)
     }
 }
 

@@ -195,19 +195,8 @@ fn texts(tokenizer: &Tokenizer, recipe: &Recipe, quiet: bool) -> anyhow::Result<
     Ok(Some(texts))
 }
 
-/// Quantizes for `compare`, which has looked at the resources.
-pub fn quantize(
-    source: &Source,
-    recipe: &Recipe,
-    destination: &q::Destination,
-    quiet: bool,
-) -> anyhow::Result<Report> {
-    q::check_output(destination)?;
-    run_told(source, recipe, prepare(source, recipe, quiet)?.as_deref(), destination, quiet)
-}
-
 /// A run that shows what happens, and at its end lists what was done other than the recipe says.
-fn run_told(
+pub fn run_told(
     source: &Source,
     recipe: &Recipe,
     texts: Option<&[Vec<u32>]>,

@@ -372,13 +372,11 @@ mod tests {
         (300, 301, 2, 2, 64, Some(1000)),
     ];
 
-    fn work(&(t, len, heads, _, d, _): &(usize, usize, usize, usize, usize, Option<usize>)) -> usize {
-        t * len * heads * d / 4
-    }
-
     #[test]
     fn matches_f64_in_every_shape() {
-        for (t, len, heads, kv_heads, d, window) in affordable(CASES, work) {
+        for (t, len, heads, kv_heads, d, window) in
+            affordable(CASES, |(t, len, heads, _, d, _)| t * len * heads * d / 4)
+        {
             let cache = filled(KvFormat::F32, len, kv_heads, d);
             let q: Vec<f32> = noise(t * heads * d, 13).iter().map(|v| v * 3.0).collect();
             let got = run(&q, t, heads, &cache, window);
@@ -435,7 +433,7 @@ mod tests {
 
     #[test]
     fn threads_do_not_change_a_bit() {
-        for (t, len, heads, kv_heads, d, window) in affordable(CASES, work) {
+        for (t, len, heads, kv_heads, d, window) in CASES {
             let mut cache = filled(KvFormat::Int { bits: 4, clip: 1.0, intact: 0 }, len, kv_heads, d);
             let q = noise(t * heads * d, 13);
             for any_order in [false, true] {

@@ -7,7 +7,6 @@ use specquant_model::{BranchBasis, ModelConfig, ROWS_AT_ONCE, Site};
 
 use crate::calibration::GENERATION_BATCH;
 use crate::learn::Learn;
-use crate::pipeline::BATCH_ROWS;
 use crate::plan::site_outputs;
 use crate::recipe::{Embeddings, Recipe, Rounding, Searched};
 #[cfg(feature = "learn")]
@@ -41,14 +40,14 @@ fn wide(config: &ModelConfig) -> usize {
     4 * config.hidden_size + 3 * config.intermediate_size + 3 * config.num_heads * config.head_dim
 }
 
-/// f32 values of the rows that calibration runs through a block together: of all the residual stream, angles, queries, keys and values, and what attention
-/// puts out; the rest a part of them at a time; the cache of their sequences; and what is packed of the widest layer.
+/// f32 values of the rows that calibration runs through a block together: residual stream, angles, queries, keys and values, what attention puts out, and what
+/// lies between layers; the cache of their sequences; and what is packed of the widest layer.
 fn passing(config: &ModelConfig, shapes: &[(String, [usize; 2])], rows: usize, longest: usize) -> usize {
-    let at_once = BATCH_ROWS.min(rows);
+    let at_once = ROWS_AT_ONCE.min(rows);
     let head = (1 + 2 * config.num_heads + 2 * config.num_kv_heads) * config.head_dim;
     let cached = longest.max(at_once) * 2 * config.num_kv_heads * config.head_dim;
     let packed = shapes.iter().map(|(_, [out, inp])| columns_at_once(*out) * inp).max().unwrap_or(0);
-    at_once * (config.hidden_size + head) + ROWS_AT_ONCE.min(rows) * wide(config) + cached + packed
+    at_once * (config.hidden_size + head + wide(config)) + cached + packed
 }
 
 fn weights(shapes: &[(String, [usize; 2])]) -> usize {
@@ -238,7 +237,7 @@ fn tuning(
 const LOGITS: usize = 1 << 23;
 /// Rows of them at least; SpinQuant has as many.
 const LOGIT_ROWS: usize = 64;
-/// Rows that tuning runs through the source together.
+/// Rows that tuning (specquant-learn, `tune.rs`) runs through the source together.
 const TEACHER_ROWS: usize = 2048;
 /// Queries whose attention a thread has at a time.
 const QUERIES: usize = 128;

@@ -18,9 +18,6 @@ use crate::transforms::rotate::{self, Orthogonal};
 use crate::vocabulary::HalfType;
 use crate::{Result, SiteStats, States};
 
-/// Rows that run through a block together: some short sequences, or the next part of a long one.
-pub(crate) const BATCH_ROWS: usize = ROWS_AT_ONCE;
-
 /// What a recipe's rotation comes to in a model.
 pub(crate) struct Rotation {
     pub residual: Option<Orthogonal>,
@@ -194,7 +191,7 @@ pub fn observe(
     Ok((stats, KvCenter { keys: mean(keys), values: mean(values) }))
 }
 
-/// Runs whole sequences through one block, at most [`BATCH_ROWS`] rows at a time, each with a fresh cache, which `finished` sees at the end.
+/// Runs whole sequences through one block, at most [`ROWS_AT_ONCE`] rows at a time (some short sequences, or the next part of a long one), each with a fresh cache, which `finished` sees at the end.
 /// states, moves: as in [`observe`].
 fn run_block(
     block: &Block,
@@ -209,13 +206,13 @@ fn run_block(
     let ranges: Vec<Range<usize>> = (0..states.len()).map(|i| states.range(i)).collect();
     let longest = ranges.iter().map(|range| range.len() / hidden).max().unwrap_or(1).max(1);
     let inv_freq = config.inv_freq(block.window.is_some());
-    for batch in ranges.chunks((BATCH_ROWS / longest).max(1)) {
+    for batch in ranges.chunks((ROWS_AT_ONCE / longest).max(1)) {
         let new_cache = || KvCache::new(kv, config.num_kv_heads, config.head_dim);
         let mut caches: Vec<KvCache> = batch.iter().map(|_| new_cache()).collect();
         let all = batch[0].start..batch[batch.len() - 1].end;
         // Several sequences are one part; a batch of more parts is one sequence.
-        for start in all.clone().step_by(BATCH_ROWS * hidden) {
-            let part = start..all.end.min(start + BATCH_ROWS * hidden);
+        for start in all.clone().step_by(ROWS_AT_ONCE * hidden) {
+            let part = start..all.end.min(start + ROWS_AT_ONCE * hidden);
             let tokens = |range: &Range<usize>| {
                 let before = start.saturating_sub(range.start) / hidden;
                 before..(part.end.min(range.end) - range.start) / hidden
@@ -249,8 +246,8 @@ mod tests {
             let source = tiny(name);
             let config = source.config();
             let embedding = specquant_model::Embedding::read(&source).unwrap();
-            let long = ids(config).repeat(BATCH_ROWS / 40 + 2);
-            for lengths in [vec![BATCH_ROWS + 33, 100], vec![70, 90, 40, 200, 200]] {
+            let long = ids(config).repeat(ROWS_AT_ONCE / 40 + 2);
+            for lengths in [vec![ROWS_AT_ONCE + 33, 100], vec![70, 90, 40, 200, 200]] {
                 let embed = |&n: &usize| embedding.lookup(&long[..n], config).unwrap().into_vec();
                 let sequences: Vec<Vec<f32>> = lengths.iter().map(embed).collect();
                 let block = dense_block(&source, 0);
