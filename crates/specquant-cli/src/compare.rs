@@ -101,7 +101,7 @@ impl Quantization {
         let (checkpoint, record) = (dir.join(&name), dir.join(format!("{name}.json")));
         let texts = match checkpoint.exists() {
             true => None,
-            false => wrong.of(quantize::prepare(source, &recipe, args.json)).flatten(),
+            false => wrong.of(quantize::prepare(source, &recipe)).flatten(),
         };
         let calibration = recipe.calibration.file.as_ref().map(|file| -> anyhow::Result<String> {
             let text = read_text(file).map_err(anyhow::Error::msg);
@@ -139,6 +139,7 @@ impl Quantization {
         }
         if !args.json {
             note!("quantizing by {} {}", recipe.name, recipe.scheme);
+            quantize::tell_if_short(recipe, texts.as_deref());
         }
         let dir = args.output.join(CHECKPOINTS);
         fs::create_dir_all(&dir).with_context(|| format!("cannot create {}", dir.display()))?;

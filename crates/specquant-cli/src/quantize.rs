@@ -6,7 +6,7 @@ use std::process::ExitCode;
 use std::time::Instant;
 
 use serde_json::json;
-use specquant_model::{BranchBasis, Source, Tokenizer};
+use specquant_model::{BranchBasis, Source};
 use specquant_quantize as q;
 use specquant_quantize::{Embeddings, Event, LayerReport, Overhead, Plan, Recipe, Report, Rounding, Smooth};
 
@@ -181,18 +181,16 @@ fn describe(plan: &Plan, recipe: &Recipe) -> String {
     )
 }
 
-/// The calibration sequences of the recipe's file; `None` where the model writes its own.
-fn texts(tokenizer: &Tokenizer, recipe: &Recipe, quiet: bool) -> anyhow::Result<Option<Vec<Vec<u32>>>> {
-    let c = &recipe.text();
-    let Some(file) = &c.file else { return Ok(None) };
-    let texts = q::calibration::from_file(file, tokenizer, c, recipe.seed)?;
+/// Says so where the recipe's file holds less text than is asked for.
+pub fn tell_if_short(recipe: &Recipe, texts: Option<&[Vec<u32>]>) {
+    let c = recipe.text();
+    let (Some(file), Some(texts)) = (&c.file, texts) else { return };
     let got: usize = texts.iter().map(Vec::len).sum();
-    if got < c.samples * c.sequence_length && !quiet {
+    if got < c.samples * c.sequence_length {
         let again =
             if recipe.learn.is_some() { ", several times over where more are learned from" } else { "" };
         note!("note: {} holds only {got} tokens; calibrating on those{again}", file.display());
     }
-    Ok(Some(texts))
 }
 
 /// A run that shows what happens, and at its end lists what was done other than the recipe says.
@@ -215,7 +213,7 @@ pub fn run_told(
 }
 
 /// The calibration sequences of the recipe's file, if it has one; also checks the tokenizer.
-pub fn prepare(source: &Source, recipe: &Recipe, quiet: bool) -> anyhow::Result<Option<Vec<Vec<u32>>>> {
+pub fn prepare(source: &Source, recipe: &Recipe) -> anyhow::Result<Option<Vec<Vec<u32>>>> {
     let tokenizer = source.tokenizer()?;
     let (have, known) = (tokenizer.vocab_size(), source.config().vocab_size);
     anyhow::ensure!(
@@ -223,9 +221,12 @@ pub fn prepare(source: &Source, recipe: &Recipe, quiet: bool) -> anyhow::Result<
         "{}: the tokenizer has {have} tokens but the model embeds {known}; take both from the same revision of the model",
         source.path().display()
     );
-    match recipe.scheme.weight_bits {
-        16 => Ok(None),
-        _ => texts(&tokenizer, recipe, quiet),
+    let c = recipe.text();
+    match &c.file {
+        Some(file) if recipe.scheme.weight_bits < 16 => {
+            Ok(Some(q::calibration::from_file(file, &tokenizer, &c, recipe.seed)?))
+        }
+        _ => Ok(None),
     }
 }
 
@@ -376,7 +377,10 @@ impl Checked {
         });
         // After the resources: what an earlier run has begun needs no room any more, and an empty place is tidied up by this.
         wrong.of(q::check_output(&destination));
-        let texts = wrong.of(prepare(&source, &recipe, quiet));
+        let texts = wrong.of(prepare(&source, &recipe));
+        if !quiet {
+            tell_if_short(&recipe, texts.as_ref().and_then(|texts| texts.as_deref()));
+        }
         let (Some(plan), Some(texts), true) = (plan, texts, wrong.is_nothing()) else {
             return Err(wrong.into_error());
         };
