@@ -226,18 +226,26 @@ unsafe fn narrow<const R: usize>(
     steps: usize,
     acc: &mut [[i32; PANEL]],
 ) {
+    let (begin, ones) = ([_mm256_setzero_si256(); 2], _mm256_set1_epi16(1));
     for (s, part) in w.chunks(steps).enumerate() {
         // SAFETY: forwarded; the part's quads start 4 · steps · s codes on.
-        unsafe { add_quads::<R>(part, a.add(4 * steps * s), stride, acc) };
+        let sums = unsafe { i16_sums::<R>(begin, part, a.add(4 * steps * s), stride) };
+        for (acc, [a, b]) in acc.iter_mut().zip(sums) {
+            add_to(acc, [_mm256_madd_epi16(a, ones), _mm256_madd_epi16(b, ones)]);
+        }
     }
 }
 
-/// Byte chunks whose sums are i16.
+/// Sums of two products in every lane, from `begin` on, with byte chunks: what they come to is an i16.
 #[inline]
 #[target_feature(enable = "avx2")]
-unsafe fn add_quads<const R: usize>(w: &[Chunk], a: *const u8, stride: usize, acc: &mut [[i32; PANEL]]) {
-    let ones = _mm256_set1_epi16(1);
-    let mut sum = [[_mm256_setzero_si256(); 2]; R];
+unsafe fn i16_sums<const R: usize>(
+    begin: [__m256i; 2],
+    w: &[Chunk],
+    a: *const u8,
+    stride: usize,
+) -> [[__m256i; 2]; R] {
+    let mut sum = [begin; R];
     for (q, chunk) in w.iter().enumerate() {
         let w = load(chunk);
         for r in 0..R {
@@ -248,10 +256,7 @@ unsafe fn add_quads<const R: usize>(w: &[Chunk], a: *const u8, stride: usize, ac
             }
         }
     }
-    for r in 0..R {
-        let [a, b] = sum[r];
-        add_to(&mut acc[r], [_mm256_madd_epi16(a, ones), _mm256_madd_epi16(b, ones)]);
-    }
+    sum
 }
 
 /// Nibble chunks, `steps` quads at a time in i16, unpacked in registers.

@@ -5,7 +5,7 @@
 //! runs of four quads of Gaussian weights. So a block is cut into long runs and short ones, which are only then widened, all long ones first: in the order in
 //! which they lie the processor would guess wrong at every fifth. The 64 Σ w go back in once for every channel, and begin its sums.
 
-use super::{add_to, fetch_ahead, load, quad, store_chunk, table, unpack};
+use super::{add_to, fetch_ahead, i16_sums, load, quad, store_chunk, table, unpack};
 use crate::Buffer;
 use crate::matmul::INT_DEPTH;
 use crate::weights::{Chunk, PANEL};
@@ -152,7 +152,7 @@ fn begin(to: &mut Chunk, sums: [__m256i; 2], middle: &mut [__m256i; 2]) {
     store_chunk(to, begin);
 }
 
-/// Products with what [`runs`] made, less 64 Σ w, which is `middle`.
+/// Products with what [`runs`] made; `middle` puts the 64 Σ w back that it lacks.
 #[target_feature(enable = "avx2")]
 unsafe fn tile<const R: usize>(
     (long, short, middle): (Runs<LONG>, Runs<SHORT>, [__m256i; 2]),
@@ -179,17 +179,8 @@ unsafe fn add_runs<const R: usize, const Q: usize>(
 ) {
     let ones = _mm256_set1_epi16(1);
     for (run, &place) in runs.stream.chunks_exact(1 + Q).zip(runs.places) {
-        let mut part = [load(&run[0]); R];
-        for (q, chunk) in run[1..].iter().enumerate() {
-            let w = load(chunk);
-            for r in 0..R {
-                // SAFETY: the row has the run's quads, which start at its place.
-                let x = unsafe { quad(a.add(r * stride + 8 * usize::from(place) + 4 * q)) };
-                for h in 0..2 {
-                    part[r][h] = _mm256_add_epi16(part[r][h], _mm256_maddubs_epi16(x, w[h]));
-                }
-            }
-        }
+        // SAFETY: forwarded; the run's quads start at its place.
+        let part = unsafe { i16_sums::<R>(load(&run[0]), &run[1..], a.add(8 * usize::from(place)), stride) };
         for r in 0..R {
             for h in 0..2 {
                 sum[r][h] = _mm256_add_epi32(sum[r][h], _mm256_madd_epi16(part[r][h], ones));
