@@ -216,23 +216,21 @@ pub fn quantize_block(
             (None, Some(change)) => Some(stats[i].transform(change)),
             (None, None) => None,
         };
+        let rest = change.as_mut().map_or(&mut stats[i], |(_, rest)| rest);
+        // A branch looks at the second moment again; nobody else does.
+        let hessian = match recipe.branch.is_some() {
+            true => rest.input(&[]).hessian.cloned(),
+            false => rest.take_hessian(),
+        };
+        let factor: Option<Factor> = match &recipe.rounding {
+            Rounding::Gptq(gptq) => hessian.map(|hessian| factorize(hessian, gptq)),
+            Rounding::Rtn {} => None,
+        };
         let mut parts = Vec::new();
         if let Some((transform, rest)) = &change {
             let of = |layer| Parts::of(layer, transform, &rest.input(&[]));
             parts.extend(block.site_mut(site).into_iter().filter_map(of));
         }
-        let rest = change.as_mut().map_or(&mut stats[i], |(_, rest)| rest);
-        let factor: Option<Factor> = match &recipe.rounding {
-            Rounding::Gptq(gptq) => {
-                // A branch looks at the second moment again.
-                let hessian = match recipe.branch.is_some() {
-                    true => rest.input(&[]).hessian.cloned(),
-                    false => rest.take_hessian(),
-                };
-                hessian.map(|hessian| factorize(hessian, gptq))
-            }
-            Rounding::Rtn {} => None,
-        };
         let sample = stats[i].input(&[]);
         let rest = change.as_ref().map_or(&stats[i], |(_, rest)| rest);
         let mean_abs = rest.mean_abs();

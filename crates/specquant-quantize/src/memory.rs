@@ -86,7 +86,8 @@ fn block(config: &ModelConfig, recipe: &Recipe, shapes: &[(String, [usize; 2])])
     let second_moments = recipe.needs_hessian();
     let whole = 4 * weights(shapes);
     let square = |site: Site| config.site_width(site).pow(2);
-    let hessian = |site: Site| if second_moments { 8 * square(site) } else { 0 };
+    // A lower triangle in f64.
+    let hessian = |site: Site| if second_moments { 4 * square(site) } else { 0 };
     let all_hessians: usize = Site::ALL.into_iter().map(hessian).sum();
     // What a row leaves behind at every site, and what it takes on its way.
     let kept = 4 * searched * Site::ALL.map(|site| config.site_width(site)).iter().sum::<usize>();
@@ -129,11 +130,14 @@ fn block(config: &ModelConfig, recipe: &Recipe, shapes: &[(String, [usize; 2])])
     for site in Site::ALL {
         let gptq = matches!(recipe.rounding, Rounding::Gptq(_));
         let kept = if recipe.branch.is_some() { hessian(site) } else { 0 };
-        // In the place of the second moment: its factor in f64, and half as much again.
-        let factor = if gptq { kept + 4 * square(site) } else { 0 };
+        // In the place of the second moment: the whole matrix, which is rotated or becomes its factor, whose part that is used, in f32, comes on top.
+        let whole_matrix = if gptq || recipe.input.is_some() { 2 * hessian(site) } else { 0 };
+        let used = if gptq { hessian(site) / 2 } else { 0 };
         // A layer at a time takes the place of what it was.
         let transformed = if recipe.input.is_some() { widest_of(site) } else { 0 };
-        most = most.max(done + waiting + factor.max(transformed + rounding(site) + branch(site) + kept));
+        let rest = waiting - hessian(site) + kept;
+        let rounded = used + transformed + rounding(site) + branch(site);
+        most = most.max(done + rest + (whole_matrix + used).max(rounded));
         done += of_site(site) * 3 / 8;
         waiting -= of_site(site) + hessian(site);
     }

@@ -102,7 +102,7 @@ fn round_rows(w: &[f32], inp: usize, scales: &[f32], grid: &Grid, factor: &Facto
     let scales: Vec<Lanes> = (0..groups).map(|g| transpose(scales, groups, g, 1e-30)).collect();
     let mut errors = vec![[0.0; ROWS]; inp]; // W - Q
     let mut loss = 0.0;
-    for first in (0..inp).step_by(factor.block_size) {
+    for (block, first) in (0..inp).step_by(factor.block_size).enumerate() {
         let columns = &factor.order[first..inp.min(first + factor.block_size)];
         let weights: Vec<Lanes> = columns
             .iter()
@@ -110,18 +110,18 @@ fn round_rows(w: &[f32], inp: usize, scales: &[f32], grid: &Grid, factor: &Facto
             .collect();
         let mut targets = weights.clone();
         if first > 0 {
-            let feedback = &factor.feedback[first * inp..][..columns.len() * inp];
+            let (feedback, width) = (&factor.feedback[block], first + columns.len());
             matmul(
                 MatMut::from_row_major_slice_mut(targets.as_flattened_mut(), columns.len(), ROWS),
                 Accum::Add,
-                MatRef::from_row_major_slice(feedback, columns.len(), inp).subcols(0, first),
+                MatRef::from_row_major_slice(feedback, columns.len(), width).subcols(0, first),
                 MatRef::from_row_major_slice(errors[..first].as_flattened(), first, ROWS),
                 1.0,
                 Par::Seq,
             );
         }
         for (j, &column) in columns.iter().enumerate() {
-            let feedback = &factor.feedback[(first + j) * inp + first..][..j];
+            let feedback = &factor.row(first + j)[first..];
             let (done, rest) = errors[first..].split_at_mut(j);
             let scale = &scales[column / group_len];
             let mut code = [0; ROWS];

@@ -9,6 +9,7 @@ use faer::linalg::triangular_solve::solve_lower_triangular_in_place;
 use faer::prelude::{Reborrow, ReborrowMut};
 use faer::{Accum, Auto, MatMut, MatRef, Par, Spec, dyn_stack};
 use rayon::prelude::*;
+use std::ops::Range;
 
 /// Rows of a batch that are multiplied in f32 before they are added up in f64.
 const CHUNK_ROWS: usize = 256;
@@ -25,15 +26,29 @@ const CHOLESKY_COLUMNS: usize = 240;
 #[derive(Clone, Debug)]
 pub struct Hessian {
     dim: usize,
-    /// `[dim, dim]`, `Σ x xᵀ`. Only the lower triangle is kept up.
+    /// `Σ x xᵀ`: the lower triangle, row by row, for a wide layer's whole matrix takes a gigabyte. Row i begins at [`triangle`]`(i)`.
     sums: Vec<f64>,
     rows: usize,
+}
+
+/// Values of the first n rows of a lower triangle.
+fn triangle(n: usize) -> usize {
+    n * (n + 1) / 2
+}
+
+/// Rows of a lower triangle that begins with row `first`.
+fn rows_mut(mut values: &mut [f64], first: usize) -> impl Iterator<Item = &mut [f64]> {
+    (first + 1..).map_while(move |len| {
+        let (row, rest) = std::mem::take(&mut values).split_at_mut_checked(len)?;
+        values = rest;
+        Some(row)
+    })
 }
 
 impl Hessian {
     /// Of `dim` input channels, before any input was seen.
     pub fn new(dim: usize) -> Self {
-        Self { dim, sums: vec![0.0; dim * dim], rows: 0 }
+        Self { dim, sums: vec![0.0; triangle(dim)], rows: 0 }
     }
 
     /// The identity: with it GPTQ rounds to nearest.
@@ -47,8 +62,10 @@ impl Hessian {
     ///
     /// # Panics
     /// If `matrix` is not `dim * dim` long.
-    pub fn from_matrix(dim: usize, matrix: Vec<f64>) -> Self {
+    pub fn from_matrix(dim: usize, mut matrix: Vec<f64>) -> Self {
         assert_eq!(matrix.len(), dim * dim, "H is [dim, dim]");
+        (1..dim).for_each(|i| matrix.copy_within(i * dim..=i * dim + i, triangle(i)));
+        matrix.truncate(triangle(dim));
         // As if from two inputs, for which 2/n is 1.
         Self { dim, sums: matrix, rows: 2 }
     }
@@ -62,9 +79,16 @@ impl Hessian {
         assert!(dim > 0 && x.len().is_multiple_of(dim), "inputs are [rows, {dim}]");
         self.rows += x.len() / dim;
         // A task owns some rows of H and computes them up to the diagonal.
-        self.sums.par_chunks_mut(PANEL * dim).enumerate().with_max_len(1).for_each(|(panel, sums)| {
-            let (first, height) = (panel * PANEL, sums.len() / dim);
-            let width = first + height;
+        let (mut panels, mut rest) = (Vec::new(), self.sums.as_mut_slice());
+        for first in (0..dim).step_by(PANEL) {
+            let end = dim.min(first + PANEL);
+            panels.push((
+                first..end,
+                rest.split_off_mut(..triangle(end) - triangle(first)).unwrap_or_default(),
+            ));
+        }
+        panels.into_par_iter().with_max_len(1).for_each(|(rows, sums)| {
+            let (first, height, width) = (rows.start, rows.len(), rows.end);
             let mut product = vec![0.0f32; height * width];
             for chunk in x.chunks(CHUNK_ROWS * dim) {
                 let chunk = MatRef::from_row_major_slice(chunk, chunk.len() / dim, dim);
@@ -76,7 +100,7 @@ impl Hessian {
                     1.0,
                     Par::Seq,
                 );
-                for (sums, product) in sums.chunks_exact_mut(dim).zip(product.chunks_exact(width)) {
+                for (sums, product) in rows_mut(sums, first).zip(product.chunks_exact(width)) {
                     sums.iter_mut().zip(product).for_each(|(s, &p)| *s += f64::from(p));
                 }
             }
@@ -89,13 +113,12 @@ impl Hessian {
     /// If there are not `dim` factors.
     pub fn rescale(&mut self, factors: &[f32]) {
         assert_eq!(factors.len(), self.dim, "one factor for each input channel");
-        for (i, row) in self.sums.chunks_exact_mut(self.dim.max(1)).enumerate() {
+        for (i, row) in rows_mut(&mut self.sums, 0).enumerate() {
             row.iter_mut().zip(factors).for_each(|(v, &f)| *v *= f64::from(f) * f64::from(factors[i]));
         }
     }
 
-    /// The Hessian of inputs `x Q`, for a `rotate` that takes rows `[rows, dim]` to rows Q, in f32. In the memory of its sums, a few rows at a time: of wide
-    /// layers another matrix takes hundreds of megabytes.
+    /// The Hessian of inputs `x Q`, for a `rotate` that takes rows `[rows, dim]` to rows Q, in f32. In the memory of the whole matrix, a few rows at a time.
     pub fn rotated(self, rotate: impl Fn(Vec<f32>) -> Vec<f32>) -> Self {
         let n = self.dim;
         let mut h = self.into_normalized();
@@ -126,17 +149,20 @@ impl Hessian {
         self.clone().into_normalized()
     }
 
-    /// [`Hessian::normalized`] in the memory of its sums.
+    /// [`Hessian::normalized`], in whose memory the sums are then.
     pub fn into_normalized(self) -> Vec<f64> {
         let (n, scale, mut h) = (self.dim, self.scale(), self.sums);
         h.par_iter_mut().for_each(|v| *v *= scale);
+        h.reserve_exact(n * n - h.len());
+        h.resize(n * n, 0.0);
+        (1..n).rev().for_each(|i| h.copy_within(triangle(i)..triangle(i + 1), i * n));
         mirror(&mut h, n);
         h
     }
 
     /// The diagonal of H: twice the mean square of every input channel.
     pub fn diagonal(&self) -> Vec<f64> {
-        self.sums.iter().step_by(self.dim + 1).map(|v| v * self.scale()).collect()
+        (0..self.dim).map(|i| self.sums[triangle(i) + i] * self.scale()).collect()
     }
 
     fn scale(&self) -> f64 {
@@ -148,9 +174,9 @@ impl Hessian {
 #[derive(Clone, Debug)]
 pub struct Factor {
     pub(super) dim: usize,
-    /// `[dim, dim]`; row j holds in its first j places by how much the errors of the columns before it move column j:
-    /// U_ij / U_jj, where `H + damping = U Uᵀ` with U upper triangular. Empty after a fallback.
-    pub(super) feedback: Vec<f32>,
+    /// By how much the errors of the columns before it move column j: U_ij / U_jj, where `H + damping = U Uᵀ` with U upper triangular. Blocks of
+    /// `block_size` rows, `[rows, end]` with the row `end` that follows. Empty after a fallback.
+    pub(super) feedback: Vec<Vec<f32>>,
     /// U_jj², the weight of the squared error of column j.
     pub(super) pivots: Vec<f64>,
     /// The input channel that is rounded as the j-th.
@@ -164,6 +190,15 @@ pub struct Factor {
     pub dead_columns: usize,
     /// Why there is no factor, and layers are rounded to nearest.
     pub fallback: Option<String>,
+}
+
+impl Factor {
+    /// Row j of [`Factor::feedback`], `[j]`.
+    pub(super) fn row(&self, j: usize) -> &[f32] {
+        let (block, at) = (j / self.block_size, j % self.block_size);
+        let width = self.dim.min(j - at + self.block_size);
+        &self.feedback[block][at * width..][..j]
+    }
 }
 
 /// Every place below the diagonal of a matrix `[n, n]`, and the one that mirrors it.
@@ -229,8 +264,9 @@ pub fn factorize(h: Hessian, cfg: &GptqConfig) -> Factor {
         fallback: None,
     };
     let mut diagonal = h.diagonal();
-    if let Some(at) = (0..n * n).find(|at| at % n <= at / n && !h.sums[*at].is_finite()) {
-        factor.fallback = Some(format!("the Hessian is not finite at [{}, {}]", at / n, at % n));
+    if let Some(at) = h.sums.iter().position(|v| !v.is_finite()) {
+        let row = (0..n).take_while(|&i| triangle(i) <= at).count() - 1;
+        factor.fallback = Some(format!("the Hessian is not finite at [{row}, {}]", at - triangle(row)));
         return factor;
     }
     let dead: Vec<bool> = diagonal.iter().map(|&v| v == 0.0).collect();
@@ -246,19 +282,15 @@ pub fn factorize(h: Hessian, cfg: &GptqConfig) -> Factor {
     }
 
     // Reversing rows and columns turns the upper factor that is wanted into the lower one that Cholesky gives: [c * n + r], c <= r, is column-major.
-    let scale = h.scale();
-    let mut lower = h.sums;
+    let mut lower = h.into_normalized();
     if cfg.actorder {
         let reversed: Vec<usize> = factor.order.iter().rev().copied().collect();
-        mirror(&mut lower, n);
         permute(&mut lower, n, &reversed);
     } else {
         lower.reverse();
     }
-    lower.par_iter_mut().for_each(|v| *v *= scale);
-    // An attempt that fails destroys what it was made from. Of wide layers this takes hundreds of megabytes, and what a vector grows by more.
-    let mut triangle = Vec::with_capacity(n * (n + 1) / 2);
-    lower.chunks_exact(n).enumerate().for_each(|(c, column)| triangle.extend_from_slice(&column[c..]));
+    // An attempt that fails destroys what it was made from, but not what is above it.
+    let blocks: Vec<f64> = (0..n).flat_map(|c| &lower[diagonal_block(c, n)]).copied().collect();
     let mut frac = cfg.dampening_frac.max(0.0);
     loop {
         for (c, &j) in factor.order.iter().rev().enumerate() {
@@ -273,22 +305,29 @@ pub fn factorize(h: Hessian, cfg: &GptqConfig) -> Factor {
             return factor;
         }
         frac = (10.0 * frac.max(1e-4)).min(1.0);
-        let mut rest = triangle.as_slice();
-        for (c, column) in lower.chunks_exact_mut(n).enumerate() {
-            let (head, tail) = rest.split_at(n - c);
-            column[c..].copy_from_slice(head);
-            rest = tail;
+        mirror(&mut lower, n);
+        let mut rest = blocks.as_slice();
+        for column in (0..n).map(|c| diagonal_block(c, n)) {
+            let (block, after) = rest.split_at(column.len());
+            lower[column].copy_from_slice(block);
+            rest = after;
         }
     }
-    drop(triangle);
+    drop(blocks);
 
-    factor.feedback = vec![0.0; n * n];
-    factor.feedback.par_chunks_exact_mut(n).enumerate().for_each(|(j, row)| {
-        let column = &lower[(n - 1 - j) * n..][n - 1 - j..n]; // U_jj, U_j-1,j, ..., U_0,j
-        for i in 0..j {
-            row[i] = (column[j - i] / column[0]) as f32;
+    let firsts: Vec<usize> = (0..n).step_by(factor.block_size).collect();
+    let blocks = firsts.into_par_iter().map(|first| {
+        let width = n.min(first + factor.block_size);
+        let mut block = vec![0.0; (width - first) * width];
+        for (j, row) in (first..width).zip(block.chunks_exact_mut(width)) {
+            let column = &lower[(n - 1 - j) * n..][n - 1 - j..n]; // U_jj, U_j-1,j, ..., U_0,j
+            for i in 0..j {
+                row[i] = (column[j - i] / column[0]) as f32;
+            }
         }
+        block
     });
+    factor.feedback = blocks.collect();
     factor.pivots = (0..n).map(|j| lower[(n - 1 - j) * (n + 1)].powi(2)).collect();
     factor.dead_columns = n - alive;
     factor.dead = dead;
@@ -296,7 +335,13 @@ pub fn factorize(h: Hessian, cfg: &GptqConfig) -> Factor {
     factor
 }
 
-/// Lower Cholesky factor in place, `a: [n, n]` column-major; false if there is none. Above the diagonal anything may stand, then and before.
+/// Places of column c of a matrix `[n, n]`, column-major, in what [`cholesky`] writes above and below the diagonal.
+fn diagonal_block(c: usize, n: usize) -> Range<usize> {
+    let first = c / CHOLESKY_COLUMNS * CHOLESKY_COLUMNS;
+    c * n + first..c * n + n.min(first + CHOLESKY_COLUMNS)
+}
+
+/// Lower Cholesky factor in place, `a: [n, n]` column-major; false if there is none. Above the diagonal anything may stand, and stays but for [`diagonal_block`].
 ///
 /// Some columns at a time, on all threads: their own triangle, what is below it, and what both take away from the columns to the right. The parts have fixed
 /// sizes, so that the number of threads changes no bit.
@@ -461,7 +506,7 @@ mod tests {
         let f = factorize(h.clone(), &GptqConfig::default());
         let (matrix, diagonal) = (h.normalized(), h.diagonal());
         let mean = diagonal.iter().sum::<f64>() / dim as f64;
-        let unit = |i: usize, j: usize| if i == j { 1.0 } else { f64::from(f.feedback[j * dim + i]) };
+        let unit = |i: usize, j: usize| if i == j { 1.0 } else { f64::from(f.row(j)[i]) };
         for i in 0..dim {
             for j in 0..dim {
                 let got: f64 = (i.max(j)..dim).map(|k| unit(i, k) * f.pivots[k] * unit(j, k)).sum();
@@ -502,7 +547,7 @@ mod tests {
     /// An attempt that fails leaves nothing behind: the next is as if it were the first.
     #[test]
     fn damping_is_raised_from_the_same_matrix() {
-        let n = 150;
+        let n = 2 * CHOLESKY_COLUMNS + 30;
         let mut h = Hessian::new(n);
         h.add(&correlated(90, n, 4)); // of rank 90
         let mut h = h.into_normalized();
