@@ -3,6 +3,7 @@
 //! Exit codes: 0 success, 1 an integrity check failed, 2 bad input or a failed run, with one message on stderr; 130 after Ctrl-C and 143 after
 //! SIGTERM.
 
+mod allocator;
 mod args;
 mod bench;
 mod chat;
@@ -30,7 +31,7 @@ use specquant_kernels::Isa;
 use ui::note;
 
 #[global_allocator]
-static GLOBAL: mimalloc::MiMalloc = mimalloc::MiMalloc;
+static GLOBAL: allocator::Allocator = allocator::Allocator;
 
 fn main() -> ExitCode {
     let args = Args::parse();

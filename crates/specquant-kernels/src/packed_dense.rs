@@ -274,9 +274,9 @@ pub(crate) fn matmul_once(
     }
 }
 
-/// Columns, of n, that a weight multiplied once is packed by at a time: two tasks for every thread.
+/// Columns, of n, that a weight multiplied once is packed by at a time: a task for every thread.
 pub fn columns_at_once(n: usize) -> usize {
-    n.min(2 * TASK_PANELS * PANEL * rayon::current_num_threads())
+    n.min(TASK_PANELS * PANEL * rayon::current_num_threads())
 }
 
 /// What [`add_matmul_packed`] says of weights of codes.
