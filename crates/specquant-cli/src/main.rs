@@ -3,7 +3,6 @@
 //! Exit codes: 0 success, 1 an integrity check failed, 2 bad input or a failed run, with one message on stderr; 130 after Ctrl-C and 143 after
 //! SIGTERM.
 
-mod allocator;
 mod args;
 mod bench;
 mod chat;
@@ -31,9 +30,10 @@ use specquant_kernels::Isa;
 use ui::note;
 
 #[global_allocator]
-static GLOBAL: allocator::Allocator = allocator::Allocator;
+static GLOBAL: mimalloc::MiMalloc = mimalloc::MiMalloc;
 
 fn main() -> ExitCode {
+    system::give_memory_back();
     let args = Args::parse();
     match run(args) {
         Ok(code) => code,

@@ -14,6 +14,16 @@ fn proc_bytes(file: &str, key: &str) -> Option<u64> {
     Some(line.split_whitespace().nth(1)?.parse::<u64>().ok()? * 1024)
 }
 
+/// mimalloc's option `purge_delay`, in milliseconds, for which libmimalloc-sys has no name.
+const PURGE_DELAY: libmimalloc_sys::mi_option_t = libmimalloc_sys::mi_option_use_numa_nodes - 1;
+
+/// From now on memory that is freed is the system's at once. Otherwise mimalloc waits until somebody asks for more, and matrices of hundreds of megabytes are
+/// still there beside those that come after them. `MIMALLOC_PURGE_DELAY` says otherwise.
+pub fn give_memory_back() {
+    // SAFETY: it sets a number that is read at every purge.
+    unsafe { libmimalloc_sys::mi_option_set_default(PURGE_DELAY, 0) };
+}
+
 /// Largest resident memory that this process has had.
 pub fn peak_rss() -> Option<u64> {
     proc_bytes("/proc/self/status", "VmHWM:")
@@ -132,6 +142,18 @@ pub fn human(bytes: u64) -> String {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    /// The default by which the option is told from its neighbours; unit tests do not run `main`.
+    #[test]
+    fn the_option_is_the_delay() {
+        if std::env::var_os("MIMALLOC_PURGE_DELAY").is_none() {
+            // SAFETY: it reads a number.
+            assert_eq!(unsafe { libmimalloc_sys::mi_option_get(PURGE_DELAY) }, 10);
+            give_memory_back();
+            // SAFETY: as before.
+            assert_eq!(unsafe { libmimalloc_sys::mi_option_get(PURGE_DELAY) }, 0);
+        }
+    }
 
     #[test]
     fn control_groups_limit_memory() {

@@ -274,7 +274,7 @@ pub(crate) fn matmul_once(
     }
 }
 
-/// Columns, of n, that a weight multiplied once is packed by at a time: a task for every thread.
+/// Columns, of n, that a weight multiplied once is packed by at a time: those of a task for every thread, of many rows.
 pub fn columns_at_once(n: usize) -> usize {
     n.min(TASK_PANELS * PANEL * rayon::current_num_threads())
 }

@@ -218,13 +218,17 @@ pub fn quantize_block(
         };
         let rest = change.as_mut().map_or(&mut stats[i], |(_, rest)| rest);
         // A branch looks at the second moment again; nobody else does.
-        let hessian = match recipe.branch.is_some() {
-            true => rest.input(&[]).hessian.cloned(),
-            false => rest.take_hessian(),
+        let hessian = match (&recipe.rounding, recipe.branch.is_some()) {
+            (Rounding::Gptq(_), true) => rest.input(&[]).hessian.cloned(),
+            (Rounding::Rtn {}, true) => None,
+            (_, false) => rest.take_hessian(),
         };
         let factor: Option<Factor> = match &recipe.rounding {
             Rounding::Gptq(gptq) => hessian.map(|hessian| factorize(hessian, gptq)),
-            Rounding::Rtn {} => None,
+            Rounding::Rtn {} => {
+                drop(hessian);
+                None
+            }
         };
         let mut parts = Vec::new();
         if let Some((transform, rest)) = &change {

@@ -128,11 +128,21 @@ fn block(config: &ModelConfig, recipe: &Recipe, shapes: &[(String, [usize; 2])])
     // Sites that are done hold codes and packed weights, and no second moment; the others wait as they are.
     let (mut done, mut waiting, mut most) = (0, whole + all_hessians, 0);
     for site in Site::ALL {
-        let gptq = matches!(recipe.rounding, Rounding::Gptq(_));
-        let kept = if recipe.branch.is_some() { hessian(site) } else { 0 };
+        // In the memory of the whole matrix, where it was one.
+        let kept = match (&recipe.branch, &recipe.input) {
+            (None, _) => 0,
+            (Some(_), None) => hessian(site),
+            (Some(_), Some(_)) => 2 * hessian(site),
+        };
         // In the place of the second moment: the whole matrix, which is rotated or becomes its factor, whose part that is used, in f32, comes on top.
-        let whole_matrix = if gptq || recipe.input.is_some() { 2 * hessian(site) } else { 0 };
-        let used = if gptq { hessian(site) / 2 } else { 0 };
+        let used = match &recipe.rounding {
+            Rounding::Gptq(gptq) => {
+                2 * config.site_width(site)
+                    * (config.site_width(site) + gptq.block_size.min(config.site_width(site)))
+            }
+            Rounding::Rtn {} => 0,
+        };
+        let whole_matrix = if used > 0 || recipe.input.is_some() { 2 * hessian(site) } else { 0 };
         // A layer at a time takes the place of what it was.
         let transformed = if recipe.input.is_some() { widest_of(site) } else { 0 };
         let rest = waiting - hessian(site) + kept;

@@ -10,6 +10,7 @@
 //! Nothing here depends on the number of threads: work is cut in fixed pieces and every sum has a fixed order. Loops are
 //! compiled a second time for AVX2, but never with fused multiply-add, so both versions give the same bits.
 
+mod factor;
 mod gptq;
 mod hessian;
 mod output_clip;
@@ -18,6 +19,7 @@ mod scales;
 
 use specquant_kernels::NEAREST_LEVEL;
 
+pub use factor::*;
 pub use gptq::*;
 pub use hessian::*;
 pub use output_clip::*;
