@@ -17,7 +17,7 @@ fn proc_bytes(file: &str, key: &str) -> Option<u64> {
 /// mimalloc's option `purge_delay`, in milliseconds, for which libmimalloc-sys has no name.
 const PURGE_DELAY: libmimalloc_sys::mi_option_t = libmimalloc_sys::mi_option_use_numa_nodes - 1;
 
-/// From now on memory that is freed is the system's at once. Otherwise mimalloc waits until somebody asks for more, and matrices of hundreds of megabytes are
+/// From now on memory that is freed is the system's at once. Otherwise mimalloc keeps it for a second, and what matrices of hundreds of megabytes lay in is
 /// still there beside those that come after them. `MIMALLOC_PURGE_DELAY` says otherwise.
 pub fn give_memory_back() {
     // SAFETY: it sets a number that is read at every purge.
@@ -148,7 +148,7 @@ mod tests {
     fn the_option_is_the_delay() {
         if std::env::var_os("MIMALLOC_PURGE_DELAY").is_none() {
             // SAFETY: it reads a number.
-            assert_eq!(unsafe { libmimalloc_sys::mi_option_get(PURGE_DELAY) }, 10);
+            assert_eq!(unsafe { libmimalloc_sys::mi_option_get(PURGE_DELAY) }, 1000);
             give_memory_back();
             // SAFETY: as before.
             assert_eq!(unsafe { libmimalloc_sys::mi_option_get(PURGE_DELAY) }, 0);

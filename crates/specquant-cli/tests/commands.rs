@@ -246,6 +246,20 @@ fn quantize_reports_and_a_dry_run_writes_nothing() {
     assert_eq!(inspect(&out)["integrity"], "ok");
 }
 
+/// Once, and not to a program that reads JSON.
+#[test]
+fn short_calibration_text_is_told() {
+    let lab = Lab::new();
+    let (model, text) = (lab.model("llama-sharded"), lab.file("text.txt", TEXT));
+    for (flags, times) in [(&[][..], 1), (&["--json"][..], 0)] {
+        let mut command = specquant();
+        command.args(["quantize", "--plan", "--recipe", "rtn", "--samples", "100", "-m"]).arg(&model);
+        command.arg("-o").arg(lab.out("planned")).arg("--calibration").arg(&text).args(flags);
+        let stderr = String::from_utf8(command.assert().success().get_output().stderr.clone()).unwrap();
+        assert_eq!(stderr.matches("holds only").count(), times, "{stderr}");
+    }
+}
+
 #[test]
 fn one_seed_gives_one_checkpoint() {
     let lab = Lab::new();

@@ -6,7 +6,7 @@ use serde::{Deserialize, Serialize};
 use specquant_kernels::Basis;
 use specquant_kernels::matmul_nt;
 use specquant_model::{
-    Block, InputTransform, KEPT_BITS, Linear, ModelConfig, Site, StoredKept, StoredLinear, Truncation,
+    Block, InputTransform, KEPT_BITS, Linear, ModelConfig, Site, StoredKept, StoredTensor, Truncation,
     storable_scales,
 };
 
@@ -185,8 +185,8 @@ fn smooth_block(
 
 /// A quantized block.
 pub struct QuantizedBlock {
-    /// Each layer's report and stored form, in the order of [`Block::linears`].
-    pub layers: Vec<(LayerReport, StoredLinear)>,
+    /// Each layer's report and what is stored of it, in the order of [`Block::linears`].
+    pub layers: Vec<(LayerReport, Vec<StoredTensor>)>,
     /// The bases of the branches, in the order of [`Site::ALL`].
     pub bases: [Option<Arc<Basis>>; 4],
     /// The clip ratios of activations that were searched or learned, in the order of [`Site::ALL`].
@@ -307,7 +307,8 @@ pub fn quantize_block(
                 relative_error: errors[l],
                 rounding,
             };
-            done.push((report, stored));
+            // As it will lie on the disk: half of what the codes take, while the other sites come.
+            done.push((report, stored.tensors(names[l])));
         }
         block.site_mut(site).into_iter().zip(quantized).for_each(|(to, linear)| *to = linear);
         block.inputs[i] = change.map(|(transform, _)| transform);

@@ -125,7 +125,7 @@ fn block(config: &ModelConfig, recipe: &Recipe, shapes: &[(String, [usize; 2])])
     };
     let searching = Site::ALL.into_iter().map(|site| if searches { trial(site) } else { 0 }).max();
 
-    // Sites that are done hold codes and packed weights, and no second moment; the others wait as they are.
+    // Sites that are done hold their codes twice, as they will be stored and packed, and no second moment; the others wait as they are.
     let (mut done, mut waiting, mut most) = (0, whole + all_hessians, 0);
     for site in Site::ALL {
         // In the memory of the whole matrix, where it was one.
@@ -148,7 +148,8 @@ fn block(config: &ModelConfig, recipe: &Recipe, shapes: &[(String, [usize; 2])])
         let rest = waiting - hessian(site) + kept;
         let rounded = used + transformed + rounding(site) + branch(site);
         most = most.max(done + rest + (whole_matrix + used).max(rounded));
-        done += of_site(site) * 3 / 8;
+        let stored = if recipe.scheme.weight_bits > 4 { 8 } else { 4 };
+        done += of_site(site) * stored / 16;
         waiting -= of_site(site) + hessian(site);
     }
     most.max(observing).max(searching.unwrap_or(0)).max(learning(config, recipe, shapes))

@@ -111,8 +111,8 @@ pub(crate) fn one_block(
             observe(&block, config, index, states, false, sampled, recipe.needs_hessian())?;
         block.kv_center = recipe.kv_center.then_some(center);
         let done = quantize_block(&mut block, &prefix, &mut stats, &learned, recipe, config)?;
-        for (report, stored) in done.layers {
-            tensors.extend(stored.tensors(&report.name));
+        for (report, layer) in done.layers {
+            tensors.extend(layer);
             reports.push(report);
         }
         for (site, basis) in Site::ALL.into_iter().zip(done.bases) {
