@@ -13,7 +13,7 @@ use crate::recipe::{Embeddings, Recipe, Rounding, Searched};
 use crate::transforms::rotate::online;
 
 /// Memory that does not depend on the model: code, tokenizer, allocator.
-const BASE_BYTES: usize = 80 << 20;
+const BASE_BYTES: usize = 40 << 20;
 
 /// Peak bytes. shapes: of one block's layers; block_bytes: of a quantized block; states: bytes of hidden states in memory.
 pub(crate) fn peak(
