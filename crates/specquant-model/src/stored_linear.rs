@@ -290,13 +290,6 @@ impl StoredLinear {
             bias: self.bias.clone(),
         }))
     }
-
-    /// Bits on disk, everything counted: codes, scales, counts, indices and coefficients (a bias is not a weight). What layers share,
-    /// the rows of a stored basis, is extra.
-    pub fn stored_bits(&self) -> usize {
-        let tensors = self.tensors("");
-        8 * tensors.iter().filter(|t| !t.name.ends_with(".bias")).map(|t| t.bytes.len()).sum::<usize>()
-    }
 }
 
 /// The tensors of one layer in a file, and complaints about them.

@@ -1,5 +1,6 @@
 //! One decoder block: smoothing search and folds, then its seven layers.
 
+use std::borrow::Cow;
 use std::sync::Arc;
 
 use serde::{Deserialize, Serialize};
@@ -218,17 +219,13 @@ pub fn quantize_block(
         };
         let rest = change.as_mut().map_or(&mut stats[i], |(_, rest)| rest);
         // A branch looks at the second moment again; nobody else does.
-        let hessian = match (&recipe.rounding, recipe.branch.is_some()) {
-            (Rounding::Gptq(_), true) => rest.input(&[]).hessian.cloned(),
-            (Rounding::Rtn {}, true) => None,
-            (_, false) => rest.take_hessian(),
+        let hessian = match recipe.branch {
+            Some(_) => rest.input(&[]).hessian.map(Cow::Borrowed),
+            None => rest.take_hessian().map(Cow::Owned),
         };
-        let factor: Option<Factor> = match &recipe.rounding {
-            Rounding::Gptq(gptq) => hessian.map(|hessian| factorize(hessian, gptq)),
-            Rounding::Rtn {} => {
-                drop(hessian);
-                None
-            }
+        let factor: Option<Factor> = match (&recipe.rounding, hessian) {
+            (Rounding::Gptq(gptq), Some(hessian)) => Some(factorize(hessian.into_owned(), gptq)),
+            _ => None,
         };
         let mut parts = Vec::new();
         if let Some((transform, rest)) = &change {
@@ -284,6 +281,11 @@ pub fn quantize_block(
         for (l, layer::Done { stored, rounding, temperature }) in finished.into_iter().enumerate() {
             let (out, inp) = (stored.out, quantized[l].in_features());
             let shared = (basis.as_ref().map_or(0, |b| layer::shared_bits(b)) + transform_bits) * out / outs;
+            // As it will lie on the disk: half of what the codes take, while the other sites come.
+            let tensors = stored.tensors(names[l]);
+            // A bias is not a weight.
+            let counted = tensors.iter().filter(|t| !t.name.ends_with(".bias"));
+            let stored_bits = 8 * counted.map(|t| t.bytes.len()).sum::<usize>();
             let items = stored.branch.as_ref().map(|b| {
                 let total: usize = b.counts.iter().map(|&k| usize::from(k)).sum();
                 (total as f64 / out as f64, b.counts.iter().copied().max().unwrap_or(0))
@@ -296,7 +298,7 @@ pub fn quantize_block(
             let report = LayerReport {
                 name: names[l].to_owned(),
                 shape: [out, inp],
-                bits_per_weight: (stored.stored_bits() + shared) as f64 / (out * inp) as f64,
+                bits_per_weight: (stored_bits + shared) as f64 / (out * inp) as f64,
                 smoothing_strength: strengths[i],
                 kept,
                 act_clip: act_clips[i],
@@ -307,8 +309,7 @@ pub fn quantize_block(
                 relative_error: errors[l],
                 rounding,
             };
-            // As it will lie on the disk: half of what the codes take, while the other sites come.
-            done.push((report, stored.tensors(names[l])));
+            done.push((report, tensors));
         }
         block.site_mut(site).into_iter().zip(quantized).for_each(|(to, linear)| *to = linear);
         block.inputs[i] = change.map(|(transform, _)| transform);

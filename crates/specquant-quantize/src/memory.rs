@@ -135,11 +135,9 @@ fn block(config: &ModelConfig, recipe: &Recipe, shapes: &[(String, [usize; 2])])
             (Some(_), Some(_)) => 2 * hessian(site),
         };
         // In the place of the second moment: the whole matrix, which is rotated or becomes its factor, whose part that is used, in f32, comes on top.
+        let n = config.site_width(site);
         let used = match &recipe.rounding {
-            Rounding::Gptq(gptq) => {
-                2 * config.site_width(site)
-                    * (config.site_width(site) + gptq.block_size.min(config.site_width(site)))
-            }
+            Rounding::Gptq(gptq) => 2 * n * (n + gptq.block_size.min(n)),
             Rounding::Rtn {} => 0,
         };
         let whole_matrix = if used > 0 || recipe.input.is_some() { 2 * hessian(site) } else { 0 };

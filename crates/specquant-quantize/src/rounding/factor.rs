@@ -214,6 +214,7 @@ fn cholesky(a: &mut [f64], n: usize) -> bool {
 mod tests {
     use super::super::testing::{correlated, gaussian, with_threads};
     use super::*;
+
     /// More columns than are factorized at once, and not whole parts of them.
     #[test]
     fn cholesky_in_parts() {

@@ -55,6 +55,7 @@ impl Hessian {
     /// If `matrix` is not `dim * dim` long.
     pub fn from_matrix(dim: usize, mut matrix: Vec<f64>) -> Self {
         assert_eq!(matrix.len(), dim * dim, "H is [dim, dim]");
+        // The room that is left serves whoever needs the whole again.
         (1..dim).for_each(|i| matrix.copy_within(i * dim..=i * dim + i, triangle(i)));
         matrix.truncate(triangle(dim));
         // As if from two inputs, for which 2/n is 1.
@@ -183,6 +184,7 @@ pub(super) fn mirror(a: &mut [f64], n: usize) {
 mod tests {
     use super::super::testing::correlated;
     use super::*;
+
     #[test]
     fn batches_add_up_to_the_mean_of_outer_products() {
         let (rows, dim) = (700, 70);
