@@ -220,11 +220,13 @@ fn quantize_with<const N: usize>(
     acts
 }
 
-/// Codes from one token to the next: whole cache lines, for what crosses them is read at half the speed. Tokens a multiple of a kilobyte apart
-/// would share a few sets of the first cache: a line between them spreads them out.
+/// Codes from one token to the next: whole cache lines, for what crosses them is read at half the speed, and an odd number of them, so that those of
+/// many tokens at a time are spread over all sets of the first cache.
 pub(crate) fn stride(cols: usize) -> usize {
-    let stride = cols.next_multiple_of(64);
-    if stride > 0 && stride.is_multiple_of(1024) { stride + 64 } else { stride }
+    match cols.div_ceil(64) {
+        0 => 0,
+        lines => 64 * (lines | 1),
+    }
 }
 
 /// Quantizes one token; returns scale and zero point. codes: as x.
