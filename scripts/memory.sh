@@ -3,7 +3,7 @@
 #
 #     memory.sh [RECIPE:LAYERS ...]     RECIPE: a name or a file; default: rtn:1 rtn:2 rtn:4 spectral:1 spectral:2
 #
-# SPECQUANT is the program (target/release/specquant), TEXT the calibration text (of WikiText-2's validation split). A model of four layers takes 2 GB in
+# Fails if a prediction is off by more than 15%. SPECQUANT is the program (target/release/specquant), TEXT the calibration text (of WikiText-2's validation split). A model of four layers takes 2 GB in
 # the directory for temporary files, and its checkpoint 1 GB; spectral takes a minute or two a layer.
 set -eu
 
@@ -15,6 +15,7 @@ text=${TEXT:-../shared/data/wikitext2/wiki.valid.raw}
 
 tmp=$(mktemp -d)
 trap 'rm -rf "$tmp"' EXIT
+off=
 trap 'exit 1' HUP INT TERM
 
 echo '| recipe | layers | predicted, MB | largest RssAnon, MB | error | seconds |'
@@ -26,12 +27,15 @@ for run in "$@"; do
         --samples 4 --sequence-length 256 --search-tokens 64 --threads 2 --json >"$tmp/json" 2>"$tmp/log" ||
         { cat "$tmp/log" >&2; exit 1; }
     rm -r "$tmp/out"
-    python3 - "$recipe" "$layers" "$tmp/json" <<'PY'
+    python3 - "$recipe" "$layers" "$tmp/json" <<'PY' || off="$off $run"
 import json, sys
 recipe, layers, path = sys.argv[1:]
 with open(path) as f:
     run = json.load(f)
 predicted, measured = run["plan"]["peak_bytes"], run["peak_anonymous_bytes"]
-print(f"| {recipe} | {layers} | {predicted / 1e6:.0f} | {measured / 1e6:.0f} | {predicted / measured - 1:+.0%} | {run['seconds']:.0f} |", flush=True)
+error = predicted / measured - 1
+print(f"| {recipe} | {layers} | {predicted / 1e6:.0f} | {measured / 1e6:.0f} | {error:+.0%} | {run['seconds']:.0f} |", flush=True)
+sys.exit(abs(error) > 0.15)
 PY
 done
+[ -z "$off" ] || { echo "memory: error: the prediction is off by more than 15% in$off" >&2; exit 1; }

@@ -172,7 +172,7 @@ pub struct Overrides {
     /// Storage of embeddings and lm_head [embeddings]
     #[arg(long, value_name = "TYPE")]
     pub embeddings: Option<EmbeddingsArg>,
-    /// Calibration text, .raw rows or .jsonl; without it the model writes its own [calibration.file]
+    /// Calibration text, .raw rows or .jsonl, of which the first 8 MiB are read; without it the model writes its own [calibration.file]
     #[arg(long, value_name = "FILE")]
     pub calibration: Option<PathBuf>,
     /// Calibration sequences [calibration.samples]

@@ -13,12 +13,12 @@ use specquant_eval::{
     sanitized, write_results, write_whole,
 };
 use specquant_kernels::Isa;
-use specquant_model::{FORMAT_VERSION, Model, Source, read_text, sha256};
+use specquant_model::{FORMAT_VERSION, Model, Source, sha256};
 use specquant_quantize as q;
 
 use crate::args::{CompareArgs, Overrides};
 use crate::eval::Prose;
-use crate::resources::check_resources;
+use crate::resources::{check_disk_of_all, check_resources};
 use crate::tasks::{self, Queries, run_info};
 use crate::ui::{self, Wrong, note, table};
 use crate::{eval, quantize, system};
@@ -76,8 +76,8 @@ fn names(paths: &[PathBuf]) -> Vec<String> {
 /// A recipe that the first model is quantized by.
 struct Quantization {
     recipe: q::Recipe,
-    /// Whether hidden states go to the disk.
-    spill: bool,
+    /// None where an earlier run has done it.
+    plan: Option<q::Plan>,
     /// The calibration sequences of the recipe's file, if it has one; none where an earlier run has done it.
     texts: Option<Vec<Vec<u32>>>,
     checkpoint: PathBuf,
@@ -95,25 +95,25 @@ impl Quantization {
         source_sha256: &str,
         wrong: &mut Wrong,
     ) -> Quantization {
-        let plan = check_resources(source, &recipe, &args.output, args.ignore_memory, false);
-        let spill = wrong.of(plan).is_some_and(|plan| plan.spill);
         let (dir, name) = (args.output.join(CHECKPOINTS), sanitized(&recipe.name));
         let (checkpoint, record) = (dir.join(&name), dir.join(format!("{name}.json")));
-        let texts = match checkpoint.exists() {
-            true => None,
-            false => wrong.of(quantize::prepare(source, &recipe)).flatten(),
-        };
-        let calibration = recipe.calibration.file.as_ref().map(|file| -> anyhow::Result<String> {
-            let text = read_text(file).map_err(anyhow::Error::msg);
-            Ok(sha256(text.with_context(|| format!("calibration text {}", file.display()))?.as_bytes()))
-        });
+        let (mut plan, mut texts) = (None, None);
+        if !checkpoint.exists() {
+            plan = wrong.of(check_resources(source, &recipe, &checkpoint, args.ignore_memory, false));
+            texts = wrong.of(quantize::prepare(source, &recipe)).flatten();
+        }
+        let calibration = recipe
+            .calibration
+            .file
+            .as_ref()
+            .map(|file| q::calibration::read(file).map(|text| sha256(text.as_bytes())));
         let calibration = wrong.of(calibration.transpose()).flatten();
         // The calibration text is what it says, wherever it lies; threads change nothing.
         let mut settings = recipe.clone();
         settings.calibration.file = None;
         settings.threads = None;
-        let identity = json!({ "format_version": FORMAT_VERSION, "source_sha256": source_sha256, "calibration_sha256": calibration, "recipe": settings });
-        Quantization { recipe, spill, texts, checkpoint, identity, record }
+        let identity = json!({ "specquant_version": env!("CARGO_PKG_VERSION"), "format_version": FORMAT_VERSION, "source_sha256": source_sha256, "calibration_sha256": calibration, "recipe": settings });
+        Quantization { recipe, plan, texts, checkpoint, identity, record }
     }
 
     /// Whether what an earlier run has made of it, whole or in part, is what this one would.
@@ -122,10 +122,19 @@ impl Quantization {
         let partial = q::Destination::new(checkpoint).partial()?;
         if let Some(begun) = [checkpoint, &partial].into_iter().find(|path| path.exists()) {
             let made = fs::read(record).ok().and_then(|bytes| serde_json::from_slice::<Value>(&bytes).ok());
+            let Some(made) = made else {
+                anyhow::bail!(
+                    "{} is there without a readable {}; remove it, or choose another -o",
+                    begun.display(),
+                    record.display()
+                );
+            };
+            let differing = q::differing_fields(&made, identity);
             anyhow::ensure!(
-                made.as_ref() == Some(identity),
-                "{} was made from another model, calibration text or settings; remove it, or choose another -o",
-                begun.display()
+                differing.is_empty(),
+                "{} is of a run that differs in {}; remove it, or choose another -o",
+                begun.display(),
+                differing.join(", ")
             );
         }
         Ok(())
@@ -133,13 +142,15 @@ impl Quantization {
 
     /// Quantizes the model, except where an earlier run has done so.
     fn run(&self, args: &CompareArgs, source: &Source) -> anyhow::Result<()> {
-        let Quantization { recipe, spill, texts, checkpoint, identity, record } = self;
+        let Quantization { recipe, plan, texts, checkpoint, identity, record } = self;
         if checkpoint.exists() {
             return Ok(());
         }
         if !args.json {
             note!("quantizing by {} {}", recipe.name, recipe.scheme);
-            quantize::tell_if_short(recipe, texts.as_deref());
+            if let Some(texts) = texts {
+                quantize::tell(q::short_text(recipe, texts.iter().map(Vec::len).sum()).as_slice());
+            }
         }
         let dir = args.output.join(CHECKPOINTS);
         fs::create_dir_all(&dir).with_context(|| format!("cannot create {}", dir.display()))?;
@@ -147,7 +158,7 @@ impl Quantization {
         write_whole(record, |file| writeln!(file, "{identity:#}"))?;
         let destination = q::Destination {
             unfinished: q::Unfinished::Resume,
-            spill: *spill,
+            spill: plan.as_ref().is_some_and(|plan| plan.spill),
             ..q::Destination::new(checkpoint)
         };
         q::check_output(&destination)?;
@@ -164,9 +175,7 @@ fn stored(path: &Path, identity: &Value) -> anyhow::Result<Option<Perplexity>> {
     };
     let damaged = || format!("{} is damaged; remove it", path.display());
     let value: Value = serde_json::from_slice(&bytes).with_context(damaged)?;
-    let keys = identity.as_object().into_iter().flatten();
-    let differing: Vec<_> =
-        keys.filter(|(k, v)| value["identity"].get(k) != Some(v)).map(|(k, _)| k.as_str()).collect();
+    let differing = q::differing_fields(&value["identity"], identity);
     anyhow::ensure!(
         differing.is_empty(),
         "{} belongs to a run that differs in {}; choose another -o, or remove it",
@@ -332,6 +341,13 @@ impl Job {
                 quantizations.push(Quantization::new(args, recipe, source, sha256, &mut wrong));
             }
         }
+        let planned =
+            quantizations.iter().filter_map(|q: &Quantization| Some((q.plan.as_ref()?, &*q.checkpoint)));
+        wrong.of(check_disk_of_all(
+            &planned.collect::<Vec<_>>(),
+            &args.output,
+            system::free_disk(&args.output),
+        ));
         match first {
             Some(first) if wrong.is_nothing() => {
                 Ok(Job { data: data.unwrap_or_default(), text, first, quantizations })

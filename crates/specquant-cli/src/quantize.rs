@@ -181,18 +181,6 @@ fn describe(plan: &Plan, recipe: &Recipe) -> String {
     )
 }
 
-/// Says so where the recipe's file holds less text than is asked for.
-pub fn tell_if_short(recipe: &Recipe, texts: Option<&[Vec<u32>]>) {
-    let c = recipe.text();
-    let (Some(file), Some(texts)) = (&c.file, texts) else { return };
-    let got: usize = texts.iter().map(Vec::len).sum();
-    if got < c.samples * c.sequence_length {
-        let again =
-            if recipe.learn.is_some() { ", several times over where more are learned from" } else { "" };
-        note!("note: {} holds only {got} tokens; calibrating on those{again}", file.display());
-    }
-}
-
 /// A run that shows what happens, and at its end lists what was done other than the recipe says.
 pub fn run_told(
     source: &Source,
@@ -203,13 +191,19 @@ pub fn run_told(
 ) -> anyhow::Result<Report> {
     let report = q::run(source, recipe, texts, destination, &mut bars(source, quiet))?;
     if !report.fallbacks.is_empty() {
-        let line = |q::Fallback { layer, what }: &q::Fallback| format!("\n  {layer}: {what}");
-        let list: String = report.fallbacks.iter().map(line).collect();
         note!(
-            "warning: done other than the recipe says, as report.json and README.md of the checkpoint list too:{list}"
+            "warning: done other than the recipe says, as report.json and README.md of the checkpoint list too:"
         );
+        tell(&report.fallbacks);
     }
     Ok(report)
+}
+
+/// A line for each.
+pub fn tell(fallbacks: &[q::Fallback]) {
+    for q::Fallback { layer, what } in fallbacks {
+        note!("  {layer}: {what}");
+    }
 }
 
 /// The calibration sequences of the recipe's file, if it has one; also checks the tokenizer.
@@ -222,12 +216,16 @@ pub fn prepare(source: &Source, recipe: &Recipe) -> anyhow::Result<Option<Vec<Ve
         source.path().display()
     );
     let c = recipe.text();
-    match &c.file {
-        Some(file) if recipe.scheme.weight_bits < 16 => {
-            Ok(Some(q::calibration::from_file(file, &tokenizer, &c, recipe.seed)?))
-        }
-        _ => Ok(None),
+    let Some(file) = c.file.as_ref().filter(|_| recipe.scheme.weight_bits < 16) else { return Ok(None) };
+    let texts = q::calibration::from_file(file, &tokenizer, &c, recipe.seed)?;
+    if let Some(id) = texts.iter().flatten().find(|id| **id as usize >= known) {
+        let token = tokenizer.id_to_token(*id).unwrap_or_default();
+        anyhow::bail!(
+            "{}: the tokenizer's token {token:?} is number {id}, and the model embeds {known}; take both from the same revision of the model",
+            source.path().display()
+        );
     }
+    Ok(Some(texts))
 }
 
 /// Shows what happens.
@@ -359,7 +357,9 @@ impl Checked {
         let Wanted { model, recipe: name, overrides, mut destination, ignore_memory, quiet } = wanted;
         let mut wrong = Wrong::default();
         let (recipe, source) = (wrong.of(recipe(name, overrides)), wrong.of(Source::open(model)));
+        let text = recipe.as_ref().map_or(&overrides.calibration, |recipe| &recipe.calibration.file).clone();
         let (Some(recipe), Some(source)) = (recipe, source) else {
+            text.map(|file| wrong.of(q::calibration::read(&file)));
             // The place of a new checkpoint is tried by making directories, which nobody would need.
             if destination.path.exists() {
                 wrong.of(q::check_output(&destination));
@@ -367,7 +367,12 @@ impl Checked {
             return Err(wrong.into_error());
         };
         wrong.of(system::set_threads(recipe.threads));
-        let describe = |plan: &Plan| (!quiet).then(|| note!("{}", describe(plan, &recipe)));
+        let describe = |plan: &Plan| {
+            if !quiet {
+                note!("{}", describe(plan, &recipe));
+                tell(&plan.fallbacks);
+            }
+        };
         // Said before it is refused, too.
         let plan = wrong.of(q::plan(&source, &recipe)).and_then(|plan| {
             let (output, spill) = (&destination.path, destination.spill);
@@ -375,11 +380,11 @@ impl Checked {
             describe(checked.as_ref().unwrap_or(&plan));
             checked
         });
-        // After the resources: what an earlier run has begun needs no room any more, and an empty place is tidied up by this.
+        // After the resources: what an earlier run has begun has its room, and an empty place is tidied up by this.
         wrong.of(q::check_output(&destination));
         let texts = wrong.of(prepare(&source, &recipe));
-        if !quiet {
-            tell_if_short(&recipe, texts.as_ref().and_then(|texts| texts.as_deref()));
+        if let Some(Some(texts)) = texts.as_ref().filter(|_| !quiet) {
+            tell(q::short_text(&recipe, texts.iter().map(Vec::len).sum()).as_slice());
         }
         let (Some(plan), Some(texts), true) = (plan, texts, wrong.is_nothing()) else {
             return Err(wrong.into_error());

@@ -9,7 +9,7 @@ use std::path::{Path, PathBuf};
 
 use common::*;
 use safetensors::Dtype;
-use serde_json::json;
+use serde_json::{Value, json};
 
 const UP: &str = "model.layers.1.mlp.up_proj.weight";
 const NAN_F16: [u8; 2] = [0x00, 0x7e];
@@ -526,6 +526,23 @@ fn too_little_memory() {
     refuse(&lab, compare.iter().chain(&many), &words);
 }
 
+/// As many tokens as the model embeds, one of which has a number beyond.
+#[test]
+fn token_that_is_not_embedded() {
+    let lab = Lab::new();
+    let (model, text) = (lab.model("llama-sharded"), lab.file("text.txt", TEXT.replace(' ', "<far>")));
+    let path = model.join("tokenizer.json");
+    let mut tokenizer: Value = serde_json::from_slice(&fs::read(&path).unwrap()).unwrap();
+    let far = json!({ "id": 4000, "content": "<far>", "special": true, "single_word": false, "lstrip": false, "rstrip": false, "normalized": false });
+    tokenizer["model"]["vocab"]["<far>"] = json!(4000);
+    match tokenizer.get_mut("added_tokens").and_then(Value::as_array_mut) {
+        Some(added) => added.push(far),
+        None => tokenizer["added_tokens"] = json!([far]),
+    }
+    fs::write(&path, tokenizer.to_string()).unwrap();
+    refuse_quantize(&lab, &model, &["--calibration", text.to_str().unwrap()], &["<far>", "4000", "320"]);
+}
+
 /// A recipe that does not fit, no such calibration text, an output that is not ours: told together, and also when only a plan is asked for.
 #[test]
 fn everything_that_is_wrong_at_once() {
@@ -548,7 +565,7 @@ fn everything_that_is_wrong_at_once() {
     let run = ["quantize", "-r", recipe, "-m", model, "-o", mine];
     refuse(&lab, run, &["dampening_frac", "samples", "mine"]);
     let run = ["quantize", "-r", "no-such-recipe", "-m", "no-such-model", "-o", out];
-    refuse(&lab, run, &["no-such-recipe", "no-such-model"]);
+    refuse(&lab, run.iter().chain(&wrong[2..]), &["no-such-recipe", "no-such-model", "no-such-text.txt"]);
     // Of a comparison: each recipe, the models, the text, the tasks.
     let recipes = format!("no-such-recipe,{recipe},gptq,rtn");
     let run =

@@ -256,7 +256,34 @@ fn short_calibration_text_is_told() {
         command.args(["quantize", "--plan", "--recipe", "rtn", "--samples", "100", "-m"]).arg(&model);
         command.arg("-o").arg(lab.out("planned")).arg("--calibration").arg(&text).args(flags);
         let stderr = String::from_utf8(command.assert().success().get_output().stderr.clone()).unwrap();
-        assert_eq!(stderr.matches("holds only").count(), times, "{stderr}");
+        assert_eq!(stderr.matches("there are no more").count(), times, "{stderr}");
+    }
+}
+
+/// On the terminal at the end, in report.json and in the model card: a text that is too short, and 6 heads, for which there is no Hadamard matrix.
+#[test]
+fn what_is_done_otherwise_is_told() {
+    let lab = Lab::new();
+    let (model, text, out) = (lab.model("llama-sharded"), lab.file("text.txt", TEXT), lab.out("quantized"));
+    let mut command = specquant();
+    command
+        .args(["quantize", "--recipe", "quarot", "--samples", "100", "-m"])
+        .arg(&model)
+        .arg("-o")
+        .arg(&out);
+    let stderr = command.arg("--calibration").arg(&text).assert().success().get_output().stderr.clone();
+    let stderr = String::from_utf8(stderr).unwrap();
+    let (plan, end) = stderr.split_once("warning: done other than the recipe says").unwrap();
+    let report: Value = serde_json::from_slice(&fs::read(out.join("report.json")).unwrap()).unwrap();
+    let card = fs::read_to_string(out.join("README.md")).unwrap();
+    let found = report["fallbacks"].as_array().unwrap();
+    for fallback in found {
+        let line = format!("{}: {}", fallback["layer"].as_str().unwrap(), fallback["what"].as_str().unwrap());
+        assert!(end.contains(&format!("\n  {line}\n")), "{line}\n{stderr}");
+        assert!(card.contains(&format!("\n- {line}\n")), "{line}\n{card}");
+    }
+    for words in ["across the heads before o_proj: rotated 2 values", "calibration text: "] {
+        assert!(plan.contains(words) && end.contains(words), "{stderr}");
     }
 }
 

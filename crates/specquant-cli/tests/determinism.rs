@@ -4,6 +4,9 @@
 
 mod common;
 
+use std::path::{Path, PathBuf};
+
+use assert_cmd::Command;
 use common::{Lab, QUICK, TEXT, specquant, tree};
 use serde_json::Value;
 
@@ -28,6 +31,49 @@ fn recipe(lab: &Lab, name: &str) -> String {
     file.to_str().unwrap().to_owned()
 }
 
+/// The files of the checkpoint that a program writes.
+fn quantized(
+    mut program: Command,
+    model: &Path,
+    recipe: &str,
+    text: &Path,
+    threads: &str,
+    out: &Path,
+) -> Vec<(PathBuf, Vec<u8>)> {
+    program.args(["quantize", "-m"]).arg(model).arg("-o").arg(out);
+    program
+        .args(["--recipe", recipe, "--calibration"])
+        .arg(text)
+        .args(&QUICK[..6])
+        .args(["--threads", threads]);
+    if recipe.contains("spectral") {
+        program.args(["--keep", "8"]);
+    }
+    program.assert().success();
+    tree(out)
+}
+
+/// Libraries choose instructions by themselves, whatever `SPECQUANT_ISA` says: an emulated processor has no AVX-512.
+#[cfg(all(target_os = "linux", target_arch = "x86_64"))]
+#[test]
+fn a_processor_without_avx512_writes_the_same() {
+    const EMULATOR: &str = "qemu-x86_64-static";
+    if std::process::Command::new(EMULATOR).arg("--version").output().is_err() {
+        println!("skipped: there is no {EMULATOR}; install Debian's qemu-user-static");
+        return;
+    }
+    let lab = Lab::new();
+    let (model, text) = (lab.model("llama-sharded"), lab.file("text.txt", TEXT));
+    for name in ["gptq", "spectral"] {
+        let mut emulated = Command::new(EMULATOR);
+        emulated.args(["-cpu", "max", env!("CARGO_BIN_EXE_specquant")]);
+        let [native, emulated] = [("native", specquant()), ("emulated", emulated)].map(|(case, program)| {
+            quantized(program, &model, name, &text, "2", &lab.out(&format!("{name}-{case}")))
+        });
+        assert!(native == emulated, "{name}: the emulated processor writes other files");
+    }
+}
+
 #[test]
 fn threads_instruction_sets_and_repetition_change_no_byte() {
     let lab = Lab::new();
@@ -40,19 +86,9 @@ fn threads_instruction_sets_and_repetition_change_no_byte() {
     for name in ["rtn", "gptq", "specquant", "spectral", "quarot", "svdquant"].into_iter().chain(learning) {
         let recipe = recipe(&lab, name);
         let written = |case: &str, isa: &str, threads: &str| {
-            let out = lab.out(&format!("{name}-{case}"));
             let mut command = specquant();
-            command.env("SPECQUANT_ISA", isa).args(["quantize", "-m"]).arg(&model).arg("-o").arg(&out);
-            command
-                .args(["--recipe", &recipe, "--calibration"])
-                .arg(&text)
-                .args(&QUICK[..6])
-                .args(["--threads", threads]);
-            if name.starts_with("spectral") {
-                command.args(["--keep", "8"]);
-            }
-            command.assert().success();
-            tree(&out)
+            command.env("SPECQUANT_ISA", isa);
+            quantized(command, &model, &recipe, &text, threads, &lab.out(&format!("{name}-{case}")))
         };
         let best = isas[isas.len() - 1];
         let first = written("first", best, "2");

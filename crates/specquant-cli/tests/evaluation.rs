@@ -286,7 +286,7 @@ fn models_and_recipes_are_compared_on_a_page_that_a_browser_shows() {
     let stderr =
         String::from_utf8(compare(&["--resume", "--seed", "5"]).assert().code(2).get_output().stderr.clone())
             .unwrap();
-    assert!(stderr.contains("settings; remove it"), "{stderr}");
+    assert!(stderr.contains("differs in recipe.seed; remove it"), "{stderr}");
 
     let markdown = fs::read_to_string(out.join("README.md")).unwrap();
     assert!(markdown.contains("| rtn |") && markdown.contains("piqa acc_norm"), "{markdown}");
@@ -367,7 +367,7 @@ fn comparisons_continue_only_what_is_the_same() {
         assert!(stderr.contains(words), "{stderr}");
     };
     // The checkpoint is the first model's.
-    fails(&other, &on_tasks, "another model");
+    fails(&other, &on_tasks, "differs in source_sha256");
     fails(&model, &[&on_tasks[..], &["--bos", "always"]].concat(), "differs in bos");
     compare(&model, &[&on_text[..], &["--resume"]].concat()).assert().success();
     fails(&model, &[&on_text[..], &["--stride", "48"]].concat(), "differs in settings");

@@ -277,9 +277,13 @@ fn no_space_left() {
     let total: usize = tree(&whole).iter().map(|(_, bytes)| bytes.len().next_multiple_of(4096)).sum();
     for (i, free) in [16384, total / 3, total * 2 / 3, total - 4096].into_iter().enumerate() {
         let (out, filler) = (disk.0.join(format!("full{i}")), disk.0.join("filler"));
-        // It is there, as if begun: the room is not looked at again.
-        fs::create_dir(partial(&out)).unwrap();
         fs::write(&filler, vec![0; Tmpfs::BYTES - free]).unwrap();
+        let refused = runs.command(&out, &["--resume"]).output().unwrap();
+        let message = String::from_utf8(refused.stderr).unwrap();
+        assert!(message.contains("of disk space, and") && !partial(&out).exists(), "{message}");
+        // As if an earlier run had written nearly all of it: the file has that size and takes no room.
+        fs::create_dir_all(partial(&out).join(".specquant-unfinished")).unwrap();
+        fs::File::create(partial(&out).join("old")).unwrap().set_len(1 << 30).unwrap();
         let output = runs.command(&out, &["--resume"]).output().unwrap();
         let message = String::from_utf8(output.stderr).unwrap();
         assert_eq!(output.status.code(), Some(2), "{message}");

@@ -9,7 +9,7 @@ use safetensors::{Dtype, SafeTensors, tensor::TensorView};
 use serde_json::{Value, json};
 use specquant_fuzz::{config, dense, texts, write};
 use specquant_model::{Model, Source};
-use specquant_quantize::{Destination, Recipe, Report, run};
+use specquant_quantize::{Destination, Event, Recipe, Report, plan, run};
 
 /// Of every kind of transform, branch and rounding.
 const RECIPES: [&str; 7] = ["rtn", "gptq", "smoothquant", "specquant", "svdquant", "quarot", "spectral"];
@@ -137,7 +137,13 @@ fn tiny_and_denormal_weights() {
                 values.iter_mut().for_each(|v| *v *= size);
             }
         });
-        survives(dir.path(), &source, &texts());
+        let reports = survives(dir.path(), &source, &texts());
+        // Small as they are, they keep their levels: below 1e-30 alone they become zeros.
+        let tiny =
+            reports.iter().flat_map(|r| &r.layers).filter(|l| size > 1e-30 && l.name.contains("layers.0"));
+        for layer in tiny {
+            assert!(layer.relative_error < 0.5, "{}: {}", layer.name, layer.relative_error);
+        }
     }
 }
 
@@ -204,6 +210,17 @@ fn infinities_and_what_overflows() {
             let _ = std::fs::remove_dir_all(&out);
         }
     }
+    // Before any work is done: the last block's, and text would be written first.
+    let source = model(&dir.path().join("last"), &config("llama", 2), |tensor, _, values| {
+        if tensor == "model.layers.1.mlp.down_proj.weight" {
+            values[5] = f32::NAN;
+        }
+    });
+    let (mut events, out) = (0, dir.path().join("out"));
+    let opened = Source::open(&source).unwrap();
+    let error = run(&opened, &recipe("rtn"), None, &Destination::new(&out), &mut |_: Event| events += 1);
+    assert!(error.unwrap_err().to_string().contains("model.layers.1.mlp.down_proj.weight"));
+    assert_eq!((events, out.exists()), (0, false));
     // A head that overflows is declared, and not sampled from.
     let source = model(&dir.path().join("head"), &config("llama", 1), |tensor, _, values| {
         if tensor == "lm_head.weight" {
@@ -239,6 +256,17 @@ fn odd_shapes() {
         let source = model(&dir.path().join("source"), &config, |_, _, _| ());
         let want = logits(&source).unwrap();
         assert_eq!(want.len(), texts().len() * vocab);
+        // Widths without a Hadamard matrix: 9 and 14 heads.
+        let unrotated = |method: &str, layer: &str, what: &str| {
+            let fallbacks = plan(&Source::open(&source).unwrap(), &recipe(method)).unwrap().fallbacks;
+            fallbacks.iter().any(|f| f.layer.contains(layer) && f.what.contains(what))
+        };
+        assert_eq!(
+            unrotated("quarot", "across the heads", "not rotated: there is no Hadamard matrix of order 9"),
+            heads == 9
+        );
+        assert_eq!(unrotated("quarot", "across the heads", "rotated 2 values at a time"), heads == 14);
+        assert!(!unrotated("quarot", "input of down_proj", "rotated") && !unrotated("rtn", "", ""));
         for method in RECIPES {
             let mut recipe = recipe(method);
             // A Hessian 11008 wide takes its time: by one recipe.

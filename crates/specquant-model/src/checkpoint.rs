@@ -19,7 +19,7 @@
 //!
 //! and for the layers that read one input (`model.layers.N.qkv`, `.o`, `.gate_up`, `.down`) what a basis that is not computed consists of:
 //! `branch_basis` F16 `[r, in]` (`svd`, `wsvd`) or `branch_inputs` I32 `[r]` (`rows`). Where `input_rotation` is given, the input is rotated (`hadamard`: by
-//! the cosine transform where no Hadamard matrix of its width is known) and goes through the Householder reflections of the vectors `reflections` I8 `[r, in]`,
+//! the cosine transform where there is no Hadamard matrix of its width) and goes through the Householder reflections of the vectors `reflections` I8 `[r, in]`,
 //! which need no scale; its first r coordinates are divided by `kept_norm` F32 `[r]`. Where `input_rotation` is `kronecker`, an input x is multiplied by A ⊗ B, `kronecker_left` F16 `[n₁, n₁]` and
 //! `kronecker_right` F16 `[n₂, n₂]` with n₁ n₂ = in, one of which may be absent for the identity. `act_clip` F32 `[1]` is the input's own clip ratio, in place of the scheme's.
 //! `model.layers.N.self_attn.k_center` and `.v_center` F32 `[kv_heads · head_dim]` are subtracted from keys (after RoPE and rotation) and values before they are

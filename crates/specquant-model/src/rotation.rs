@@ -224,8 +224,8 @@ pub struct SplitInput {
 }
 
 impl InputTransform {
-    /// A rotation, then the reflections, whose first coordinates are kept. norms: what the kept ones are divided by, `[r]`, positive. Where no Hadamard
-    /// matrix of this width is known, which would mix in blocks only, it is the cosine transform. (So another known order changes the format.)
+    /// A rotation, then the reflections, whose first coordinates are kept. norms: what the kept ones are divided by, `[r]`, positive. Where there is no Hadamard
+    /// matrix of this width, which would mix in blocks only, it is the cosine transform. (So another order that is constructed changes the format.)
     ///
     /// # Panics
     /// If there is not one norm for every reflection.

@@ -7,7 +7,7 @@ use rand_chacha::ChaCha8Rng;
 use rand_chacha::rand_core::SeedableRng;
 use rayon::prelude::*;
 use specquant_kernels::KvFormat;
-use specquant_model::{Model, Sampler, Sampling, Sequence, Tokenizer, read_text};
+use specquant_model::{Model, Sampler, Sampling, Sequence, Tokenizer, read_first_text};
 
 use crate::recipe::Calibration;
 use crate::{Error, Result};
@@ -15,7 +15,32 @@ use crate::{Error, Result};
 /// Sequences that the model writes side by side.
 pub(crate) const GENERATION_BATCH: usize = 32;
 
-/// Token sequences of `calibration.sequence_length` from a file that [`read_text`] reads, at random places drawn with `seed`. A text with fewer tokens than one sequence gives one shorter sequence.
+/// Bytes of a file that are read: some two million tokens, of which a calibration takes a few percent.
+const MOST_TEXT: usize = 8 << 20;
+/// Bytes of text that become tokens at a time: the library takes more than a hundred for every token until then.
+const PIECE: usize = 3 << 19;
+
+/// The calibration text of a file: as [`read_text`](specquant_model::read_text) has it, of a larger one the first 8 MiB.
+///
+/// # Errors
+/// [`Error::Calibration`] when the file is unreadable or has no text.
+pub fn read(path: &Path) -> Result<String> {
+    read_first_text(path, MOST_TEXT).map_err(|why| Error::Calibration { path: path.to_owned(), why })
+}
+
+/// Parts of a text of about so many bytes, which end with a line where one ends.
+fn pieces(mut text: &str, bytes: usize) -> impl Iterator<Item = &str> {
+    std::iter::from_fn(move || {
+        let most = (bytes..text.len()).find(|at| text.is_char_boundary(*at)).unwrap_or(text.len());
+        let end = if most < text.len() { text[..most].rfind('\n').map_or(most, |at| at + 1) } else { most };
+        let (piece, rest) = text.split_at(end);
+        text = rest;
+        Some(piece).filter(|piece| !piece.is_empty())
+    })
+}
+
+/// Token sequences of `calibration.sequence_length` from a file that [`read`] reads, at random places drawn with `seed`. A text that holds fewer gives as many as cover it, and one with fewer tokens than a
+/// sequence gives one shorter sequence.
 /// Where texts start with a BOS token every sequence does: Gemma's attention rests on it, and a window without it is a third more perplexing.
 ///
 /// # Errors
@@ -26,18 +51,19 @@ pub fn from_file(
     calibration: &Calibration,
     seed: u64,
 ) -> Result<Vec<Vec<u32>>> {
-    let fail = |why: String| Error::Calibration { path: path.to_owned(), why };
-    let text = read_text(path).map_err(fail)?;
-    let ids = tokenizer.encode(&text, false)?;
+    let mut ids = Vec::new();
+    for piece in pieces(&read(path)?, PIECE) {
+        ids.append(&mut tokenizer.encode(piece, false)?);
+    }
     if ids.len() < 2 {
-        return Err(fail(
-            "has no tokens to calibrate on; name a file with a few pages of ordinary text".to_owned(),
-        ));
+        let why = "has no tokens to calibrate on; name a file with a few pages of ordinary text".to_owned();
+        return Err(Error::Calibration { path: path.to_owned(), why });
     }
     let bos = tokenizer.first_id();
     let length = (calibration.sequence_length - bos.iter().len()).min(ids.len());
     let mut rng = ChaCha8Rng::seed_from_u64(seed);
-    let samples = if length == ids.len() { 1 } else { calibration.samples };
+    // No more than cover it: a short text is not made long by reading it again.
+    let samples = calibration.samples.min(ids.len().div_ceil(length));
     Ok((0..samples)
         .map(|_| {
             let start = rng.random_range(0..=ids.len() - length);
@@ -88,4 +114,18 @@ pub fn self_generated(
         }
     }
     Ok(texts.into_iter().map(|(text, _)| text).collect())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn pieces_end_with_a_line_and_are_the_text() {
+        let found = |text| pieces(text, 6).collect::<Vec<_>>();
+        assert_eq!(found("one\ntwo\nthree four\n"), ["one\n", "two\n", "three ", "four\n"]);
+        assert_eq!(found("äöüßé"), ["äöü", "ßé"]);
+        assert_eq!(found("aäöüß"), ["aäöü", "ß"]);
+        assert!(found("").is_empty());
+    }
 }

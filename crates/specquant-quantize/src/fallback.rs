@@ -1,17 +1,72 @@
-//! What a run did other than its recipe says, because the numbers left no choice.
+//! What a run did other than its recipe says, because the numbers, the model's widths or the text left no choice.
 
 use serde::{Deserialize, Serialize};
+use specquant_kernels::Hadamard;
+use specquant_model::{ModelConfig, RotationKind, Site};
 
 use crate::block::LayerReport;
+use crate::learn::Learn;
 use crate::recipe::{Recipe, Rounding};
 
 /// A fallback: listed in report.json, in the model card, and on the terminal at the end of a run.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Fallback {
-    /// The layer's full Hugging Face name.
+    /// The layer's full Hugging Face name, or the part of every block, or of the run, that it is about.
     pub layer: String,
     /// What was done instead, and why.
     pub what: String,
+}
+
+/// Rotations for whose widths [`Hadamard`] has no matrix: known before a weight is read.
+pub fn rotations(recipe: &Recipe, config: &ModelConfig) -> Vec<Fallback> {
+    let hadamard = |kind| kind == RotationKind::Hadamard;
+    let mut found = Vec::new();
+    let mut tell = |place: &str, n: usize, instead: &dyn Fn(usize) -> String| {
+        let block = Hadamard::new(n).block();
+        if block < n {
+            let what = format!("{}: there is no Hadamard matrix of order {n} here", instead(block));
+            found.push(Fallback { layer: place.to_owned(), what });
+        }
+    };
+    if let Some(rotate) = recipe.rotate {
+        let in_blocks = |block| match block {
+            1 => "not rotated".to_owned(),
+            block => format!("rotated {block} values at a time instead of all together"),
+        };
+        // Learned rotations are dense, and nothing goes across the heads then.
+        let learned = matches!(recipe.learn, Some(Learn::SpinQuant(_)));
+        let plain = hadamard(rotate.kind);
+        for (place, n, used) in [
+            ("residual stream", config.hidden_size, rotate.residual && plain && !learned),
+            ("heads of v_proj", config.head_dim, plain && !learned),
+            ("across the heads before o_proj", config.num_heads, rotate.residual && !learned),
+            ("input of down_proj", config.intermediate_size, rotate.residual && plain),
+            ("heads of q_proj and k_proj", config.head_dim, rotate.qk && plain),
+        ] {
+            if used {
+                tell(place, n, &in_blocks);
+            }
+        }
+    }
+    if recipe.input.is_some_and(|input| hadamard(input.rotation)) {
+        for site in Site::ALL {
+            tell(&format!("input of {}", site.layers().join(", ")), config.site_width(site), &|_| {
+                "rotated by the cosine transform".to_owned()
+            });
+        }
+    }
+    found
+}
+
+/// A calibration text that holds fewer tokens than the recipe asks for.
+pub fn short_text(recipe: &Recipe, tokens: usize) -> Option<Fallback> {
+    let c = recipe.text();
+    let asked = c.samples * c.sequence_length;
+    let short = recipe.scheme.weight_bits < 16 && tokens < asked;
+    short.then(|| Fallback {
+        layer: "calibration text".to_owned(),
+        what: format!("{tokens} tokens instead of {asked}: there are no more"),
+    })
 }
 
 /// Those of some layers, in their order.

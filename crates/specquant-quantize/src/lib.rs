@@ -34,6 +34,7 @@ pub use learn::{FlatQuantConfig, Learn, Learned, OmniQuantConfig, SpinQuantConfi
 pub use output::{Destination, Unfinished, check_output};
 pub use pipeline::*;
 pub use plan::*;
+pub use progress::differing_fields;
 pub use recipe::*;
 pub use run::*;
 pub use states::States;

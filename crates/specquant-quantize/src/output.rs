@@ -2,7 +2,7 @@
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::fs::{self, File, TryLockError};
-use std::io::Write;
+use std::io::{ErrorKind, Write};
 use std::path::{Path, PathBuf};
 
 use memmap2::Mmap;
@@ -89,18 +89,42 @@ impl Claim {
     fn new(destination: &Destination) -> Result<Self> {
         let fail = |why: String| destination.refusal(why);
         let partial = destination.partial()?;
-        let empty = || fs::read_dir(&partial).is_ok_and(|mut entries| entries.next().is_none());
+        // Or gone meanwhile, by a run that was done with it.
+        let empty = || match fs::read_dir(&partial) {
+            Ok(mut entries) => entries.next().is_none(),
+            Err(e) => e.kind() == ErrorKind::NotFound,
+        };
         if partial.symlink_metadata().is_ok() && !partial.join(STATE).exists() && !empty() {
             let it = partial.display();
             return Err(fail(format!("needs {it} while it is written, and that exists; move it away")));
         }
-        fs::create_dir_all(&partial)
-            .map_err(|e| fail(format!("cannot be created: {e}; choose a directory you can write to")))?;
-        // Systems that cannot lock a directory do without.
-        let lock = File::open(&partial).ok();
-        if let Some(Err(TryLockError::WouldBlock)) = lock.as_ref().map(File::try_lock) {
-            return Err(fail("another run is writing it; wait for that, or choose another -o".to_owned()));
-        }
+        let mut rounds = 0;
+        let lock = loop {
+            rounds += 1;
+            match fs::create_dir_all(&partial) {
+                Err(e) if e.kind() == ErrorKind::AlreadyExists && !partial.exists() && rounds < ROUNDS => {
+                    continue;
+                }
+                made => made.map_err(|e| {
+                    fail(format!("cannot be created: {e}; choose a directory you can write to"))
+                })?,
+            }
+            let lock = match File::open(&partial) {
+                Ok(lock) => lock,
+                // Removed by a run that was done with it.
+                Err(e) if e.kind() == ErrorKind::NotFound && rounds < ROUNDS => continue,
+                // Systems that cannot lock a directory do without.
+                Err(_) => break None,
+            };
+            if let Err(TryLockError::WouldBlock) = lock.try_lock() {
+                return Err(fail(
+                    "another run is writing it; wait for that, or choose another -o".to_owned(),
+                ));
+            }
+            if is_still(&partial, &lock) || rounds == ROUNDS {
+                break Some(lock);
+            }
+        };
         let claim = Claim { partial, _lock: lock, finished: false };
         // With the lock: a run that has just finished has its name by now.
         if destination.path.symlink_metadata().is_ok() {
@@ -138,6 +162,22 @@ impl Claim {
         }
         Ok(claim)
     }
+}
+
+/// Attempts to lock a directory that others remove: more than there are others.
+const ROUNDS: usize = 1000;
+
+/// Whether a path names what was opened there: who had the lock before may have removed that, and another have made a new one.
+#[cfg(unix)]
+fn is_still(path: &Path, opened: &File) -> bool {
+    use std::os::unix::fs::MetadataExt;
+    let same = |a: &fs::Metadata, b: &fs::Metadata| (a.dev(), a.ino()) == (b.dev(), b.ino());
+    matches!((fs::metadata(path), opened.metadata()), (Ok(there), Ok(opened)) if same(&there, &opened))
+}
+
+#[cfg(not(unix))]
+fn is_still(_: &Path, _: &File) -> bool {
+    true
 }
 
 /// Empties an unfinished checkpoint; what tells that it is ours goes last.

@@ -4,6 +4,7 @@ use serde::Serialize;
 use specquant_kernels::Kronecker;
 use specquant_model::{Site, Source};
 
+use crate::fallback::{self, Fallback};
 use crate::learn::Learn;
 use crate::recipe::{Embeddings, Overhead, Recipe, Rounding};
 use crate::{Error, Result, branch, layer, memory};
@@ -29,6 +30,8 @@ pub struct Plan {
     pub disk_bytes: u64,
     /// Estimated bits per weight of the linear layers.
     pub bits_per_weight: f64,
+    /// What will be done other than the recipe says, as far as the model's widths tell.
+    pub fallbacks: Vec<Fallback>,
     /// Bytes of the hidden states.
     #[serde(skip)]
     states_bytes: u64,
@@ -222,6 +225,7 @@ pub fn plan(source: &Source, recipe: &Recipe) -> Result<Plan> {
         output_bytes: output,
         disk_bytes: output + states.max(tuned) as u64,
         bits_per_weight: block_bits / block_weights as f64,
+        fallbacks: fallback::rotations(recipe, config),
         states_bytes: held as u64,
         spilled_peak_bytes: peak(0) as u64,
     })

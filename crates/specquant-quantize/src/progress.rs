@@ -69,7 +69,15 @@ pub(crate) fn identity(
     identity.insert("format_version".to_owned(), json!(FORMAT_VERSION));
     // Sums in another order round otherwise.
     identity.insert("kernels".to_owned(), json!(Isa::active().vectors().name()));
+    // Libraries choose by themselves.
+    identity.insert(
+        "available_kernels".to_owned(),
+        json!(Isa::available().last().map(|isa| isa.vectors().name())),
+    );
     identity.insert("model_sha256".to_owned(), json!(source.fingerprint()?));
+    // They are copied, and name the token that texts begin with.
+    let files = source.side_files()?.into_iter().map(|(name, bytes)| (name, json!(sha256(&bytes)))).collect();
+    flatten("model_files", Value::Object(files), &mut identity);
     identity.insert("calibration_sha256".to_owned(), json!(texts_sha256));
     // The calibration text is what it says, wherever it lies.
     let mut recipe = recipe.clone();
@@ -86,6 +94,20 @@ fn flatten(name: &str, value: Value, into: &mut Map<String, Value>) {
         }
         value => drop(into.insert(name.to_owned(), value)),
     }
+}
+
+/// Names of the fields, also of objects in objects, that differ.
+pub fn differing_fields(a: &Value, b: &Value) -> Vec<String> {
+    let [a, b] = [a, b].map(|value| {
+        let mut fields = Map::new();
+        value
+            .as_object()
+            .into_iter()
+            .flatten()
+            .for_each(|(key, value)| flatten(key, value.clone(), &mut fields));
+        fields
+    });
+    differing(&a, &b).into_iter().map(str::to_owned).collect()
 }
 
 /// Names of the fields that differ.

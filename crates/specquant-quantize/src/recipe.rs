@@ -257,7 +257,7 @@ pub enum Embeddings {
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct Calibration {
-    /// A text or jsonl file; if absent the model writes its own text (LLM-QAT, arXiv 2305.17888).
+    /// A text or jsonl file, of which the first 8 MiB are read; if absent the model writes its own text (LLM-QAT, arXiv 2305.17888).
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub file: Option<PathBuf>,
     /// Number of sequences.

@@ -13,7 +13,7 @@ use specquant_model::{
 };
 
 use crate::block::LayerReport;
-use crate::fallback::{Fallback, fallbacks};
+use crate::fallback::{self, Fallback, fallbacks};
 use crate::learn::{self, Learn, TuneConfig};
 use crate::output::{self, Destination, Output};
 use crate::pipeline::{Rotation, one_block};
@@ -114,6 +114,8 @@ pub fn run(
     progress: &mut dyn FnMut(Event),
 ) -> Result<Report> {
     let texts = check(source, recipe, texts)?;
+    // Now, and not in the block that it is in.
+    source.check_finite()?;
     let identity = identity(source, recipe, texts.map(|texts| sha256(json!(texts).to_string().as_bytes())))?;
     if output::finished(destination, &identity)? {
         return Report::read(&destination.path);
@@ -207,6 +209,8 @@ fn work(
     let layers = output.progress.layers.clone();
     let weights: f64 = layers.iter().map(|l| (l.shape[0] * l.shape[1]) as f64).sum();
     let bits: f64 = layers.iter().map(|l| l.bits_per_weight * (l.shape[0] * l.shape[1]) as f64).sum();
+    let whole = fallback::rotations(recipe, source.config()).into_iter();
+    let short = fallback::short_text(recipe, begun.texts.iter().map(Vec::len).sum());
     let mut report = Report {
         specquant_version: VERSION.to_owned(),
         scheme: recipe.scheme.to_string(),
@@ -214,7 +218,7 @@ fn work(
         bits_per_weight: if weights > 0.0 { bits / weights } else { 16.0 },
         tensor_bytes: 0,
         tuning_losses: Vec::new(),
-        fallbacks: fallbacks(recipe, &layers),
+        fallbacks: whole.chain(short).chain(fallbacks(recipe, &layers)).collect(),
         layers,
     };
     for (name, bytes) in source.side_files()? {

@@ -15,7 +15,7 @@ use crate::run::{Begun, Event, begin, blocks, check, write_config};
 /// What a run would take, by its first block.
 #[derive(Debug, Clone, PartialEq, Serialize)]
 pub struct Trial {
-    /// Seconds of what is done once: writing text, learning rotations, embeddings and head.
+    /// Seconds of what is done once: reading all of the model for its checksum, writing text, learning rotations, embeddings and head.
     pub once_seconds: f64,
     /// Seconds of the first block.
     pub block_seconds: f64,
@@ -44,6 +44,9 @@ pub fn first_block(
     let mut output = Output::open(&destination.trial()?, Map::new(), of + 1)?;
     let mut work = || -> Result<Trial> {
         let started = Instant::now();
+        // As a run does.
+        source.check_finite()?;
+        source.fingerprint()?;
         let begun = begin(source, recipe, texts, &mut output, progress)?;
         let (once, once_bytes) = (started.elapsed().as_secs_f64(), output.bytes());
         let started = Instant::now();

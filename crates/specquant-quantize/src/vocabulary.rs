@@ -49,7 +49,9 @@ impl HalfType {
 /// Symmetric int8 codes of a row of embeddings and their scale, `max / 127`.
 fn int8_row(row: &[f32]) -> (f32, Vec<i8>) {
     let max = row.iter().fold(0.0_f32, |m, v| m.max(v.abs()));
-    let scale = storable_scales(vec![(max / 127.0).max(f16::MIN_POSITIVE.to_f32())])[0];
+    // Zeros have any scale. Rows below 0.008 put the scales of all into f32, and the least into zeros.
+    let scale = if max == 0.0 { f16::MIN_POSITIVE.to_f32() } else { (max / 127.0).max(1e-32) };
+    let scale = storable_scales(vec![scale])[0];
     (scale, row.iter().map(|v| (v / scale).round_ties_even().clamp(-127.0, 127.0) as i8).collect())
 }
 
@@ -96,4 +98,22 @@ pub fn vocabulary_tensors(
         bias: None,
     };
     Ok(stored.tensors(name))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn rows_of_any_size_keep_their_codes() {
+        let row = [1.0f32, -0.4, 0.2, 0.0];
+        let (_, codes) = int8_row(&row);
+        for size in [1.0, 1e-3, 1e-6, 1e-25] {
+            let (scale, small) = int8_row(&row.map(|v| v * size));
+            assert_eq!(small, codes, "{size}");
+            assert!((scale / (size / 127.0) - 1.0).abs() < 1e-3, "{size}: {scale}");
+        }
+        assert_eq!(int8_row(&[0.0; 3]), (f16::MIN_POSITIVE.to_f32(), vec![0; 3]));
+        assert_eq!(int8_row(&[1e-40; 3]).1, [0; 3]);
+    }
 }

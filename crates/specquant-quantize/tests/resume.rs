@@ -111,7 +111,16 @@ fn another_run_is_not_continued() {
     (other.seed, other.calibration.search_tokens) = (9, 16);
     assert_eq!(differs(&source, &other, 1), "recipe.calibration.search_tokens, recipe.seed");
     assert_eq!(differs(&source, &recipe, 2), "calibration_sha256");
-    assert_eq!(differs(&tiny("qwen3"), &recipe, 1), "model_sha256");
+    assert_eq!(differs(&tiny("qwen3"), &recipe, 1), "model_files.generation_config.json, model_sha256");
+    // The same tensors beside another file that is copied.
+    let copy = dir.path().join("copy");
+    std::fs::create_dir(&copy).unwrap();
+    for entry in std::fs::read_dir(source.path()).unwrap() {
+        let path = entry.unwrap().path();
+        std::fs::copy(&path, copy.join(path.file_name().unwrap())).unwrap();
+    }
+    std::fs::write(copy.join("generation_config.json"), r#"{"temperature": 0.5}"#).unwrap();
+    assert_eq!(differs(&Source::open(&copy).unwrap(), &recipe, 1), "model_files.generation_config.json");
     // Begun by another version.
     let progress = destination.partial().unwrap().join(".specquant-unfinished/progress.json");
     let ours = std::fs::read_to_string(&progress).unwrap();

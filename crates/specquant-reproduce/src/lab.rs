@@ -138,7 +138,7 @@ impl<'a> Lab<'a> {
             "revision": REVISION,
             "kernels": Isa::active().name(),
             "model_sha256": source.fingerprint()?,
-            "calibration_sha256": sha256(text(&settings.calibration)?.as_bytes()),
+            "calibration_sha256": sha256(specquant_quantize::calibration::read(&settings.calibration)?.as_bytes()),
             "token_ids_sha256": sha256(&bytes),
             "protocol": protocol,
         });

@@ -259,7 +259,9 @@ impl Source {
     /// # Errors
     /// [`Error::NotFinite`] names the first value that is NaN or infinite.
     pub fn check_finite(&self) -> Result<()> {
-        self.tensors.values().filter(|t| t.dtype.widens()).try_for_each(|t| t.to_f32().map(drop))
+        let tensors: Vec<&TensorView> = self.tensors.values().collect();
+        let found: Vec<Result<()>> = tensors.par_iter().map(|t| t.check_finite()).collect();
+        found.into_iter().collect()
     }
 
     /// Models loaded from here leave out a part of every branch.

@@ -261,16 +261,13 @@ impl TensorView {
     pub fn to_f32(&self) -> Result<Vec<f32>> {
         let (rows, cols) = (self.rows(), self.cols());
         let mut all = vec![0.0; rows * cols];
-        // A few hundred kilobytes a task.
-        let chunk = (1_usize << 16).div_ceil(cols.max(1));
+        let chunk = self.chunk_rows();
         let finite: Vec<bool> = all
             .par_chunks_mut((chunk * cols).max(1))
             .enumerate()
             .map(|(i, out)| {
-                let rows = i * chunk..rows.min((i + 1) * chunk);
-                self.rows_f32(rows, out)?;
-                // Without a branch, which makes it vector code.
-                Ok(out.iter().fold(true, |finite, x| finite & x.is_finite()))
+                self.rows_f32(i * chunk..rows.min((i + 1) * chunk), out)?;
+                Ok(all_finite(out))
             })
             .collect::<Result<_>>()?;
         match finite.iter().all(|f| *f) || all.is_empty() {
@@ -282,10 +279,43 @@ impl TensorView {
         }
     }
 
+    /// Checks that no value is NaN or infinite, with the memory of a few rows; numbers that are not widened are none.
+    ///
+    /// # Errors
+    /// [`Error::NotFinite`] names the first.
+    pub(crate) fn check_finite(&self) -> Result<()> {
+        let (rows, cols, chunk) = (self.rows(), self.cols(), self.chunk_rows());
+        if !self.dtype.widens() || cols == 0 {
+            return Ok(());
+        }
+        let mut values = vec![0.0; chunk.min(rows) * cols];
+        for first in (0..rows).step_by(chunk) {
+            let end = rows.min(first + chunk);
+            let values = &mut values[..(end - first) * cols];
+            self.rows_f32(first..end, values)?;
+            if !all_finite(values) {
+                let i = values.iter().position(|x| !x.is_finite()).unwrap_or_default();
+                return Err(self.not_finite(first + i / cols, i % cols, values[i]));
+            }
+        }
+        self.release();
+        Ok(())
+    }
+
+    /// Rows of a few hundred kilobytes.
+    fn chunk_rows(&self) -> usize {
+        (1_usize << 16).div_ceil(self.cols().max(1))
+    }
+
     /// The complaint about a value that is NaN or infinite.
     pub(crate) fn not_finite(&self, row: usize, col: usize, value: f32) -> Error {
         Error::NotFinite { file: self.file.to_path_buf(), tensor: self.name.to_string(), row, col, value }
     }
+}
+
+/// Without a branch, which makes it vector code.
+fn all_finite(values: &[f32]) -> bool {
+    values.iter().fold(true, |finite, x| finite & x.is_finite())
 }
 
 /// Where ggml stores row `row` of q or k. Its converter (convert_hf_to_gguf.py, `LlamaModel.permute`) turns the two halves of a

@@ -159,3 +159,34 @@ fn only_what_was_replaced_goes() {
         assert_eq!((state.exists(), old.exists()), (!whole, !(replaced && whole)));
     }
 }
+
+/// Every run makes the directory, locks it and removes it, so that one may lock what another has just removed and a third made anew.
+#[test]
+fn two_never_have_it_at_a_time() {
+    use std::sync::atomic::{AtomicUsize, Ordering};
+    let dir = tempfile::tempdir().unwrap();
+    let destination = Destination::new(dir.path().join("out"));
+    let (inside, claimed) = (AtomicUsize::new(0), AtomicUsize::new(0));
+    let attempts = || {
+        for _ in 0..500 {
+            let claim = match Claim::new(&destination) {
+                Ok(claim) => claim,
+                Err(e) => {
+                    assert!(e.to_string().contains("another run is writing it"), "{e}");
+                    continue;
+                }
+            };
+            assert_eq!(inside.fetch_add(1, Ordering::SeqCst), 0, "two runs have the directory");
+            std::thread::yield_now();
+            assert!(claim.partial.exists());
+            claimed.fetch_add(1, Ordering::SeqCst);
+            inside.fetch_sub(1, Ordering::SeqCst);
+        }
+    };
+    std::thread::scope(|scope| {
+        let threads: Vec<_> = (0..4).map(|_| scope.spawn(attempts)).collect();
+        threads.into_iter().for_each(|thread| thread.join().unwrap());
+    });
+    assert!(claimed.into_inner() > 0);
+    assert_eq!(fs::read_dir(dir.path()).unwrap().count(), 0);
+}

@@ -7,6 +7,7 @@
 //! polynomials (relative error below 5e-5), which can only matter between shrink factors that are equally good.
 
 use super::{MAGIC, limit, nearest_level, round_half_even, with_avx2};
+use half::f16;
 use rayon::prelude::*;
 use serde::{Deserialize, Serialize};
 use specquant_model::Levels;
@@ -99,8 +100,8 @@ impl Default for ClipSearch {
     }
 }
 
-/// Smallest maximum a row or group is taken to have, so that a scale is never zero (QuaRot: `xmax.clamp(min=1e-5)`).
-const MIN_ABS_MAX: f32 = 1e-5;
+/// Smallest maximum a row or group is taken to have, so that a scale's reciprocal is finite. (QuaRot clamps it at 1e-5, which makes zeros of what is smaller.)
+const MIN_ABS_MAX: f32 = 1e-30;
 const LANES: usize = 16;
 /// Weights between two looks at whether a shrink factor has lost already.
 const CHUNK: usize = 256 / LANES;
@@ -119,7 +120,11 @@ pub fn weight_scales(w: &[f32], out: usize, inp: usize, grid: &Grid, clip: &Clip
     }
     w.par_chunks_exact(grid.group_len(inp))
         .map_init(Vec::new, |unit, group| {
-            let abs_max = group.iter().fold(0.0f32, |m, &v| m.max(v.abs())).max(MIN_ABS_MAX);
+            let abs_max = match group.iter().fold(0.0f32, |m, &v| m.max(v.abs())) {
+                // Zeros have any scale, if there is a code of zero: one that leaves the layer's scales in f16.
+                0.0 if !grid.is_gaussian() => max_code * f16::MIN_POSITIVE.to_f32(),
+                abs_max => abs_max.max(MIN_ABS_MAX),
+            };
             let shrink = match (clip.enabled, grid.is_gaussian()) {
                 (false, _) => 1.0,
                 (true, false) => best_shrink(group, abs_max, clip_error, max_code, clip, unit),
@@ -319,10 +324,22 @@ mod tests {
     }
 
     #[test]
-    fn scales_stay_positive() {
-        let grid = Grid::default();
-        let scales = weight_scales(&[0.0; 64], 2, 32, &grid, &ClipSearch::default());
-        assert!(scales.iter().all(|&s| s > 0.0 && s < 1e-5));
+    fn zeros_have_a_scale_and_the_smallest_weights_their_levels() {
+        for grid in [Grid::default(), Grid { levels: Levels::Gaussian, ..Grid::default() }] {
+            let of = |w: &[f32]| weight_scales(w, 2, w.len() / 2, &grid, &ClipSearch::default());
+            match grid.is_gaussian() {
+                false => assert_eq!(of(&[0.0; 64]), [f16::MIN_POSITIVE.to_f32(); 2]),
+                // No level is zero.
+                true => assert!(of(&[0.0; 64]).iter().all(|s| s.is_normal() && 127.0 * s <= 1e-30)),
+            }
+            let w = gaussian(2 * 96, 3);
+            let (large, size) = (of(&w), 2f32.powi(-80));
+            assert_eq!(
+                of(&w.iter().map(|v| v * size).collect::<Vec<_>>()),
+                Vec::from_iter(large.iter().map(|s| s * size))
+            );
+            assert!(of(&[1e-44; 64]).iter().all(|s| s.is_normal() && s.recip().is_finite()));
+        }
     }
 
     #[test]
