@@ -125,3 +125,22 @@ impl Drop for Claim {
         }
     }
 }
+
+#[cfg(all(test, unix))]
+mod tests {
+    use super::*;
+
+    /// Two runs at one place: what the one has opened is removed by the other, and a third makes it anew.
+    #[test]
+    fn a_lock_on_what_was_removed_is_none() {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("out.partial");
+        fs::create_dir(&path).unwrap();
+        let opened = File::open(&path).unwrap();
+        assert!(is_still(&path, &opened));
+        fs::remove_dir(&path).unwrap();
+        assert!(!is_still(&path, &opened));
+        fs::create_dir(&path).unwrap();
+        assert!(!is_still(&path, &opened) && is_still(&path, &File::open(&path).unwrap()));
+    }
+}
