@@ -149,7 +149,7 @@ impl Quantization {
         if !args.json {
             note!("quantizing by {} {}", recipe.name, recipe.scheme);
             if let Some(texts) = texts {
-                quantize::tell(q::short_text(recipe, texts.iter().map(Vec::len).sum()).as_slice());
+                quantize::tell(q::short_text(recipe, texts).as_slice());
             }
         }
         let dir = args.output.join(CHECKPOINTS);

@@ -384,7 +384,7 @@ impl Checked {
         wrong.of(q::check_output(&destination));
         let texts = wrong.of(prepare(&source, &recipe));
         if let Some(Some(texts)) = texts.as_ref().filter(|_| !quiet) {
-            tell(q::short_text(&recipe, texts.iter().map(Vec::len).sum()).as_slice());
+            tell(q::short_text(&recipe, texts).as_slice());
         }
         let (Some(plan), Some(texts), true) = (plan, texts, wrong.is_nothing()) else {
             return Err(wrong.into_error());

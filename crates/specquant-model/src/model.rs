@@ -445,12 +445,16 @@ fn gather(x: &[f32], width: usize, rows: &[usize]) -> Buffer<f32> {
     gathered
 }
 
+/// Without a branch, which makes it vector code.
+pub(crate) fn finite_part(x: &[f32]) -> bool {
+    x.iter().fold(true, |finite, v| finite & v.is_finite())
+}
+
 fn all_finite(x: &[f32]) -> bool {
     let finite = AtomicBool::new(true);
     kernels::for_each_index(x.len().div_ceil(FINITE_VALUES), |i| {
         let part = &x[i * FINITE_VALUES..x.len().min((i + 1) * FINITE_VALUES)];
-        // Without a branch, which makes it vector code.
-        if !part.iter().fold(true, |finite, v| finite & v.is_finite()) {
+        if !finite_part(part) {
             finite.store(false, Ordering::Relaxed);
         }
     });

@@ -60,7 +60,7 @@ pub fn from_file(
         return Err(Error::Calibration { path: path.to_owned(), why });
     }
     let bos = tokenizer.first_id();
-    let length = (calibration.sequence_length - bos.iter().len()).min(ids.len());
+    let length = calibration.sequence_length.saturating_sub(bos.iter().len()).clamp(1, ids.len());
     let mut rng = ChaCha8Rng::seed_from_u64(seed);
     // No more than cover it: a short text is not made long by reading it again.
     let samples = calibration.samples.min(ids.len().div_ceil(length));

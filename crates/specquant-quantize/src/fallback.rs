@@ -59,9 +59,9 @@ pub fn rotations(recipe: &Recipe, config: &ModelConfig) -> Vec<Fallback> {
 }
 
 /// A calibration text that holds fewer tokens than the recipe asks for.
-pub fn short_text(recipe: &Recipe, tokens: usize) -> Option<Fallback> {
+pub fn short_text(recipe: &Recipe, texts: &[Vec<u32>]) -> Option<Fallback> {
     let c = recipe.text();
-    let asked = c.samples * c.sequence_length;
+    let (tokens, asked) = (texts.iter().map(Vec::len).sum::<usize>(), c.samples * c.sequence_length);
     let short = recipe.scheme.weight_bits < 16 && tokens < asked;
     short.then(|| Fallback {
         layer: "calibration text".to_owned(),

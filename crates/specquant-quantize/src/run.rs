@@ -210,7 +210,7 @@ fn work(
     let weights: f64 = layers.iter().map(|l| (l.shape[0] * l.shape[1]) as f64).sum();
     let bits: f64 = layers.iter().map(|l| l.bits_per_weight * (l.shape[0] * l.shape[1]) as f64).sum();
     let whole = fallback::rotations(recipe, source.config()).into_iter();
-    let short = fallback::short_text(recipe, begun.texts.iter().map(Vec::len).sum());
+    let short = fallback::short_text(recipe, &begun.texts);
     let mut report = Report {
         specquant_version: VERSION.to_owned(),
         scheme: recipe.scheme.to_string(),

@@ -11,6 +11,7 @@ use memmap2::Mmap;
 use rayon::prelude::*;
 
 use super::gguf_quants;
+use crate::model::finite_part;
 use crate::{Error, Result};
 
 /// How a tensor's elements are stored.
@@ -259,24 +260,12 @@ impl TensorView {
     /// # Errors
     /// As [`TensorView::rows_f32`]; [`Error::NotFinite`] names the first value that is NaN or infinite.
     pub fn to_f32(&self) -> Result<Vec<f32>> {
-        let (rows, cols) = (self.rows(), self.cols());
+        let (rows, cols, chunk) = (self.rows(), self.cols(), self.chunk_rows());
         let mut all = vec![0.0; rows * cols];
-        let chunk = self.chunk_rows();
-        let finite: Vec<bool> = all
-            .par_chunks_mut((chunk * cols).max(1))
-            .enumerate()
-            .map(|(i, out)| {
-                self.rows_f32(i * chunk..rows.min((i + 1) * chunk), out)?;
-                Ok(all_finite(out))
-            })
-            .collect::<Result<_>>()?;
-        match finite.iter().all(|f| *f) || all.is_empty() {
-            true => Ok(all),
-            false => {
-                let i = all.iter().position(|x| !x.is_finite()).unwrap_or_default();
-                Err(self.not_finite(i / cols, i % cols, all[i]))
-            }
-        }
+        let chunks = all.par_chunks_mut((chunk * cols).max(1)).enumerate();
+        let read: Vec<Result<()>> =
+            chunks.map(|(i, out)| self.finite_rows(i * chunk..rows.min((i + 1) * chunk), out)).collect();
+        read.into_iter().collect::<Result<()>>().map(|()| all)
     }
 
     /// Checks that no value is NaN or infinite, with the memory of a few rows; numbers that are not widened are none.
@@ -291,15 +280,21 @@ impl TensorView {
         let mut values = vec![0.0; chunk.min(rows) * cols];
         for first in (0..rows).step_by(chunk) {
             let end = rows.min(first + chunk);
-            let values = &mut values[..(end - first) * cols];
-            self.rows_f32(first..end, values)?;
-            if !all_finite(values) {
-                let i = values.iter().position(|x| !x.is_finite()).unwrap_or_default();
-                return Err(self.not_finite(first + i / cols, i % cols, values[i]));
-            }
+            self.finite_rows(first..end, &mut values[..(end - first) * cols])?;
         }
         self.release();
         Ok(())
+    }
+
+    /// [`TensorView::rows_f32`], and that all of it is finite.
+    fn finite_rows(&self, rows: Range<usize>, out: &mut [f32]) -> Result<()> {
+        let (first, cols) = (rows.start, self.cols());
+        self.rows_f32(rows, out)?;
+        if finite_part(out) {
+            return Ok(());
+        }
+        let i = out.iter().position(|x| !x.is_finite()).unwrap_or_default();
+        Err(self.not_finite(first + i / cols, i % cols, out[i]))
     }
 
     /// Rows of a few hundred kilobytes.
@@ -311,11 +306,6 @@ impl TensorView {
     pub(crate) fn not_finite(&self, row: usize, col: usize, value: f32) -> Error {
         Error::NotFinite { file: self.file.to_path_buf(), tensor: self.name.to_string(), row, col, value }
     }
-}
-
-/// Without a branch, which makes it vector code.
-fn all_finite(values: &[f32]) -> bool {
-    values.iter().fold(true, |finite, x| finite & x.is_finite())
 }
 
 /// Where ggml stores row `row` of q or k. Its converter (convert_hf_to_gguf.py, `LlamaModel.permute`) turns the two halves of a
