@@ -7,7 +7,7 @@
 //! Up to 8 tokens, for whom tiles are mostly empty and unpacking to memory costs more than it saves, float products and everything behind the
 //! sums use the AVX-512 code. Stable Rust has no intrinsics for tiles yet, hence assembly; in one block, for the compiler knows nothing of their shapes.
 
-use super::avx512::FEW_ROWS;
+use super::avx512::expand;
 use super::{Columns, FloatBlock, INT_DEPTH, IntBlock, Kernel, PANELS, Term};
 use crate::Buffer;
 use crate::isa::AmxInt8;
@@ -17,6 +17,8 @@ use std::arch::asm;
 use std::arch::x86_64::__cpuid_count;
 use std::sync::OnceLock;
 
+/// Up to as many tokens use the AVX-512 code.
+const FEW_ROWS: usize = 8;
 /// Inputs of a block for many tokens: unpacked, 32 channels take half a megabyte.
 const DEEP: usize = 1 << 14;
 /// A core's L2 where the processor does not tell.
@@ -58,17 +60,34 @@ impl Kernel for AmxInt8 {
         (row_codes() / inp.max(1) / STRIP * STRIP).clamp(3 * STRIP, 16 * STRIP)
     }
 
-    fn unpacked<'a>(self, block: IntBlock<'a>, bytes: &'a mut Buffer<Chunk>) -> IntBlock<'a> {
-        // Whole tiles, if every token has codes to multiply zeros with.
+    /// In bytes; zeros fill up whole tiles, if every token has codes to multiply them with.
+    fn unpacked<'a>(self, mut block: IntBlock<'a>, bytes: &'a mut Buffer<Chunk>) -> IntBlock<'a> {
         let depth = block.depth();
         let there = block.a.len() >= (block.rows - 1) * block.stride + depth.next_multiple_of(ROW_BYTES);
-        self.avx512.unpacked_to(block, if there { ROWS } else { 1 }, bytes)
+        let quads = depth / 4;
+        let filled = if there { quads.next_multiple_of(ROWS) } else { quads };
+        if block.rows <= FEW_ROWS || !block.nibbles && filled == quads {
+            return block;
+        }
+        bytes.resize(block.count * filled);
+        for (panel, bytes) in block.panels[..block.count].iter_mut().zip(bytes.chunks_exact_mut(filled)) {
+            if block.nibbles {
+                // SAFETY: the token proves AVX-512 F and BW.
+                unsafe { expand(panel, block.levels, bytes) };
+            } else {
+                bytes[..quads].copy_from_slice(panel);
+            }
+            bytes[quads..].fill(Chunk([0; 64]));
+            *panel = bytes;
+        }
+        block.nibbles = false;
+        block
     }
 
     fn int_block(self, block: &IntBlock, tiles: &mut Tiles, acc: &mut [[i32; PANEL]]) {
         let (rows, panels) = (block.rows, block.panels());
         if rows <= FEW_ROWS {
-            return self.avx512.int_block(block, &mut (), acc);
+            return self.avx512.int_block(block, &mut Buffer::default(), acc);
         }
         let quads = panels[0].len();
         assert!(rows <= STRIP && !block.nibbles);

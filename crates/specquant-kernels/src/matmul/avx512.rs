@@ -1,38 +1,35 @@
 //! AVX-512 kernel: `vpdpbusd` multiplies a chunk (a quad of inputs of 16 channels) with a token's quad and adds to 16 i32 lanes.
 //!
-//! Twelve tokens and two panels at a time: 24 sums in registers, and 14 loads for 24 products, of which two a cycle are done of either.
-//! A few tokens unpack nibbles in registers, one panel at a time, and a lone one splits its sum into four chains.
+//! Up to twelve tokens and two panels at a time: 24 sums in registers, and 14 loads for 24 products, of which two a cycle are done of either.
+//! Nibbles are unpacked in registers by the first tokens, one panel at a time, which keep the bytes for the others; a lone token splits its sum into four chains.
 //!
 //! Float products of many tokens take twelve of them and a panel, which the AVX2 code widens; few use the AVX2 code, to the same bits.
 
 use super::avx2::{self, check_float, fetch_ahead};
-use super::{Columns, FloatBlock, IntBlock, Kernel, PANELS, Term};
+use super::{Columns, FloatBlock, IntBlock, Kernel, PANELS, TILE_ROWS, Term};
 use crate::Buffer;
 use crate::isa::Avx512Vnni;
 use crate::weights::{Chunk, PANEL, UNIFORM_LEVELS};
 use std::arch::x86_64::*;
 
-/// Up to as many tokens unpack nibbles in registers: for more, unpacking once costs less.
-pub(super) const FEW_ROWS: usize = 8;
+/// Rows of the tallest tile that keeps what it unpacks: the compiler runs out of registers for taller ones.
+const KEPT_ROWS: usize = 10;
 /// From as many tokens on float products are this file's.
 const FLOAT_ROWS: usize = 6;
 
 impl Kernel for Avx512Vnni {
     const INT_PANELS: usize = PANELS;
-    type Scratch = ();
+    const INT_TILE_ROWS: usize = 1;
+    type Scratch = Buffer<Chunk>;
 
-    fn unpacked<'a>(self, block: IntBlock<'a>, bytes: &'a mut Buffer<Chunk>) -> IntBlock<'a> {
-        self.unpacked_to(block, 1, bytes)
-    }
-
-    fn int_block(self, block: &IntBlock, (): &mut (), acc: &mut [[i32; PANEL]]) {
+    fn int_block(self, block: &IntBlock, bytes: &mut Buffer<Chunk>, acc: &mut [[i32; PANEL]]) {
         let (rows, panels) = (block.rows, block.panels());
         let depth = block.depth();
         assert!(panels.iter().all(|p| p.len() == panels[0].len()) && panels.len() <= PANELS);
         assert!(rows > 0 && acc.len() == panels.len() * rows);
-        assert!(block.a.len() >= (rows - 1) * block.stride + depth && (rows <= FEW_ROWS || !block.nibbles));
+        assert!(block.a.len() >= (rows - 1) * block.stride + depth);
         // SAFETY: the token proves AVX-512 F, BW and VNNI; every token has the chunks' codes.
-        unsafe { int_block(block, acc) }
+        unsafe { int_block(block, bytes, acc) }
     }
 
     fn float_block(self, block: &FloatBlock, scratch: &mut Buffer<f32>, acc: &mut [[f32; PANEL]]) {
@@ -62,35 +59,6 @@ impl Kernel for Avx512Vnni {
     fn store(self, sum: &[[f32; PANEL]], scale: &[f32], to: Columns) {
         // SAFETY: the token proves AVX-512 F.
         unsafe { store(sum, scale, to) }
-    }
-}
-
-impl Avx512Vnni {
-    /// The block in bytes, if so many tokens ask for it; zeros fill up a multiple of `step` quads.
-    pub(super) fn unpacked_to<'a>(
-        self,
-        mut block: IntBlock<'a>,
-        step: usize,
-        bytes: &'a mut Buffer<Chunk>,
-    ) -> IntBlock<'a> {
-        let quads = block.depth() / 4;
-        let filled = quads.next_multiple_of(step);
-        if block.rows <= FEW_ROWS || !block.nibbles && filled == quads {
-            return block;
-        }
-        bytes.resize(block.count * filled);
-        for (panel, bytes) in block.panels[..block.count].iter_mut().zip(bytes.chunks_exact_mut(filled)) {
-            if block.nibbles {
-                // SAFETY: the token proves AVX-512 F and BW.
-                unsafe { expand(panel, block.levels, bytes) };
-            } else {
-                bytes[..quads].copy_from_slice(panel);
-            }
-            bytes[quads..].fill(Chunk([0; 64]));
-            *panel = bytes;
-        }
-        block.nibbles = false;
-        block
     }
 }
 
@@ -159,47 +127,57 @@ fn store_row(mut v: __m512, y: &mut [f32], accumulate: bool) {
 /// Unsafe contract of the functions below: `a` points to rows that lie `stride` apart, as many as `acc` has for each panel (or R), and each
 /// has as many codes as a panel's chunks have inputs.
 #[target_feature(enable = "avx512f,avx512bw,avx512vnni")]
-unsafe fn int_block(block: &IntBlock, acc: &mut [[i32; PANEL]]) {
+unsafe fn int_block(block: &IntBlock, bytes: &mut Buffer<Chunk>, acc: &mut [[i32; PANEL]]) {
     let (a, stride, rows, begin) = (block.a.as_ptr(), block.stride, block.rows, block.begin);
+    let (mut panels, mut row) = (block.panels, 0);
     if block.nibbles {
-        for (w, acc) in block.panels().iter().zip(acc.chunks_exact_mut(rows)) {
-            // SAFETY: forwarded.
-            unsafe {
-                match rows {
-                    1 => nibbles(w, block.levels, a, acc, begin),
-                    2 => nibble_tile::<2>(w, block.levels, a, stride, acc, begin),
-                    3 => nibble_tile::<3>(w, block.levels, a, stride, acc, begin),
-                    4 => nibble_tile::<4>(w, block.levels, a, stride, acc, begin),
-                    5 => nibble_tile::<5>(w, block.levels, a, stride, acc, begin),
-                    6 => nibble_tile::<6>(w, block.levels, a, stride, acc, begin),
-                    7 => nibble_tile::<7>(w, block.levels, a, stride, acc, begin),
-                    _ => nibble_tile::<8>(w, block.levels, a, stride, acc, begin),
-                }
+        let tiles = rows.div_ceil(TILE_ROWS);
+        row = if tiles == 1 { rows } else { rows.div_ceil(tiles).min(KEPT_ROWS) };
+        let quads = block.depth() / 4;
+        bytes.resize(if tiles == 1 { 0 } else { block.count * quads });
+        let mut kept = bytes.chunks_exact_mut(quads);
+        for (panel, acc) in panels[..block.count].iter_mut().zip(acc.chunks_exact_mut(rows)) {
+            let (w, levels, acc) = (*panel, block.levels, &mut acc[..row]);
+            macro_rules! tiles {
+                ($($height:literal $chains:literal),*; $($first:literal $first_chains:literal),*) => {
+                    // SAFETY: forwarded.
+                    unsafe {
+                        match (row, kept.next()) {
+                            (1, None) => nibbles(w, levels, a, acc, begin),
+                            $(($height, None) => {
+                                nibble_tile::<$height, $chains, false>(w, levels, a, stride, acc, begin, &mut [])
+                            })*
+                            $(($first, Some(bytes)) => {
+                                nibble_tile::<$first, $first_chains, true>(w, levels, a, stride, acc, begin, bytes);
+                                *panel = bytes;
+                            })*
+                            _ => unreachable!("one tile has 1 to {TILE_ROWS} rows, the first of some 7 to {KEPT_ROWS}"),
+                        }
+                    }
+                };
             }
+            tiles!(2 2, 3 2, 4 2, 5 2, 6 2, 7 2, 8 2, 9 1, 10 1, 11 1, 12 1; 7 2, 8 2, 9 1, 10 1);
         }
-        return;
     }
-    let mut row = 0;
-    while row < rows {
+    for tiles in (1..=(rows - row).div_ceil(TILE_ROWS)).rev() {
+        let (height, fetch) = ((rows - row).div_ceil(tiles), row == 0);
         macro_rules! tiles {
             ($($height:literal),*) => {
-                match rows - row {
-                    $($height.. => {
-                        // SAFETY: forwarded; the tile's rows start `row` rows on.
-                        unsafe {
-                            let a = a.add(row * stride);
-                            match block.count {
-                                1 => tile::<$height, 1>([block.panels[0]], a, stride, acc, row, rows, begin),
-                                _ => tile::<$height, 2>(block.panels, a, stride, acc, row, rows, begin),
-                            }
-                        }
-                        row += $height;
-                    })*
-                    0 => {}
+                // SAFETY: forwarded; the tile's rows start `row` rows on.
+                unsafe {
+                    let a = a.add(row * stride);
+                    match (height, block.count) {
+                        $(
+                            ($height, 1) => tile::<$height, 1>(panels, a, stride, acc, row, rows, begin, fetch),
+                            ($height, _) => tile::<$height, 2>(panels, a, stride, acc, row, rows, begin, fetch),
+                        )*
+                        _ => unreachable!("a tile has 1 to {TILE_ROWS} rows"),
+                    }
                 }
             };
         }
-        tiles!(12, 8, 6, 4, 2, 1);
+        tiles!(1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12);
+        row += height;
     }
 }
 
@@ -207,6 +185,12 @@ unsafe fn int_block(block: &IntBlock, acc: &mut [[i32; PANEL]]) {
 fn load(chunk: &Chunk) -> __m512i {
     // SAFETY: a chunk is 64 aligned bytes.
     unsafe { _mm512_load_si512(chunk.0.as_ptr().cast()) }
+}
+
+#[target_feature(enable = "avx512f")]
+fn store_chunk(quad: __m512i, to: &mut Chunk) {
+    // SAFETY: a chunk is 64 aligned bytes.
+    unsafe { _mm512_store_si512(to.0.as_mut_ptr().cast(), quad) };
 }
 
 /// The levels in every 128-bit lane, to be looked up.
@@ -230,13 +214,12 @@ fn unpack(chunk: &Chunk, table: __m512i) -> [__m512i; 2] {
 
 /// Nibble chunks to twice as many byte chunks.
 #[target_feature(enable = "avx512f,avx512bw")]
-fn expand(w: &[Chunk], levels: &[i8; 16], bytes: &mut [Chunk]) {
+pub(super) fn expand(w: &[Chunk], levels: &[i8; 16], bytes: &mut [Chunk]) {
     let table = table(levels);
     for (chunk, pair) in w.iter().zip(bytes.as_chunks_mut::<2>().0) {
         fetch_ahead(chunk);
         for (quad, to) in unpack(chunk, table).into_iter().zip(pair) {
-            // SAFETY: a chunk is 64 aligned bytes.
-            unsafe { _mm512_store_si512(to.0.as_mut_ptr().cast(), quad) };
+            store_chunk(quad, to);
         }
     }
 }
@@ -258,24 +241,27 @@ fn add_to(acc: &mut [i32; PANEL], v: __m512i, begin: bool) {
     }
 }
 
-/// Byte chunks of P panels times R tokens, the ones from `row` on of the `rows` that acc has for each panel.
+/// Byte chunks of the first P panels times R tokens, the ones from `row` on of the `rows` that acc has for each panel. fetch: whether chunks are asked for
+/// ahead.
 #[target_feature(enable = "avx512f,avx512vnni")]
+#[allow(clippy::too_many_arguments)]
 unsafe fn tile<const R: usize, const P: usize>(
-    panels: [&[Chunk]; P],
+    panels: [&[Chunk]; PANELS],
     a: *const u8,
     stride: usize,
     acc: &mut [[i32; PANEL]],
     row: usize,
     rows: usize,
     begin: bool,
+    fetch: bool,
 ) {
     let quads = panels[0].len();
-    let panels = panels.map(|p| &p[..quads]);
+    let panels: [&[Chunk]; P] = std::array::from_fn(|p| &panels[p][..quads]);
     let mut sum = [[_mm512_setzero_si512(); R]; P];
     let mut w = [_mm512_setzero_si512(); P];
     for q in 0..quads {
         for p in 0..P {
-            if R <= FEW_ROWS {
+            if fetch {
                 fetch_ahead(&panels[p][q]);
             }
             w[p] = load(&panels[p][q]);
@@ -295,30 +281,39 @@ unsafe fn tile<const R: usize, const P: usize>(
     }
 }
 
-/// Nibble chunks of a panel times R tokens, unpacked in registers.
+/// Nibble chunks of a panel times R tokens, unpacked in registers, with one or two chains of sums for each token; KEEP: and stored to `bytes`.
 #[target_feature(enable = "avx512f,avx512bw,avx512vnni")]
-unsafe fn nibble_tile<const R: usize>(
+unsafe fn nibble_tile<const R: usize, const CHAINS: usize, const KEEP: bool>(
     w: &[Chunk],
     levels: &[i8; 16],
     a: *const u8,
     stride: usize,
     acc: &mut [[i32; PANEL]],
     begin: bool,
+    bytes: &mut [Chunk],
 ) {
     let table = table(levels);
-    let mut sum = [[_mm512_setzero_si512(); 2]; R];
+    let mut sum = [[_mm512_setzero_si512(); CHAINS]; R];
+    assert!(!KEEP || bytes.len() == 2 * w.len());
+    let bytes = bytes.as_mut_ptr();
     for (j, chunk) in w.iter().enumerate() {
         fetch_ahead(chunk);
-        for (i, w) in unpack(chunk, table).into_iter().enumerate() {
+        let quads = unpack(chunk, table);
+        if KEEP {
+            // SAFETY: there are two byte chunks for each, by the assertion above; to check it here makes the compiler keep codes on the stack.
+            unsafe { (0..2).for_each(|i| store_chunk(quads[i], &mut *bytes.add(2 * j + i))) };
+        }
+        for (i, w) in quads.into_iter().enumerate() {
             for r in 0..R {
                 // SAFETY: the row has two quads for each chunk.
                 let x = unsafe { quad(a.add(r * stride + 8 * j + 4 * i)) };
-                sum[r][i] = _mm512_dpbusd_epi32(sum[r][i], x, w);
+                sum[r][i % CHAINS] = _mm512_dpbusd_epi32(sum[r][i % CHAINS], x, w);
             }
         }
     }
     for r in 0..R {
-        add_to(&mut acc[r], _mm512_add_epi32(sum[r][0], sum[r][1]), begin);
+        let total = if CHAINS == 2 { _mm512_add_epi32(sum[r][0], sum[r][CHAINS - 1]) } else { sum[r][0] };
+        add_to(&mut acc[r], total, begin);
     }
 }
 

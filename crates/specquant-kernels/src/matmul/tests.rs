@@ -102,6 +102,16 @@ fn many_tokens() {
     }
 }
 
+/// Every way in which tokens are cut into tiles, with two panels and with one.
+#[test]
+fn every_number_of_tokens() {
+    let mut rng = Lcg(8);
+    for bits in [4, 8] {
+        let w = random_weights(&mut rng, 40, 80, bits, 80);
+        (1..=40).for_each(|rows| check_all(&random_acts(&mut rng, rows, 80, bits), &w));
+    }
+}
+
 #[test]
 fn levels_are_looked_up() {
     let mut rng = Lcg(2);
