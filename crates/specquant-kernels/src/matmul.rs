@@ -200,10 +200,9 @@ trait Kernel: Copy + Send + Sync {
         let _ = inp;
         ROWS
     }
-    /// The block as [`int_block`](Self::int_block) likes to have it for every strip; `bytes` may hold its panels.
-    fn unpacked<'a>(self, block: IntBlock<'a>, bytes: &'a mut Buffer<Chunk>) -> IntBlock<'a> {
-        let _ = bytes;
-        block
+    /// Makes the block what [`int_block`](Self::int_block) likes to have for every strip; `bytes` may hold its panels.
+    fn unpack<'a>(self, block: &mut IntBlock<'a>, bytes: &'a mut Buffer<Chunk>) {
+        let _ = (block, bytes);
     }
     /// Adds the block's integer products to `acc`, or begins with them.
     fn int_block(self, block: &IntBlock, scratch: &mut Self::Scratch, acc: &mut [[i32; PANEL]]);
@@ -260,17 +259,24 @@ struct FloatBlock<'a> {
 }
 
 impl<'a> IntBlock<'a> {
-    /// Some inputs of `rows` tokens from `row` on, and of some panels.
-    fn new((a, w): &Part<'a>, panels: &Range<usize>, inputs: Range<usize>, row: usize, rows: usize) -> Self {
-        let mut chunks = [&[][..]; PANELS];
-        chunks.iter_mut().zip(panels.clone()).for_each(|(to, p)| *to = w.chunks(p, inputs.start, inputs.end));
+    /// Some inputs of a group, of `rows` tokens from `row` on, and of some panels.
+    #[inline(always)]
+    fn new(
+        (a, w): &Part<'a>,
+        panels: &Range<usize>,
+        group: usize,
+        inputs: Range<usize>,
+        row: usize,
+        rows: usize,
+    ) -> Self {
+        let chunks = |i| if i < panels.len() { w.chunks(panels.start + i, inputs.start, inputs.end) } else { &[] };
         IntBlock {
             a: &a.codes[row * a.stride + inputs.start..],
             stride: a.stride,
             rows,
-            panels: chunks,
+            panels: std::array::from_fn(chunks),
             count: panels.len(),
-            begin: inputs.start.is_multiple_of(w.group_size()),
+            begin: inputs.start == group * w.group_size(),
             nibbles: w.nibbles(),
             levels: w.levels(),
             a_max: code_max(a.bits),
@@ -299,10 +305,12 @@ impl<'a> IntBlock<'a> {
         self.panels[0].len() * if self.nibbles { 8 } else { 4 }
     }
 
-    /// The same weights times some of the tokens.
+    /// Has the same weights for some of the tokens, whose codes are all in `a`. Nothing is copied: what has just been written in small pieces takes long to read
+    /// in larger ones.
     #[inline(always)]
-    fn of(&self, rows: &Range<usize>) -> IntBlock<'a> {
-        IntBlock { a: &self.a[rows.start * self.stride..], rows: rows.len(), ..*self }
+    fn take(&mut self, a: &'a [u8], rows: &Range<usize>) {
+        self.a = &a[rows.start * self.stride..];
+        self.rows = rows.len();
     }
 }
 
@@ -327,10 +335,13 @@ fn int_rect<K: Kernel>(kernel: K, parts: &[Part], mut rect: Rect) {
                 |w: &PackedWeights, t: &PackedWeights| w.groups() == 1 && t.groups() == 1 && one_block(t);
             let tail = others.first().filter(|(_, t)| !accumulate && joins(w, t));
             rest = &others[usize::from(tail.is_some())..];
-            let tail = tail.map(|part| {
-                let block = IntBlock::new(part, &range, 0..part.1.in_features(), row, rows);
-                (part, kernel.unpacked(block, &mut tail_bytes))
+            let mut tail = tail.map(|part| {
+                (part, IntBlock::new(part, &range, 0, 0..part.1.in_features(), row, rows))
             });
+            if let Some((_, block)) = &mut tail {
+                kernel.unpack(block, &mut tail_bytes);
+            }
+            let tail_a = tail.as_ref().map_or(&[][..], |(_, block)| block.a);
 
             let height = if one_block(w) { K::INT_STRIP.min(rows) } else { rows };
             acc.resize(count * height * PANEL);
@@ -345,7 +356,9 @@ fn int_rect<K: Kernel>(kernel: K, parts: &[Part], mut rect: Rect) {
             let sums = sums.as_chunks_mut::<PANEL>().0;
             for g in 0..w.groups() {
                 for (k, end) in blocks(g * w.group_size(), w.group_size(), depth, INT_STEP) {
-                    let block = kernel.unpacked(IntBlock::new(part, &range, k..end, row, rows), &mut bytes);
+                    let mut block = IntBlock::new(part, &range, g, k..end, row, rows);
+                    kernel.unpack(&mut block, &mut bytes);
+                    let a = block.a;
                     for strip in strips() {
                         let n = strip.len();
                         let first = if one_block(w) { 0 } else { count * strip.start };
@@ -353,7 +366,8 @@ fn int_rect<K: Kernel>(kernel: K, parts: &[Part], mut rect: Rect) {
                         if end == w.in_features() {
                             rect.fetch(strip.clone(), col..col + count * PANEL);
                         }
-                        kernel.int_block(&block.of(&strip), &mut scratch, acc);
+                        block.take(a, &strip);
+                        kernel.int_block(&block, &mut scratch, acc);
                         if end < (g + 1) * w.group_size() {
                             continue;
                         }
@@ -364,8 +378,9 @@ fn int_rect<K: Kernel>(kernel: K, parts: &[Part], mut rect: Rect) {
                             }
                             continue;
                         }
-                        if let Some((_, block)) = &tail {
-                            kernel.int_block(&block.of(&strip), &mut scratch, &mut tail_acc[..count * n]);
+                        if let Some((_, block)) = &mut tail {
+                            block.take(tail_a, &strip);
+                            kernel.int_block(block, &mut scratch, &mut tail_acc[..count * n]);
                         }
                         for (j, panel) in range.clone().enumerate() {
                             let main = Term::new(part, panel, 0, row, &strip, &acc[j * n..][..n]);
@@ -400,7 +415,7 @@ fn float_rect(kernel: impl Kernel, x: &[f32], w: &PackedWeights, mut rect: Rect,
     for (col, panel) in panels(&rect, 1) {
         sums.fill([0.; PANEL]);
         for g in 0..w.groups() {
-            let (scale, _) = w.group(panel.start, g);
+            let (scale, _) = w.scales(panel.start, g);
             for (k, end) in blocks(g * w.group_size(), w.group_size(), FLOAT_DEPTH, 8) {
                 let block = FloatBlock {
                     x: &x[row * stride + k..(row + rows) * stride],

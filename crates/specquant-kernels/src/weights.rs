@@ -69,13 +69,19 @@ pub struct PackedWeights {
     inp: usize,
     bits: u8,
     group_size: usize,
+    /// Of an input.
+    groups: usize,
     /// What nibbles stand for.
     levels: [i8; 16],
+    /// Largest magnitude that a code can have.
+    largest: i32,
     chunks: Vec<Chunk>,
-    scales: Vec<[f32; PANEL]>,
-    /// Sum of the codes per channel and group: what an activation zero point is multiplied with.
-    colsums: Vec<[i32; PANEL]>,
+    panel_chunks: usize,
+    scales: Vec<Scales>,
 }
+
+/// What a panel's channels have in a group: their scales, and the sums of their codes, which an activation's zero point is multiplied with.
+pub(crate) type Scales = ([f32; PANEL], [i32; PANEL]);
 
 impl PackedWeights {
     /// Packs codes and scales.
@@ -151,7 +157,8 @@ impl PackedWeights {
             return Err(KernelError::GroupSize { group_size, inp });
         }
         // Beyond it, products with 8-bit activations could overflow an i32.
-        let limit = i32::MAX as usize / (255 * largest(bits, &levels) as usize);
+        let largest = largest(bits, &levels);
+        let limit = i32::MAX as usize / (255 * largest as usize);
         if group_size > limit {
             return Err(KernelError::Depth { group_size, bits, limit });
         }
@@ -168,24 +175,26 @@ impl PackedWeights {
             inp,
             bits,
             group_size,
+            groups,
             levels,
+            largest,
             chunks: Vec::new(),
-            scales: vec![[0.; PANEL]; panels * groups],
-            colsums: vec![[0; PANEL]; panels * groups],
+            panel_chunks: 0,
+            scales: vec![Default::default(); panels * groups],
         };
         // Padding: a level near zero; there are no activations to multiply it with.
         let empty = Chunk([if w.nibbles() { 0x88 } else { 0 }; 64]);
-        w.chunks = vec![empty; panels * w.panel_chunks()];
+        w.panel_chunks = w.chunk_of(inp.next_multiple_of(8));
+        w.chunks = vec![empty; panels * w.panel_chunks];
         let numbers = numbers(&levels);
-        let (nibbles, per_panel) = (w.nibbles(), w.panel_chunks());
-        let tables = w.scales.par_chunks_mut(groups).zip(w.colsums.par_chunks_mut(groups));
+        let nibbles = w.nibbles();
         let rows = codes.par_chunks(PANEL * inp).zip(scales.par_chunks(PANEL * groups));
-        let each = w.chunks.par_chunks_mut(per_panel).zip(tables).zip(rows);
-        each.for_each(|((chunks, (to_scales, colsums)), (codes, scales))| {
+        let to = w.chunks.par_chunks_mut(w.panel_chunks).zip(w.scales.par_chunks_mut(groups));
+        to.zip(rows).for_each(|((chunks, to_scales), (codes, scales))| {
             for (c, (row, scales)) in codes.chunks_exact(inp).zip(scales.chunks_exact(groups)).enumerate() {
-                for (g, (row, scale)) in row.chunks_exact(group_size).zip(scales).enumerate() {
-                    to_scales[g][c] = *scale;
-                    colsums[g][c] = row.iter().map(|q| i32::from(*q)).sum();
+                for ((row, scale), to) in row.chunks_exact(group_size).zip(scales).zip(&mut *to_scales) {
+                    to.0[c] = *scale;
+                    to.1[c] = row.iter().map(|q| i32::from(*q)).sum();
                 }
                 if nibbles {
                     let number = |q: i8| numbers[usize::from(q as u8)];
@@ -235,7 +244,7 @@ impl PackedWeights {
         assert_eq!(w.len(), self.out * self.inp, "weights: w is not [{}, {}]", self.out, self.inp);
         let values = self.levels.map(f32::from);
         for_each_chunk(w, self.inp * PANEL, |panel, rows| {
-            let chunks = &self.chunks[panel * self.panel_chunks()..][..self.panel_chunks()];
+            let chunks = &self.chunks[panel * self.panel_chunks..][..self.panel_chunks];
             for (c, row) in rows.chunks_exact_mut(self.inp).enumerate() {
                 let quad = |chunk: &Chunk| std::array::from_fn::<u8, 4, _>(|i| chunk.0[4 * c + i]);
                 if self.nibbles() {
@@ -249,7 +258,7 @@ impl PackedWeights {
                     }
                 }
                 for (g, row) in row.chunks_exact_mut(self.group_size).enumerate() {
-                    let scale = self.group(panel, g).0[c];
+                    let scale = self.scales(panel, g).0[c];
                     row.iter_mut().for_each(|w| *w *= scale);
                 }
             }
@@ -284,7 +293,7 @@ impl PackedWeights {
 
     /// Largest magnitude that a code can have.
     pub(crate) fn largest(&self) -> i32 {
-        largest(self.bits, &self.levels)
+        self.largest
     }
 
     /// Inputs that share a scale; [`in_features`](Self::in_features) for one scale per channel.
@@ -294,7 +303,7 @@ impl PackedWeights {
 
     /// Resident bytes of codes, scales and sums.
     pub fn bytes(&self) -> usize {
-        size_of_val(&*self.chunks) + size_of_val(&*self.scales) + size_of_val(&*self.colsums)
+        size_of_val(&*self.chunks) + size_of_val(&*self.scales)
     }
 
     /// Whether a code takes a nibble and not a byte.
@@ -303,32 +312,28 @@ impl PackedWeights {
     }
 
     pub(crate) fn groups(&self) -> usize {
-        self.inp / self.group_size
+        self.groups
     }
 
     /// The chunks of the inputs from `k` to `end` in a panel; `k` is a multiple of 8, `end` too or the end of the padded input.
     pub(crate) fn chunks(&self, panel: usize, k: usize, end: usize) -> &[Chunk] {
-        let per = self.inputs_per_chunk();
-        &self.chunks[panel * self.panel_chunks()..][k / per..end.next_multiple_of(8) / per]
+        let end = self.chunk_of(end.next_multiple_of(8));
+        &self.chunks[panel * self.panel_chunks..][self.chunk_of(k)..end]
     }
 
-    /// Scales and sums of codes of a panel and group.
-    pub(crate) fn group(&self, panel: usize, group: usize) -> (&[f32; PANEL], &[i32; PANEL]) {
-        let i = panel * self.groups() + group;
-        (&self.scales[i], &self.colsums[i])
+    /// Of a panel and group.
+    pub(crate) fn scales(&self, panel: usize, group: usize) -> &Scales {
+        &self.scales[panel * self.groups + group]
     }
 
-    fn inputs_per_chunk(&self) -> usize {
-        if self.nibbles() { 8 } else { 4 }
-    }
-
-    fn panel_chunks(&self) -> usize {
-        self.inp.next_multiple_of(8) / self.inputs_per_chunk()
+    /// The chunk of a panel that holds input k.
+    fn chunk_of(&self, k: usize) -> usize {
+        k >> if self.nibbles() { 3 } else { 2 }
     }
 
     /// Chunk, byte and shift (for nibbles) of a code.
     fn place(&self, panel: usize, c: usize, k: usize) -> (usize, usize, Option<u32>) {
-        let chunk = panel * self.panel_chunks() + k / self.inputs_per_chunk();
+        let chunk = panel * self.panel_chunks + self.chunk_of(k);
         let shift = if k % 8 < 4 { 0 } else { 4 };
         (chunk, 4 * c + k % 4, self.nibbles().then_some(shift))
     }

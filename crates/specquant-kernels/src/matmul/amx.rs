@@ -61,13 +61,13 @@ impl Kernel for AmxInt8 {
     }
 
     /// In bytes; zeros fill up whole tiles, if every token has codes to multiply them with.
-    fn unpacked<'a>(self, mut block: IntBlock<'a>, bytes: &'a mut Buffer<Chunk>) -> IntBlock<'a> {
+    fn unpack<'a>(self, block: &mut IntBlock<'a>, bytes: &'a mut Buffer<Chunk>) {
         let depth = block.depth();
         let there = block.a.len() >= (block.rows - 1) * block.stride + depth.next_multiple_of(ROW_BYTES);
         let quads = depth / 4;
         let filled = if there { quads.next_multiple_of(ROWS) } else { quads };
         if block.rows <= FEW_ROWS || !block.nibbles && filled == quads {
-            return block;
+            return;
         }
         bytes.resize(block.count * filled);
         for (panel, bytes) in block.panels[..block.count].iter_mut().zip(bytes.chunks_exact_mut(filled)) {
@@ -81,7 +81,6 @@ impl Kernel for AmxInt8 {
             *panel = bytes;
         }
         block.nibbles = false;
-        block
     }
 
     fn int_block(self, block: &IntBlock, tiles: &mut Tiles, acc: &mut [[i32; PANEL]]) {

@@ -30,7 +30,7 @@ impl<'a> Term<'a> {
         strip: &Range<usize>,
         acc: &'a [[i32; PANEL]],
     ) -> Self {
-        let (channel_scale, colsum) = w.group(panel, group);
+        let (channel_scale, colsum) = w.scales(panel, group);
         let tokens = row + strip.start..row + strip.end;
         Term { acc, channel_scale, colsum, zero: &a.zero[tokens.clone()], scale: &a.scale[tokens] }
     }

@@ -113,8 +113,15 @@ pub(super) fn blocks(
     depth: usize,
     step: usize,
 ) -> impl Iterator<Item = (usize, usize)> {
-    let even = size.div_ceil(size.div_ceil(depth)).next_multiple_of(step);
-    (start..start + size).step_by(even).map(move |k| (k, (k + even).min(start + size)))
+    // One block is all that most products have, and a division takes as long as many products do.
+    let even =
+        if size <= depth { size } else { size.div_ceil(size.div_ceil(depth)).next_multiple_of(step) };
+    let (mut next, end) = (start, start + size);
+    std::iter::from_fn(move || {
+        let k = next;
+        next = (k + even).min(end);
+        (k < end).then_some((k, next))
+    })
 }
 
 /// The panels of a rectangle, up to `step` at a time: (column within the rectangle, panels).
