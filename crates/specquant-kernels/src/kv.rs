@@ -19,7 +19,7 @@ mod uniform;
 
 use crate::Buffer;
 use crate::for_each_chunk;
-use crate::ops::widen_f16;
+use crate::ops::{LANES, widen_f16};
 use crate::weights::GAUSSIAN_LEVELS;
 use half::f16;
 use half::slice::HalfFloatSliceExt;
@@ -367,15 +367,14 @@ impl Plane {
 /// Lowest and highest number of a row, at most and at least 0; NaN if any number is not finite.
 #[inline(always)]
 fn range(x: &[f32]) -> (f32, f32) {
-    let (mut lo, mut hi, mut bad) = ([0.0f32; 8], [0.0f32; 8], [0.0f32; 8]);
-    let chunks = x.chunks_exact(8);
-    let tail = chunks.remainder();
-    for c in chunks {
-        for l in 0..8 {
-            lo[l] = if c[l] < lo[l] { c[l] } else { lo[l] };
-            hi[l] = if c[l] > hi[l] { c[l] } else { hi[l] };
+    let (mut lo, mut hi, mut bad) = ([0.0f32; LANES], [0.0f32; LANES], [0.0f32; LANES]);
+    let (whole, tail) = x.as_chunks::<LANES>();
+    for x in whole {
+        for l in 0..LANES {
+            lo[l] = if x[l] < lo[l] { x[l] } else { lo[l] };
+            hi[l] = if x[l] > hi[l] { x[l] } else { hi[l] };
             // 0 for every finite number, NaN for the others.
-            bad[l] += c[l] * 0.0;
+            bad[l] += x[l] * 0.0;
         }
     }
     for (l, &v) in tail.iter().enumerate() {
@@ -383,8 +382,17 @@ fn range(x: &[f32]) -> (f32, f32) {
         hi[l] = hi[l].max(v);
         bad[l] += v * 0.0;
     }
-    let bad: f32 = bad.iter().sum();
-    (lo.iter().copied().fold(0.0, f32::min) + bad, hi.iter().copied().fold(0.0, f32::max) + bad)
+    // Halves: one lane after the other they would wait for each other.
+    let mut width = LANES / 2;
+    while width > 0 {
+        for l in 0..width {
+            lo[l] = if lo[l + width] < lo[l] { lo[l + width] } else { lo[l] };
+            hi[l] = if hi[l + width] > hi[l] { hi[l + width] } else { hi[l] };
+            bad[l] += bad[l + width];
+        }
+        width /= 2;
+    }
+    (lo[0] + bad[0], hi[0] + bad[0])
 }
 
 #[cfg(test)]

@@ -130,15 +130,28 @@ fn sum_body(x: &[f32]) -> f32 {
 
 /// Sums lanes pairwise: the same tree on every instruction set.
 #[inline(always)]
-pub(crate) fn fold<const N: usize>(mut lanes: [f32; N]) -> f32 {
+pub(crate) fn fold<const N: usize>(lanes: [f32; N]) -> f32 {
+    let [sum] = fold_all([lanes]);
+    sum
+}
+
+/// [`fold`] of several, whose steps do not wait for each other.
+#[inline(always)]
+pub(crate) fn fold_all<const N: usize, const M: usize>(mut all: [[f32; N]; M]) -> [f32; M] {
     let mut width = N / 2;
     while width > 0 {
-        for l in 0..width {
-            lanes[l] += lanes[l + width];
+        for lanes in &mut all {
+            for l in 0..width {
+                lanes[l] += lanes[l + width];
+            }
         }
         width /= 2;
     }
-    lanes[0]
+    let mut sums = [0.0; M];
+    for (sum, lanes) in sums.iter_mut().zip(&all) {
+        *sum = lanes[0];
+    }
+    sums
 }
 
 /// x = e^(x − max) in place, where max is no less than any x; returns the sum.

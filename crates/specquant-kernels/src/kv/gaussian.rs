@@ -12,7 +12,7 @@ use crate::Isa;
 #[cfg(target_arch = "x86_64")]
 use crate::isa::{Avx2, Avx512Vnni};
 use crate::isa::{Scalar, with_token};
-use crate::ops::{fold, twin};
+use crate::ops::{fold_all, twin};
 use crate::weights::GAUSSIAN_LEVELS;
 use half::f16;
 
@@ -62,12 +62,10 @@ fn quantize_body(x: &[f32], codes: &mut [u8]) -> f16 {
     // No level is zero: where the range rounds to nothing, the smallest scale comes nearest.
     let mut best = (f32::INFINITY, f16::from_bits(1));
     let (whole, tail) = x.as_chunks::<LANES>();
-    for shrink in SHRINK {
-        let scale = f16::from_f32((shrink * largest / 127.0).min(f16::MAX.to_f32()));
-        if scale == f16::ZERO {
-            continue;
-        }
-        let (wide, mut sums) = (scale.to_f32(), [0.0f32; LANES]);
+    let (mut scales, mut sums) = ([f16::ZERO; SHRINK.len()], [[0.0f32; LANES]; SHRINK.len()]);
+    for ((shrink, scale), sums) in SHRINK.into_iter().zip(&mut scales).zip(&mut sums) {
+        *scale = f16::from_f32((shrink * largest / 127.0).min(f16::MAX.to_f32()));
+        let wide = scale.to_f32();
         for x in whole {
             for l in 0..LANES {
                 let e = error(x[l], wide);
@@ -78,9 +76,12 @@ fn quantize_body(x: &[f32], codes: &mut [u8]) -> f16 {
             let e = error(*v, wide);
             *sum = e.mul_add(e, *sum);
         }
-        let sum = fold(sums);
-        if sum < best.0 {
-            best = (sum, scale);
+    }
+    // All at once, for each has to wait for itself at every step.
+    let sums = fold_all(sums);
+    for i in 0..sums.len() {
+        if scales[i] != f16::ZERO && sums[i] < best.0 {
+            best = (sums[i], scales[i]);
         }
     }
     let scale = best.1.to_f32();

@@ -64,8 +64,9 @@ impl Kernel for Avx512Vnni {
 
 #[target_feature(enable = "avx512f")]
 fn fold(group: Term, sum: &mut [[f32; PANEL]], begin: bool) {
+    let group = Loaded::new(&group, sum.len());
     for (i, sum) in sum.iter_mut().enumerate() {
-        let product = product(&group, i);
+        let product = group.product(i);
         let before = sum.as_ptr();
         // SAFETY: 16 lanes from and to an array of 16.
         unsafe {
@@ -78,10 +79,12 @@ fn fold(group: Term, sum: &mut [[f32; PANEL]], begin: bool) {
 #[target_feature(enable = "avx512f")]
 fn finish<const N: usize>(terms: [Term; N], to: Columns) {
     let Columns { rect, row, col, accumulate } = to;
-    for i in 0..terms[0].acc.len() {
+    let rows = terms[0].acc.len();
+    let terms = terms.map(|term| Loaded::new(&term, rows));
+    for i in 0..rows {
         let mut sum = _mm512_setzero_ps();
         for (n, term) in terms.iter().enumerate() {
-            let scaled = _mm512_mul_ps(_mm512_set1_ps(term.scale[i]), product(term, i));
+            let scaled = _mm512_mul_ps(_mm512_set1_ps(term.scale[i]), term.product(i));
             sum = if n == 0 { scaled } else { _mm512_add_ps(sum, scaled) };
         }
         store_row(sum, &mut rect.row_mut(row + i)[col..], accumulate);
@@ -98,16 +101,36 @@ fn store(sum: &[[f32; PANEL]], scale: &[f32], to: Columns) {
     }
 }
 
-/// Token i's sums of a group, scaled.
-#[target_feature(enable = "avx512f")]
-fn product(term: &Term, i: usize) -> __m512 {
-    // SAFETY: 16 lanes from arrays of 16.
-    unsafe {
-        let scale = _mm512_loadu_ps(term.channel_scale.as_ptr());
-        let colsum = _mm512_loadu_si512(term.colsum.as_ptr().cast());
-        let offset = _mm512_mullo_epi32(_mm512_set1_epi32(term.zero[i]), colsum);
-        let sum = _mm512_sub_epi32(_mm512_loadu_si512(term.acc[i].as_ptr().cast()), offset);
-        _mm512_mul_ps(scale, _mm512_cvtepi32_ps(sum))
+/// A [`Term`] of some tokens, with what its channels have in registers.
+struct Loaded<'a> {
+    acc: &'a [[i32; PANEL]],
+    channel_scale: __m512,
+    colsum: __m512i,
+    zero: &'a [i32],
+    scale: &'a [f32],
+}
+
+impl<'a> Loaded<'a> {
+    #[target_feature(enable = "avx512f")]
+    fn new(term: &Term<'a>, rows: usize) -> Self {
+        Loaded {
+            acc: &term.acc[..rows],
+            // SAFETY: 16 lanes from an array of 16.
+            channel_scale: unsafe { _mm512_loadu_ps(term.channel_scale.as_ptr()) },
+            // SAFETY: as above.
+            colsum: unsafe { _mm512_loadu_si512(term.colsum.as_ptr().cast()) },
+            zero: &term.zero[..rows],
+            scale: &term.scale[..rows],
+        }
+    }
+
+    /// Token i's sums of a group, scaled.
+    #[target_feature(enable = "avx512f")]
+    fn product(&self, i: usize) -> __m512 {
+        let offset = _mm512_mullo_epi32(_mm512_set1_epi32(self.zero[i]), self.colsum);
+        // SAFETY: 16 lanes from an array of 16.
+        let sum = _mm512_sub_epi32(unsafe { _mm512_loadu_si512(self.acc[i].as_ptr().cast()) }, offset);
+        _mm512_mul_ps(self.channel_scale, _mm512_cvtepi32_ps(sum))
     }
 }
 
