@@ -16,10 +16,11 @@ pub enum Isa {
     Avx2,
     /// [`Isa::Avx2`] with 256-bit VNNI (`vpdpbusd`), which integer products use: Intel's desktop processors from Alder Lake on, which lack AVX-512.
     AvxVnni,
-    /// x86-64 with AVX-512 F, BW, DQ, VL and VNNI (`vpdpbusd`), and everything that [`Isa::Avx2`] asks for.
+    /// x86-64 with AVX-512 F, BW, DQ, VL and VNNI (`vpdpbusd`; `vpdpwssd`, which prompts' attention may use,
+    /// [`KvCache::with_any_order`](crate::KvCache::with_any_order)), and everything that [`Isa::Avx2`] asks for.
     Avx512Vnni,
     /// [`Isa::Avx512Vnni`] with AMX's tiles of 8-bit integers (`tdpbusd`), which integer products of more than a few tokens use, and of bfloat16, which
-    /// prompts' attention may use ([`KvCache::with_any_order`](crate::KvCache::with_any_order)): Intel's server processors from Sapphire Rapids on, under Linux.
+    /// prompts' attention may use: Intel's server processors from Sapphire Rapids on, under Linux.
     AmxInt8,
 }
 

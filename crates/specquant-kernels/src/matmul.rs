@@ -269,7 +269,8 @@ impl<'a> IntBlock<'a> {
         row: usize,
         rows: usize,
     ) -> Self {
-        let chunks = |i| if i < panels.len() { w.chunks(panels.start + i, inputs.start, inputs.end) } else { &[] };
+        let chunks =
+            |i| if i < panels.len() { w.chunks(panels.start + i, inputs.start, inputs.end) } else { &[] };
         IntBlock {
             a: &a.codes[row * a.stride + inputs.start..],
             stride: a.stride,
@@ -335,9 +336,8 @@ fn int_rect<K: Kernel>(kernel: K, parts: &[Part], mut rect: Rect) {
                 |w: &PackedWeights, t: &PackedWeights| w.groups() == 1 && t.groups() == 1 && one_block(t);
             let tail = others.first().filter(|(_, t)| !accumulate && joins(w, t));
             rest = &others[usize::from(tail.is_some())..];
-            let mut tail = tail.map(|part| {
-                (part, IntBlock::new(part, &range, 0, 0..part.1.in_features(), row, rows))
-            });
+            let mut tail =
+                tail.map(|part| (part, IntBlock::new(part, &range, 0, 0..part.1.in_features(), row, rows)));
             if let Some((_, block)) = &mut tail {
                 kernel.unpack(block, &mut tail_bytes);
             }

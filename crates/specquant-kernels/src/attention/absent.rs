@@ -1,4 +1,4 @@
-//! The kernels of [`super::codes`] and [`super::tiles`] where an architecture has none: they cannot be made.
+//! The kernels of [`super::codes`] and [`super::pairs`] where an architecture has none: they cannot be made.
 
 use super::{Job, State};
 use crate::Isa;
@@ -21,15 +21,7 @@ impl Kernel {
         match self {}
     }
 
-    pub(super) unsafe fn absorb_codes(
-        self,
-        _: &Job,
-        _: &[f32],
-        _: usize,
-        _: Range<usize>,
-        _: usize,
-        _: &mut State,
-    ) {
+    pub(super) fn absorb_codes(self, _: &Job, _: &[f32], _: usize, _: Range<usize>, _: usize, _: &mut State) {
         match self {}
     }
 }

@@ -114,8 +114,7 @@ pub(super) fn blocks(
     step: usize,
 ) -> impl Iterator<Item = (usize, usize)> {
     // One block is all that most products have, and a division takes as long as many products do.
-    let even =
-        if size <= depth { size } else { size.div_ceil(size.div_ceil(depth)).next_multiple_of(step) };
+    let even = if size <= depth { size } else { size.div_ceil(size.div_ceil(depth)).next_multiple_of(step) };
     let (mut next, end) = (start, start + size);
     std::iter::from_fn(move || {
         let k = next;
