@@ -185,21 +185,21 @@ unsafe fn int_block(block: &IntBlock, bytes: &mut Buffer<Chunk>, acc: &mut [[i32
     for tiles in (1..=(rows - row).div_ceil(TILE_ROWS)).rev() {
         let (height, fetch) = ((rows - row).div_ceil(tiles), row == 0);
         macro_rules! tiles {
-            ($($height:literal),*) => {
+            ($($height:literal $chains:literal),*) => {
                 // SAFETY: forwarded; the tile's rows start `row` rows on.
                 unsafe {
                     let a = a.add(row * stride);
                     match (height, block.count) {
                         $(
-                            ($height, 1) => tile::<$height, 1>(panels, a, stride, acc, row, rows, begin, fetch),
-                            ($height, _) => tile::<$height, 2>(panels, a, stride, acc, row, rows, begin, fetch),
+                            ($height, 1) => tile::<$height, $chains, 1>(panels, a, stride, acc, row, rows, begin, fetch),
+                            ($height, _) => tile::<$height, $chains, 2>(panels, a, stride, acc, row, rows, begin, fetch),
                         )*
                         _ => unreachable!("a tile has 1 to {TILE_ROWS} rows"),
                     }
                 }
             };
         }
-        tiles!(1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12);
+        tiles!(1 4, 2 2, 3 2, 4 1, 5 1, 6 1, 7 1, 8 1, 9 1, 10 1, 11 1, 12 1);
         row += height;
     }
 }
@@ -264,11 +264,11 @@ fn add_to(acc: &mut [i32; PANEL], v: __m512i, begin: bool) {
     }
 }
 
-/// Byte chunks of the first P panels times R tokens, the ones from `row` on of the `rows` that acc has for each panel. fetch: whether chunks are asked for
-/// ahead.
+/// Byte chunks of the first P panels times R tokens, the ones from `row` on of the `rows` that acc has for each panel, with so many chains of sums for each
+/// token and panel. fetch: whether chunks are asked for ahead.
 #[target_feature(enable = "avx512f,avx512vnni")]
 #[allow(clippy::too_many_arguments)]
-unsafe fn tile<const R: usize, const P: usize>(
+unsafe fn tile<const R: usize, const CHAINS: usize, const P: usize>(
     panels: [&[Chunk]; PANELS],
     a: *const u8,
     stride: usize,
@@ -280,26 +280,36 @@ unsafe fn tile<const R: usize, const P: usize>(
 ) {
     let quads = panels[0].len();
     let panels: [&[Chunk]; P] = std::array::from_fn(|p| &panels[p][..quads]);
-    let mut sum = [[_mm512_setzero_si512(); R]; P];
+    let mut sum = [[[_mm512_setzero_si512(); CHAINS]; R]; P];
     let mut w = [_mm512_setzero_si512(); P];
-    for q in 0..quads {
-        for p in 0..P {
-            if fetch {
-                fetch_ahead(&panels[p][q]);
+    for first in (0..quads).step_by(CHAINS) {
+        for chain in 0..CHAINS {
+            let q = first + chain;
+            if q >= quads {
+                break;
             }
-            w[p] = load(&panels[p][q]);
-        }
-        for r in 0..R {
-            // SAFETY: the row has as many quads as there are chunks.
-            let x = unsafe { quad(a.add(r * stride + 4 * q)) };
             for p in 0..P {
-                sum[p][r] = _mm512_dpbusd_epi32(sum[p][r], x, w[p]);
+                if fetch {
+                    fetch_ahead(&panels[p][q]);
+                }
+                w[p] = load(&panels[p][q]);
+            }
+            for r in 0..R {
+                // SAFETY: the row has as many quads as there are chunks.
+                let x = unsafe { quad(a.add(r * stride + 4 * q)) };
+                for p in 0..P {
+                    sum[p][r][chain] = _mm512_dpbusd_epi32(sum[p][r][chain], x, w[p]);
+                }
             }
         }
     }
     for p in 0..P {
         for r in 0..R {
-            add_to(&mut acc[p * rows + row + r], sum[p][r], begin);
+            let mut total = sum[p][r][0];
+            for chain in &sum[p][r][1..] {
+                total = _mm512_add_epi32(total, *chain);
+            }
+            add_to(&mut acc[p * rows + row + r], total, begin);
         }
     }
 }
