@@ -263,7 +263,7 @@ impl KvCache {
         self.format
     }
 
-    /// Some tokens of one head as f32, [tokens, head_dim]: borrowed from an f32 cache, else dequantized into `buf`, which has room for them.
+    /// Some tokens of one head as f32, [tokens, head_dim]: borrowed if they lie in f32, else dequantized into `buf`, which has room for them.
     ///
     /// # Panics
     /// If there is no such head or token, or too little room.
@@ -276,6 +276,9 @@ impl KvCache {
     ) -> &'a [f32] {
         let Head { plane, intact } = self.head(side, head);
         let elements = tokens.start * self.head_dim..tokens.end * self.head_dim;
+        if let Some(intact) = intact.get(elements.clone()) {
+            return intact;
+        }
         let buf = &mut buf[..elements.len()];
         match plane {
             Plane::F32(x) => return &x[elements],

@@ -10,6 +10,7 @@ pub(super) use x86::Kernel;
 mod x86 {
     use crate::Isa;
     use crate::attention::KEYS;
+    use crate::attention::rows::put;
     use crate::isa::{Avx2, Avx512Vnni};
     use crate::kv::Codes;
     use crate::lanes::Fold;
@@ -257,7 +258,7 @@ mod x86 {
                     }
                 }
                 let sums = s.fold_four([a, b, c, d]);
-                scores[row * stride + first..][..count].copy_from_slice(&sums[..count]);
+                put(&sums, &mut scores[row * stride + first..][..count]);
             }
         }
     }

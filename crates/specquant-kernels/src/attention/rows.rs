@@ -80,8 +80,18 @@ fn dot_rows_with<S: Fold>(s: S, q: &[f32], k: &[f32], scores: &mut [f32], stride
         for (scores, k) in scores.chunks_mut(4).zip(k.chunks(4 * d)) {
             let last = k.len() / d - 1;
             let sums = dot_four(s, q, [0, 1, 2, 3].map(|i: usize| &k[i.min(last) * d..][..d]));
-            scores[..=last].copy_from_slice(&sums[..=last]);
+            put(&sums, &mut scores[..=last]);
         }
+    }
+}
+
+/// Writes the scores of four keys, or of the first that are there.
+#[inline(always)]
+pub(super) fn put(sums: &[f32; 4], to: &mut [f32]) {
+    match to.first_chunk_mut() {
+        // Of a length that the compiler knows: no call.
+        Some(to) => *to = *sums,
+        None => to.copy_from_slice(&sums[..to.len()]),
     }
 }
 
