@@ -28,6 +28,7 @@ pub(super) struct Rect<'a> {
     start: *mut f32,
     stride: usize,
     /// Bytes of y.
+    #[cfg_attr(not(target_arch = "x86_64"), allow(dead_code))] // nothing is fetched elsewhere
     total: usize,
     y: PhantomData<&'a mut [f32]>,
 }
