@@ -481,18 +481,21 @@ mod tests {
         }
     }
 
-    /// The largest sums that there are: every product has the outermost level and the largest number of its row.
+    /// The largest sums that there are, of both signs: one that wraps would make the least of keys the greatest.
     #[test]
     fn pairs_do_not_overflow() {
-        for (d, sign) in [(64, 1.0), (512, 1.0), (512, -1.0)] {
-            let (t, ones) = (130, vec![sign; 130 * d]);
+        for d in [64, 512] {
+            let t = 130;
+            let signs = |i: usize| if i % 2 == 0 { 1.0 } else { -1.0 };
+            let keys: Vec<f32> = (0..t * d).map(|i| signs(i / d)).collect();
+            let values: Vec<f32> = (0..t * d).map(|i| signs(i / d) * (1.0 + (i / d) as f32)).collect();
             let mut cache = KvCache::new(KvFormat::Gaussian { intact: 0 }, 1, d);
-            cache.append(&ones, &ones);
-            let q = vec![0.1 / d as f32; t * d];
+            cache.append(&keys, &values);
+            let q = vec![2.0 / d as f32; t * d];
             let fixed = run(&q, t, 1, &cache, None);
             let any = run(&q, t, 1, &cache.with_any_order(true), None);
             let error = fixed.iter().zip(&any).fold(0.0f32, |m, (a, b)| m.max((a - b).abs()));
-            assert!(error < 1e-4, "{d}: {error}");
+            assert!(error < 1e-2, "{d}: {error}");
         }
     }
 

@@ -140,7 +140,7 @@ impl KvCache {
         Self { format, head_dim, len: 0, heads, any_order: false }
     }
 
-    /// Whether [`attention`](crate::attention) of many queries to codes of up to 4 bits may add up in the order, and with the factors of 16 bits of mantissa, that suit
+    /// Whether [`attention`](crate::attention) of many queries to codes of up to 4 bits may add up in the order, and with factors of 16 bits, that suit
     /// the instruction set: AMX multiplies tiles of bfloat16 then, AVX-512 VNNI pairs of i16. If not, as at first, its results are the same on all instruction sets. For what writes text, not for
     /// what quantizes or measures a model, whose states must not depend on the machine.
     pub fn with_any_order(self, any_order: bool) -> Self {

@@ -184,7 +184,7 @@ fn i16_steps(a_max: i32, w_max: i32) -> usize {
 trait Kernel: Copy + Send + Sync {
     /// Panels that [`int_block`](Self::int_block) likes to have side by side, at most [`PANELS`].
     const INT_PANELS: usize = 1;
-    /// Tokens of the tallest tile of an integer product.
+    /// What the tokens of a rectangle of an integer product are a multiple of.
     const INT_TILE_ROWS: usize = TILE_ROWS;
     /// Tokens of a rectangle whose sums are finished together, so that they are still in the first cache.
     const INT_STRIP: usize = ROWS;

@@ -1,8 +1,9 @@
 //! Attention of many queries to 4-bit codes by instructions that multiply pairs of 16 bits: AMX's tiles of bfloat16 ([`bf16`]), and AVX-512 VNNI's
 //! `vpdpwssd` ([`words`]), which do 16 and two times as many products a cycle as AVX-512 does in f32.
 //!
-//! What codes stand for, levels of 8 bits, is exact in both. Queries and softmax weights are rounded to 16 bits; a score is off by some 2⁻¹⁶ of the sum of
-//! its products' magnitudes.
+//! What codes stand for, levels of 8 bits, is exact in both. Queries and softmax weights are rounded to 16 bits: of each
+//! number in bfloat16; in i16 of the largest of its row (a query's values, or its weights of 128 keys, each times the scale of its value), so that a weight of
+//! less than 1/65534 of that counts for nothing.
 //!
 //! An instruction adds, of two rows of pairs, both products. A byte of codes is such a pair: elements i and i + d/2 of a key, so that queries
 //! are paired alike; and of values the pairs are two keys, 16 apart. Scales of keys multiply scores, those of values the weights.
@@ -62,11 +63,10 @@ impl Kernel {
     pub(super) fn new(isa: Isa, d: usize) -> Option<Self> {
         let token = match isa {
             Isa::AmxInt8 => AmxInt8::new().map(Token::Bf16),
-            Isa::Avx512Vnni => Avx512Vnni::new().map(Token::Words),
+            Isa::Avx512Vnni if d <= words::MOST => Avx512Vnni::new().map(Token::Words),
             _ => None,
         };
-        let suits = d.is_multiple_of(2 * ROWS) && d <= words::MOST;
-        token.filter(|_| suits).map(|token| Kernel { token, d })
+        token.filter(|_| d.is_multiple_of(2 * ROWS)).map(|token| Kernel { token, d })
     }
 
     /// Adds some keys of a kv head, all of them in codes, to the state of the query rows q [rows, d], the first of which stands at `position`.

@@ -20,6 +20,7 @@ const FLOAT_ROWS: usize = 6;
 impl Kernel for Avx512Vnni {
     const INT_PANELS: usize = PANELS;
     const INT_TILE_ROWS: usize = 1;
+    /// What a strip has unpacked: a rectangle is one strip.
     type Scratch = Buffer<Chunk>;
 
     fn int_block(self, block: &IntBlock, bytes: &mut Buffer<Chunk>, acc: &mut [[i32; PANEL]]) {
@@ -334,7 +335,10 @@ unsafe fn nibble_tile<const R: usize, const CHAINS: usize, const KEEP: bool>(
         let quads = unpack(chunk, table);
         if KEEP {
             // SAFETY: there are two byte chunks for each, by the assertion above; to check it here makes the compiler keep codes on the stack.
-            unsafe { (0..2).for_each(|i| store_chunk(quads[i], &mut *bytes.add(2 * j + i))) };
+            unsafe {
+                store_chunk(quads[0], &mut *bytes.add(2 * j));
+                store_chunk(quads[1], &mut *bytes.add(2 * j + 1));
+            }
         }
         for (i, w) in quads.into_iter().enumerate() {
             for r in 0..R {

@@ -1,6 +1,6 @@
 //! Pairs of i16, multiplied by AVX-512 VNNI's `vpdpwssd`: a number is one of ±32767 steps of its row's largest, and sums are exact.
 
-use super::{Pairs, Rows};
+use super::{KEYS, Pairs, Rows};
 use crate::Buffer;
 use crate::isa::Avx512Vnni;
 use crate::tiles::{ROWS, STRIP};
@@ -8,6 +8,7 @@ use std::arch::x86_64::*;
 
 /// Numbers of a row at most: sums of their products with levels stay below 2³¹.
 pub(super) const MOST: usize = 512;
+const _: () = assert!(KEYS <= MOST);
 /// Largest magnitude of a number, in steps.
 const LARGEST: f32 = 32767.0;
 /// Rows of a tile: with two groups of columns 16 sums, and 10 loads for 16 products.
@@ -114,7 +115,8 @@ unsafe fn tile(
     for i in 0..steps {
         // SAFETY: the caller's.
         unsafe {
-            let [a, b] = [0, group].map(|from| _mm512_load_si512(columns.add(from + i).cast()));
+            let a = _mm512_load_si512(columns.add(i).cast());
+            let b = _mm512_load_si512(columns.add(group + i).cast());
             for r in 0..TILE {
                 let x = _mm512_set1_epi32(*rows.add(r * steps + i));
                 sum[r][0] = _mm512_dpwssd_epi32(sum[r][0], x, a);
