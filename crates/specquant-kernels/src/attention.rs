@@ -486,7 +486,7 @@ mod tests {
     fn pairs_do_not_overflow() {
         for d in [64, 512] {
             let t = 130;
-            let signs = |i: usize| if i % 2 == 0 { 1.0 } else { -1.0 };
+            let signs = |i: usize| if i.is_multiple_of(2) { 1.0 } else { -1.0 };
             let keys: Vec<f32> = (0..t * d).map(|i| signs(i / d)).collect();
             let values: Vec<f32> = (0..t * d).map(|i| signs(i / d) * (1.0 + (i / d) as f32)).collect();
             let mut cache = KvCache::new(KvFormat::Gaussian { intact: 0 }, 1, d);
