@@ -129,7 +129,7 @@ impl Job<'_> {
             from = keys.end;
         }
         if let Some(pairs) = self.pairs.filter(|_| from < end) {
-            pairs.absorb_codes(self, &q, head, from..end, position, &mut state);
+            pairs.absorb_codes(&Coded { job: self, q: &q, position, head, keys: from..end }, &mut state);
         }
         state.finish();
         out
@@ -208,6 +208,18 @@ impl Job<'_> {
             }
         }
     }
+}
+
+/// The query rows of a block, and keys that all lie in codes.
+#[cfg_attr(not(target_arch = "x86_64"), allow(dead_code))] // only x86 multiplies pairs
+struct Coded<'a> {
+    job: &'a Job<'a>,
+    /// `[rows, head_dim]`, the first of which stands at `position`.
+    q: &'a [f32],
+    position: usize,
+    /// Of keys and values.
+    head: usize,
+    keys: Range<usize>,
 }
 
 /// The running softmax of some query rows.

@@ -1,9 +1,8 @@
 //! The kernels of [`super::codes`] and [`super::pairs`] where an architecture has none: they cannot be made.
 
-use super::{Job, State};
+use super::{Coded, State};
 use crate::Isa;
 use crate::kv::Codes;
-use std::ops::Range;
 
 #[derive(Clone, Copy)]
 pub(super) enum Kernel {}
@@ -21,7 +20,7 @@ impl Kernel {
         match self {}
     }
 
-    pub(super) fn absorb_codes(self, _: &Job, _: &[f32], _: usize, _: Range<usize>, _: usize, _: &mut State) {
+    pub(super) fn absorb_codes(self, _: &Coded, _: &mut State) {
         match self {}
     }
 }

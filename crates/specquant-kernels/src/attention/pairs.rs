@@ -11,7 +11,7 @@
 mod bf16;
 mod words;
 
-use super::{Job, KEYS, State, absorb};
+use super::{Coded, KEYS, State, absorb};
 use crate::buffer::element;
 use crate::isa::{AmxInt8, Avx512Vnni};
 use crate::kv::Codes;
@@ -19,7 +19,6 @@ use crate::ops::widen_f16;
 use crate::tiles::{ROWS, STRIP};
 use crate::{Buffer, Isa, KvSide};
 use std::arch::x86_64::*;
-use std::ops::Range;
 
 /// 16 pairs of numbers of 16 bits, the first of a pair in the low half.
 #[derive(Clone, Copy)]
@@ -30,19 +29,26 @@ element!(Pairs, Pairs([0; ROWS]));
 
 /// Rows of numbers in 16 bits, in pairs, and how they are multiplied.
 trait Rows {
-    /// What proves the instructions.
-    type Token: Copy;
+    /// What proves that the instructions are there and ready.
+    type Proof;
     /// Zeros, for `rows` rows of `width` numbers.
-    fn new(token: Self::Token, rows: usize, width: usize) -> Self;
+    fn new(rows: usize, width: usize) -> Self;
     /// What a level is as one of the 16 bits.
     fn level(level: i8) -> u16;
     /// Has rows of another width from now on, which is no more than the first.
     fn narrow(&mut self, width: usize);
     /// Sets a row; numbers that are `apart` make a pair.
-    fn set(&mut self, row: usize, x: &[f32], apart: usize);
+    fn set(&mut self, proof: &Self::Proof, row: usize, x: &[f32], apart: usize);
     /// y, a strip of 32 rows and columns, whose rows lie `pitch` apart: the rows from `first` on times two groups of 16 columns, which lie one after the other.
     /// Columns beyond a row's width are not read.
-    fn multiply(&self, first: usize, columns: &[Pairs], y: &mut [f32], pitch: usize);
+    fn multiply(&self, proof: &Self::Proof, first: usize, columns: &[Pairs], y: &mut [f32], pitch: usize);
+}
+
+/// 16 pairs at a time: a number of the first half of x, and one of the second.
+#[inline(always)]
+fn paired(x: &[f32]) -> impl Iterator<Item = (&[f32; ROWS], &[f32; ROWS])> {
+    let (first, second) = x.split_at(x.len() / 2);
+    first.as_chunks().0.iter().zip(second.as_chunks().0)
 }
 
 /// The kernel for heads of d values, on a processor that has one.
@@ -69,28 +75,18 @@ impl Kernel {
         token.filter(|_| d.is_multiple_of(2 * ROWS)).map(|token| Kernel { token, d })
     }
 
-    /// Adds some keys of a kv head, all of them in codes, to the state of the query rows q [rows, d], the first of which stands at `position`.
+    /// Adds keys to the state of query rows.
     ///
     /// # Panics
     /// If the keys do not lie in codes, or lengths do not follow from the shapes.
-    pub(super) fn absorb_codes(
-        self,
-        job: &Job,
-        q: &[f32],
-        head: usize,
-        keys: Range<usize>,
-        position: usize,
-        state: &mut State,
-    ) {
+    pub(super) fn absorb_codes(self, coded: &Coded, state: &mut State) {
         // SAFETY: the tokens prove the instructions that this is compiled for.
         unsafe {
             match self.token {
                 Token::Bf16(token) => {
-                    absorb_codes::<bf16::Halves>(token, self.d, job, q, head, keys, position, state)
+                    absorb_codes::<bf16::Halves>(&bf16::Shaped::new(token), self.d, coded, state)
                 }
-                Token::Words(token) => {
-                    absorb_codes::<words::Words>(token, self.d, job, q, head, keys, position, state)
-                }
+                Token::Words(token) => absorb_codes::<words::Words>(&token, self.d, coded, state),
             }
         }
     }
@@ -98,29 +94,20 @@ impl Kernel {
 
 /// [`Kernel::absorb_codes`] for heads of d values.
 #[target_feature(enable = "avx2,fma,avx512f,avx512bw,avx512dq,avx512vl")]
-#[allow(clippy::too_many_arguments)] // those of the method, and what it is made of
-fn absorb_codes<R: Rows>(
-    token: R::Token,
-    d: usize,
-    job: &Job,
-    q: &[f32],
-    head: usize,
-    keys: Range<usize>,
-    position: usize,
-    state: &mut State,
-) {
+fn absorb_codes<R: Rows>(proof: &R::Proof, d: usize, coded: &Coded, state: &mut State) {
+    let Coded { job, q, position, head, ref keys } = *coded;
     assert!(q.len() == state.out.len() && q.len() == state.max.len() * d);
     let rows = state.max.len();
-    let mut queries = R::new(token, rows, d);
+    let mut queries = R::new(rows, d);
     let mut q_sums = Buffer::new(rows);
     for (r, q) in q.chunks_exact(d).enumerate() {
-        queries.set(r, q, d / 2);
+        queries.set(proof, r, q, d / 2);
         q_sums[r] = q.iter().sum();
     }
     let mut pairs = Buffer::new(2 * d * GROUPS / 2);
     let (key_pairs, value_pairs) = pairs.split_at_mut(d * GROUPS / 2);
     let (mut scores, mut sums) = (Buffer::new(STRIP * KEYS), Buffer::new(STRIP * d));
-    let mut weights = R::new(token, STRIP, KEYS);
+    let mut weights = R::new(STRIP, KEYS);
     for from in keys.clone().step_by(KEYS) {
         let keys = from..(from + KEYS).min(keys.end);
         let codes = |side| job.cache.codes(side, head, keys.clone());
@@ -141,7 +128,7 @@ fn absorb_codes<R: Rows>(
             let n = ((last + 1).min(keys.end) - from).next_multiple_of(STRIP);
             let scores = &mut scores[..STRIP * n];
             for (at, keys) in key_pairs.chunks_exact(d).enumerate().take(n / STRIP) {
-                queries.multiply(first, keys, &mut scores[at * STRIP..], n);
+                queries.multiply(proof, first, keys, &mut scores[at * STRIP..], n);
             }
             for (row, sum) in scores.chunks_exact_mut(n).zip(&q_sums[first..]) {
                 k.scale(row, *sum);
@@ -164,10 +151,10 @@ fn absorb_codes<R: Rows>(
             weights.narrow(n);
             for (r, row) in scores.chunks_exact_mut(n).enumerate().take(strip.len()) {
                 v.scale(row, 0.0);
-                weights.set(r, row, ROWS);
+                weights.set(proof, r, row, ROWS);
             }
             for (at, values) in value_pairs.chunks_exact(KEYS).enumerate() {
-                weights.multiply(0, values, &mut sums[at * STRIP..], d);
+                weights.multiply(proof, 0, values, &mut sums[at * STRIP..], d);
             }
             let rows = state.out.chunks_exact_mut(d).zip(sums.chunks_exact(d)).zip(scores.chunks_exact(n));
             for ((out, sums), p) in rows {

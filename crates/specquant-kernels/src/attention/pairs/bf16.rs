@@ -1,7 +1,7 @@
 //! Pairs of bfloat16, multiplied by AMX's tiles: a number is the sum of two of them, 16 bits of mantissa, which are multiplied one after the other. Sums are those of
 //! f32, in another order.
 
-use super::{Pairs, Rows};
+use super::{Pairs, Rows, paired};
 use crate::Buffer;
 use crate::isa::AmxInt8;
 use crate::tiles::{ROWS, STRIP, Tiles};
@@ -13,19 +13,26 @@ pub(super) struct Halves {
     low: Buffer<Pairs>,
     /// [`Pairs`] of a row.
     steps: usize,
-    /// In shape as long as they last.
-    _tiles: Tiles,
+}
+
+/// This thread's tiles while they are whole.
+pub(super) struct Shaped(#[allow(dead_code)] Tiles); // what they are given up by
+
+impl Shaped {
+    pub(super) fn new(token: AmxInt8) -> Self {
+        let mut tiles = Tiles::default();
+        tiles.shape(token, STRIP, ROWS);
+        Shaped(tiles)
+    }
 }
 
 impl Rows for Halves {
-    type Token = AmxInt8;
+    type Proof = Shaped;
 
-    fn new(token: AmxInt8, rows: usize, width: usize) -> Self {
+    fn new(rows: usize, width: usize) -> Self {
         let steps = width / STRIP;
         let [high, low] = [(); 2].map(|()| Buffer::zeros(rows.next_multiple_of(STRIP) * steps));
-        let mut tiles = Tiles::default();
-        tiles.shape(token, STRIP, ROWS);
-        Halves { high, low, steps, _tiles: tiles }
+        Halves { high, low, steps }
     }
 
     fn level(level: i8) -> u16 {
@@ -37,14 +44,10 @@ impl Rows for Halves {
     }
 
     #[inline(always)]
-    fn set(&mut self, row: usize, x: &[f32], apart: usize) {
+    fn set(&mut self, _: &Shaped, row: usize, x: &[f32], apart: usize) {
         let row = row * self.steps..(row + 1) * self.steps;
         let to = self.high[row.clone()].iter_mut().zip(&mut self.low[row]);
-        let both = x.chunks_exact(2 * apart).flat_map(|x| {
-            let (first, second) = x.split_at(apart);
-            first.as_chunks::<ROWS>().0.iter().zip(second.as_chunks::<ROWS>().0)
-        });
-        for ((high, low), (first, second)) in to.zip(both) {
+        for ((high, low), (first, second)) in to.zip(x.chunks_exact(2 * apart).flat_map(paired)) {
             for i in 0..ROWS {
                 let (a, b) = (first[i].to_bits(), second[i].to_bits());
                 // What is cut off is exact in f32, and rounded to 8 bits itself.
@@ -57,7 +60,7 @@ impl Rows for Halves {
         }
     }
 
-    fn multiply(&self, first: usize, columns: &[Pairs], y: &mut [f32], pitch: usize) {
+    fn multiply(&self, _: &Shaped, first: usize, columns: &[Pairs], y: &mut [f32], pitch: usize) {
         let rows = [&self.high, &self.low].map(|half| &half[first * self.steps..][..STRIP * self.steps]);
         // SAFETY: the tiles have their shape.
         unsafe { product(rows, columns, y, pitch) }
