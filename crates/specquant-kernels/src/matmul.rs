@@ -97,7 +97,7 @@ fn int_products<K: Kernel, const N: usize>(kernel: K, products: [IntProduct; N])
             assert!(a.rows == rows && w.out_features() == out, "parts of one product");
         }
         let inp = parts.iter().map(|(_, w)| w.in_features()).sum();
-        (parts, Grid::new(y, [rows, out, inp], K::int_rows(inp), K::INT_TILE_ROWS))
+        (parts, Grid::new(y, [rows, out, inp], K::int_rows(inp), K::INT_ROW_STEP))
     });
     for_each_index(grids.iter().map(|(_, grid)| grid.len()).sum(), |mut i| {
         for (parts, grid) in &grids {
@@ -185,7 +185,7 @@ trait Kernel: Copy + Send + Sync {
     /// Panels that [`int_block`](Self::int_block) likes to have side by side, at most [`PANELS`].
     const INT_PANELS: usize = 1;
     /// What the tokens of a rectangle of an integer product are a multiple of.
-    const INT_TILE_ROWS: usize = TILE_ROWS;
+    const INT_ROW_STEP: usize = TILE_ROWS;
     /// Tokens of a rectangle whose sums are finished together, so that they are still in the first cache.
     const INT_STRIP: usize = ROWS;
     /// What [`int_block`](Self::int_block) has for itself, from one to the next of a rectangle.

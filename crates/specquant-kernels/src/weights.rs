@@ -16,6 +16,8 @@ use rayon::prelude::*;
 
 /// Output channels of a panel.
 pub(crate) const PANEL: usize = 16;
+/// Bits that a code has at most if two share a byte.
+const NIBBLE: u8 = 4;
 
 /// 64 bytes of codes, aligned to a cache line.
 #[derive(Debug, Clone, Copy, PartialEq)]
@@ -169,7 +171,10 @@ impl PackedWeights {
             return Err(KernelError::NotFinite { what: "scale", index, value: scales[index].to_string() });
         }
 
-        let panels = out.div_ceil(PANEL);
+        let (panels, nibbles) = (out.div_ceil(PANEL), bits <= NIBBLE);
+        let panel_chunks = chunk_of(nibbles, inp.next_multiple_of(8));
+        // Padding: a level near zero; there are no activations to multiply it with.
+        let empty = Chunk([if nibbles { 0x88 } else { 0 }; 64]);
         let mut w = PackedWeights {
             out,
             inp,
@@ -178,18 +183,13 @@ impl PackedWeights {
             groups,
             levels,
             largest,
-            chunks: Vec::new(),
-            panel_chunks: 0,
+            chunks: vec![empty; panels * panel_chunks],
+            panel_chunks,
             scales: vec![Default::default(); panels * groups],
         };
-        // Padding: a level near zero; there are no activations to multiply it with.
-        let empty = Chunk([if w.nibbles() { 0x88 } else { 0 }; 64]);
-        w.panel_chunks = w.chunk_of(inp.next_multiple_of(8));
-        w.chunks = vec![empty; panels * w.panel_chunks];
         let numbers = numbers(&levels);
-        let nibbles = w.nibbles();
         let rows = codes.par_chunks(PANEL * inp).zip(scales.par_chunks(PANEL * groups));
-        let to = w.chunks.par_chunks_mut(w.panel_chunks).zip(w.scales.par_chunks_mut(groups));
+        let to = w.chunks.par_chunks_mut(panel_chunks).zip(w.scales.par_chunks_mut(groups));
         to.zip(rows).for_each(|((chunks, to_scales), (codes, scales))| {
             for (c, (row, scales)) in codes.chunks_exact(inp).zip(scales.chunks_exact(groups)).enumerate() {
                 for ((row, scale), to) in row.chunks_exact(group_size).zip(scales).zip(&mut *to_scales) {
@@ -308,7 +308,7 @@ impl PackedWeights {
 
     /// Whether a code takes a nibble and not a byte.
     pub(crate) fn nibbles(&self) -> bool {
-        self.bits <= 4
+        self.bits <= NIBBLE
     }
 
     pub(crate) fn groups(&self) -> usize {
@@ -317,8 +317,8 @@ impl PackedWeights {
 
     /// The chunks of the inputs from `k` to `end` in a panel; `k` is a multiple of 8, `end` too or the end of the padded input.
     pub(crate) fn chunks(&self, panel: usize, k: usize, end: usize) -> &[Chunk] {
-        let end = self.chunk_of(end.next_multiple_of(8));
-        &self.chunks[panel * self.panel_chunks..][self.chunk_of(k)..end]
+        let end = chunk_of(self.nibbles(), end.next_multiple_of(8));
+        &self.chunks[panel * self.panel_chunks..][chunk_of(self.nibbles(), k)..end]
     }
 
     /// Of a panel and group.
@@ -326,17 +326,17 @@ impl PackedWeights {
         &self.scales[panel * self.groups + group]
     }
 
-    /// The chunk of a panel that holds input k.
-    fn chunk_of(&self, k: usize) -> usize {
-        k >> if self.nibbles() { 3 } else { 2 }
-    }
-
     /// Chunk, byte and shift (for nibbles) of a code.
     fn place(&self, panel: usize, c: usize, k: usize) -> (usize, usize, Option<u32>) {
-        let chunk = panel * self.panel_chunks + self.chunk_of(k);
+        let chunk = panel * self.panel_chunks + chunk_of(self.nibbles(), k);
         let shift = if k % 8 < 4 { 0 } else { 4 };
         (chunk, 4 * c + k % 4, self.nibbles().then_some(shift))
     }
+}
+
+/// The chunk of a panel that holds input k.
+fn chunk_of(nibbles: bool, k: usize) -> usize {
+    k >> if nibbles { 3 } else { 2 }
 }
 
 /// In [`numbers`], of what is no level.

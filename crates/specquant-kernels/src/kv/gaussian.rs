@@ -12,7 +12,7 @@ use crate::Isa;
 #[cfg(target_arch = "x86_64")]
 use crate::isa::{Avx2, Avx512Vnni};
 use crate::isa::{Scalar, with_token};
-use crate::ops::{fold_all, twin};
+use crate::ops::{LANES, fold_all, twin};
 use crate::weights::GAUSSIAN_LEVELS;
 use half::f16;
 
@@ -30,8 +30,6 @@ const STEPS: [(f32, f32); 7] = {
     }
     steps
 };
-/// Values at a time.
-const LANES: usize = 16;
 
 twin! {
     /// Quantizes one head of one token. codes: `[x.len() / 2]`, rounded up, zeros. Returns the scale, NaN for a row that is not finite.

@@ -45,7 +45,7 @@ fn l2_bytes() -> Option<usize> {
 
 impl Kernel for AmxInt8 {
     const INT_PANELS: usize = PANELS;
-    const INT_TILE_ROWS: usize = STRIP;
+    const INT_ROW_STEP: usize = STRIP;
     const INT_STRIP: usize = STRIP;
 
     type Scratch = Tiles;

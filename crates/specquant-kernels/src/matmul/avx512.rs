@@ -19,7 +19,7 @@ const FLOAT_ROWS: usize = 6;
 
 impl Kernel for Avx512Vnni {
     const INT_PANELS: usize = PANELS;
-    const INT_TILE_ROWS: usize = 1;
+    const INT_ROW_STEP: usize = 1;
     /// What a strip has unpacked: a rectangle is one strip.
     type Scratch = Buffer<Chunk>;
 
@@ -81,10 +81,13 @@ fn fold(group: Term, sum: &mut [[f32; PANEL]], begin: bool) {
 fn finish<const N: usize>(terms: [Term; N], to: Columns) {
     let Columns { rect, row, col, accumulate } = to;
     let rows = terms[0].acc.len();
-    let terms = terms.map(|term| Loaded::new(&term, rows));
+    let mut loaded = [Loaded::new(&terms[0], rows); N];
+    for n in 1..N {
+        loaded[n] = Loaded::new(&terms[n], rows);
+    }
     for i in 0..rows {
         let mut sum = _mm512_setzero_ps();
-        for (n, term) in terms.iter().enumerate() {
+        for (n, term) in loaded.iter().enumerate() {
             let scaled = _mm512_mul_ps(_mm512_set1_ps(term.scale[i]), term.product(i));
             sum = if n == 0 { scaled } else { _mm512_add_ps(sum, scaled) };
         }
@@ -103,6 +106,7 @@ fn store(sum: &[[f32; PANEL]], scale: &[f32], to: Columns) {
 }
 
 /// A [`Term`] of some tokens, with what its channels have in registers.
+#[derive(Clone, Copy)]
 struct Loaded<'a> {
     acc: &'a [[i32; PANEL]],
     channel_scale: __m512,
@@ -255,6 +259,16 @@ unsafe fn quad(a: *const u8) -> __m512i {
     _mm512_set1_epi32(unsafe { a.cast::<i32>().read_unaligned() })
 }
 
+/// Of some chains of sums.
+#[target_feature(enable = "avx512f")]
+fn total<const CHAINS: usize>(sums: &[__m512i; CHAINS]) -> __m512i {
+    let mut total = sums[0];
+    for sum in &sums[1..] {
+        total = _mm512_add_epi32(total, *sum);
+    }
+    total
+}
+
 #[target_feature(enable = "avx512f")]
 fn add_to(acc: &mut [i32; PANEL], v: __m512i, begin: bool) {
     let p: *mut __m512i = acc.as_mut_ptr().cast();
@@ -306,11 +320,7 @@ unsafe fn tile<const R: usize, const CHAINS: usize, const P: usize>(
     }
     for p in 0..P {
         for r in 0..R {
-            let mut total = sum[p][r][0];
-            for chain in &sum[p][r][1..] {
-                total = _mm512_add_epi32(total, *chain);
-            }
-            add_to(&mut acc[p * rows + row + r], total, begin);
+            add_to(&mut acc[p * rows + row + r], total(&sum[p][r]), begin);
         }
     }
 }
@@ -349,8 +359,7 @@ unsafe fn nibble_tile<const R: usize, const CHAINS: usize, const KEEP: bool>(
         }
     }
     for r in 0..R {
-        let total = if CHAINS == 2 { _mm512_add_epi32(sum[r][0], sum[r][CHAINS - 1]) } else { sum[r][0] };
-        add_to(&mut acc[r], total, begin);
+        add_to(&mut acc[r], total(&sum[r]), begin);
     }
 }
 
@@ -376,8 +385,7 @@ unsafe fn nibbles(w: &[Chunk], levels: &[i8; 16], a: *const u8, acc: &mut [[i32;
             sum[i] = _mm512_dpbusd_epi32(sum[i], unsafe { quad(a.add(16 * pairs.len() + 4 * i)) }, w);
         }
     }
-    let sum = _mm512_add_epi32(_mm512_add_epi32(sum[0], sum[1]), _mm512_add_epi32(sum[2], sum[3]));
-    add_to(&mut acc[0], sum, begin);
+    add_to(&mut acc[0], total(&sum), begin);
 }
 
 /// Float products, summed in the order of the AVX2 code.

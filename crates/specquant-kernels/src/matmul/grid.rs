@@ -75,14 +75,14 @@ pub(super) struct Grid<'a> {
 }
 
 impl<'a> Grid<'a> {
-    /// inp: depth of the product; most: rows of a rectangle at most, a multiple of those of a tile.
-    pub(super) fn new(y: &'a mut [f32], [rows, out, inp]: [usize; 3], most: usize, tile: usize) -> Self {
+    /// inp: depth of the product; most: rows of a rectangle at most, a multiple of `step` as they all are.
+    pub(super) fn new(y: &'a mut [f32], [rows, out, inp]: [usize; 3], most: usize, step: usize) -> Self {
         assert_eq!(y.len(), rows * out, "y must be [rows, out]");
         let (start, empty) = (Shared(y.as_mut_ptr()), y.is_empty());
         if empty {
             return Grid { rows, out, high: 1, wide: 1, down: 0, across: 0, start, y: PhantomData };
         }
-        let high = rows.div_ceil(rows.div_ceil(most)).next_multiple_of(tile);
+        let high = rows.div_ceil(rows.div_ceil(most)).next_multiple_of(step);
         let least = GRAIN / (high.min(rows) * inp);
         let across = (out / least.max(PANELS * PANEL)).max(1);
         let wide = out.div_ceil(across).next_multiple_of(PANELS * PANEL);
