@@ -50,6 +50,21 @@ pub fn attention(
     window: Option<usize>,
     out: &mut [f32],
 ) {
+    attention_with(Isa::active(), q, t, heads, cache, scale, window, out);
+}
+
+/// [`attention`] of many queries with the pairs of an instruction set, for tests.
+#[allow(clippy::too_many_arguments)] // those of `attention`
+fn attention_with(
+    isa: Isa,
+    q: &[f32],
+    t: usize,
+    heads: usize,
+    cache: &KvCache,
+    scale: f32,
+    window: Option<usize>,
+    out: &mut [f32],
+) {
     let (kv_heads, head_dim) = (cache.kv_heads(), cache.head_dim());
     let width = heads * head_dim;
     assert_eq!(q.len(), t * width, "attention: q is not [{t}, {heads} x {head_dim}]");
@@ -60,7 +75,7 @@ pub fn attention(
         return;
     }
     assert!(kv_heads > 0 && heads.is_multiple_of(kv_heads), "attention: {kv_heads} kv heads, {heads} heads");
-    let pairs = pairs::Kernel::new(Isa::active(), head_dim).filter(|_| cache.any_order());
+    let pairs = pairs::Kernel::new(isa, head_dim).filter(|_| cache.any_order());
     let job = Job { cache, group: heads / kv_heads, scale, window: window.unwrap_or(usize::MAX), pairs };
     if t == 1 {
         return job.decode(q, out);

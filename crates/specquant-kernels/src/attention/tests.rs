@@ -43,6 +43,27 @@ fn run(q: &[f32], t: usize, heads: usize, cache: &KvCache, window: Option<usize>
     out
 }
 
+/// With the pairs of an instruction set, if it has any.
+fn any_order(
+    isa: Isa,
+    q: &[f32],
+    t: usize,
+    heads: usize,
+    cache: &KvCache,
+    window: Option<usize>,
+) -> Vec<f32> {
+    let mut out = vec![f32::NAN; q.len()];
+    let cache = cache.clone().with_any_order(true);
+    attention_with(isa, q, t, heads, &cache, 1.7, window, &mut out);
+    out
+}
+
+/// Largest difference, and largest magnitude of b.
+fn difference(a: &[f32], b: &[f32]) -> (f32, f32) {
+    let largest = |m: f32, v: f32| m.max(v.abs());
+    (a.iter().zip(b).map(|(a, b)| a - b).fold(0.0, largest), b.iter().copied().fold(0.0, largest))
+}
+
 /// (queries, cache length, heads, kv heads, head_dim, window)
 const CASES: [(usize, usize, usize, usize, usize, Option<usize>); 15] = [
     (1, 1, 1, 1, 1, None),
@@ -89,6 +110,24 @@ fn matches_f64_in_every_format() {
             let got = run(&q, t, 6, &cache, None);
             for (a, b) in got.iter().zip(naive(&q, t, 6, &cache, 1.7, None)) {
                 assert!((f64::from(*a) - b).abs() < 1e-5, "{format:?} {t} {d}: {a} {b}");
+            }
+        }
+    }
+}
+
+/// A lone query, some of whose keys and values lie as computed, others in codes.
+#[test]
+fn one_query_over_intact_tokens() {
+    let (len, d) = (300, 64);
+    for intact in [4, 130] {
+        for format in [KvFormat::Gaussian { intact }, KvFormat::Int { bits: 4, clip: 0.95, intact }] {
+            let cache = filled(format, len, 2, d);
+            for window in [None, Some(298), Some(200), Some(3)] {
+                let q = noise(6 * d, 13);
+                let got = run(&q, 1, 6, &cache, window);
+                for (a, b) in got.iter().zip(naive(&q, 1, 6, &cache, 1.7, window)) {
+                    assert!((f64::from(*a) - b).abs() < 2e-5, "{format:?} {window:?}: {a} {b}");
+                }
             }
         }
     }
@@ -159,12 +198,53 @@ fn any_order_changes_little() {
         let q = noise(t * heads * d, 5);
         let cache = filled(format, len, kv_heads, d);
         let fixed = run(&q, t, heads, &cache, window);
-        let any = run(&q, t, heads, &cache.with_any_order(true), window);
-        let largest = |x: &mut dyn Iterator<Item = f32>| x.fold(0.0f32, |m, v| m.max(v.abs()));
-        let error = largest(&mut fixed.iter().zip(&any).map(|(a, b)| a - b));
-        let size = largest(&mut fixed.iter().copied());
-        // Scores of some 20 with an error of 2⁻¹⁶ of them each.
-        assert!(error <= 4e-4 * size, "{format:?} {t} of {len}, {d} wide: {error} of {size}");
+        for isa in Isa::available() {
+            let (error, size) = difference(&any_order(isa, &q, t, heads, &cache, window), &fixed);
+            // Scores of some 20 with an error of 2⁻¹⁶ of them each.
+            assert!(error <= 4e-4 * size, "{isa:?} {format:?} {t} of {len}, {d} wide: {error} of {size}");
+        }
+    }
+}
+
+/// What rounding to steps of the largest suffers from most: a key far above all others, and a query of which one value is.
+#[test]
+fn any_order_where_one_number_is_large() {
+    let (t, d) = (130, 64);
+    for isa in Isa::available() {
+        let mut keys: Vec<f32> = noise(t * d, 1).iter().map(|v| v * 0.05).collect();
+        keys[0] = 1.0;
+        let mut values = vec![-1.0; t * d];
+        values[..d].fill(1.0);
+        let mut cache = KvCache::new(KvFormat::Gaussian { intact: 0 }, 1, d);
+        cache.append(&keys, &values);
+        let mut q = vec![0.0; t * d];
+        // The first key leads by 11: the others, of weight e⁻¹¹ each, are lost, as many as there are.
+        q.chunks_mut(d).for_each(|q| q[0] = 11.0 / 1.7);
+        let (error, _) = difference(&any_order(isa, &q, t, 1, &cache, None), &run(&q, t, 1, &cache, None));
+        assert!(error < 4e-3, "{isa:?}, a large key: {error}");
+
+        let cache = filled(KvFormat::Gaussian { intact: 0 }, t, 1, d);
+        let mut q = noise(t * d, 3);
+        q.chunks_mut(d).for_each(|q| q[5] = 100.0 * q[5].signum());
+        let (error, size) = difference(&any_order(isa, &q, t, 1, &cache, None), &run(&q, t, 1, &cache, None));
+        assert!(error < 1e-2 * size, "{isa:?}, a large value: {error} of {size}");
+    }
+}
+
+/// Of one query, and no other.
+#[test]
+fn queries_that_are_not_finite() {
+    let (t, d) = (40, 64);
+    let cache = filled(KvFormat::Gaussian { intact: 0 }, t, 1, d);
+    for (isa, bad) in
+        Isa::available().into_iter().flat_map(|isa| [f32::NAN, f32::INFINITY].map(|bad| (isa, bad)))
+    {
+        let mut q = noise(t * d, 3);
+        q[7 * d + 9] = bad;
+        let out = any_order(isa, &q, t, 1, &cache, None);
+        for (i, row) in out.chunks(d).enumerate() {
+            assert!(row.iter().all(|v| v.is_nan() == (i == 7)), "{isa:?} {bad}: {row:?}");
+        }
     }
 }
 
@@ -180,9 +260,10 @@ fn pairs_do_not_overflow() {
         cache.append(&keys, &values);
         let q = vec![2.0 / d as f32; t * d];
         let fixed = run(&q, t, 1, &cache, None);
-        let any = run(&q, t, 1, &cache.with_any_order(true), None);
-        let error = fixed.iter().zip(&any).fold(0.0f32, |m, (a, b)| m.max((a - b).abs()));
-        assert!(error < 1e-2, "{d}: {error}");
+        for isa in Isa::available() {
+            let (error, _) = difference(&any_order(isa, &q, t, 1, &cache, None), &fixed);
+            assert!(error < 1e-2, "{isa:?} {d}: {error}");
+        }
     }
 }
 

@@ -62,10 +62,37 @@ fn every_format_reads_back_what_its_formula_says() {
                 cache.append(&k[rest * width..], &v[rest * width..]);
                 assert_eq!(cache.len(), t);
             }
+            // The first tokens alone, all of them intact or not, lie within what the rest is read with.
+            let whole = cache.tile(KvSide::Values, 2, 0..t, &mut buf).to_vec();
+            for some in [0..0, 0..3, 2..7, 6..8, 7..9] {
+                let want = &whole[some.start * head_dim..some.end * head_dim];
+                assert_eq!(
+                    cache.tile(KvSide::Values, 2, some.clone(), &mut buf),
+                    want,
+                    "{format:?} {some:?}"
+                );
+            }
             let all = cache.tile(KvSide::Keys, 1, 0..t, &mut buf).to_vec();
             let mut fresh = KvCache::new(format, heads, head_dim);
             fresh.append(&k, &v);
             assert_eq!(all, fresh.tile(KvSide::Keys, 1, 0..t, &mut buf));
+        }
+    }
+}
+
+/// In any lane, and in what no whole register holds.
+#[test]
+fn what_is_not_finite_is_found_everywhere() {
+    let d = 40;
+    for (at, bad) in (0..d).flat_map(|at| [f32::NAN, f32::INFINITY, f32::NEG_INFINITY].map(|bad| (at, bad))) {
+        let mut row = noise(d, 1);
+        row[at] = bad;
+        for format in [KvFormat::Gaussian { intact: 0 }, KvFormat::Int { bits: 4, clip: 1.0, intact: 0 }] {
+            let mut cache = KvCache::new(format, 1, d);
+            cache.append(&row, &row);
+            let mut buf = vec![0.0; d];
+            let got = cache.tile(KvSide::Keys, 0, 0..1, &mut buf);
+            assert!(got.iter().all(|v| v.is_nan()), "{format:?} {bad} at {at}: {got:?}");
         }
     }
 }
