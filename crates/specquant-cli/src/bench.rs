@@ -76,7 +76,7 @@ fn text(report: &Report) -> String {
     if !report.blocks.is_empty() {
         text += "\none decoder block on prompts, times faster than in f32; of the limit: spectral's linear layers of integer arithmetic; memory of weights and cache, times less than at 16 bits\n";
         text += &table(&blocks(report, false));
-        text += "\none decoder block on the next token of each sequence, times faster than in f32; of the limit: as above, or of reading weights and cache from memory (caches are faster); spectral's tokens a second, times one sequence's\n";
+        text += "\none decoder block on the next token of each sequence, times faster than in f32; of the limit: as above, or of reading as many bytes as weights and cache have, measured in turns; spectral's tokens a second, times one sequence's\n";
         text += &table(&blocks(report, true));
     }
     if !report.models.is_empty() {

@@ -9,6 +9,7 @@ use crate::isa::NeonDot;
 #[cfg(target_arch = "x86_64")]
 use crate::isa::{AmxInt8, Avx2, Avx512Vnni, AvxVnni};
 use crate::isa::{Scalar, with_every_token};
+use crate::parallel::for_each_index;
 use std::hint::black_box;
 use std::sync::Barrier;
 use std::time::{Duration, Instant};
@@ -96,6 +97,14 @@ fn rate(threads: usize, time: Duration, work: impl Fn(usize) -> f64 + Sync) -> f
         let first = run(0);
         others.into_iter().filter_map(|thread| thread.join().ok()).fold(first, |sum, rate| sum + rate)
     })
+}
+
+/// Reads all of `buffer` once, on all threads.
+pub fn read_once(buffer: &[u64]) {
+    let share = buffer.len().div_ceil(rayon::current_num_threads()).max(1);
+    for_each_index(buffer.len().div_ceil(share), |i| {
+        read(&buffer[i * share..buffer.len().min((i + 1) * share)]);
+    });
 }
 
 /// Reads all; returns the bytes. Independent sums, so that nothing waits for an addition.
