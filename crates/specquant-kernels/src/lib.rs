@@ -14,7 +14,7 @@
 
 mod acts;
 mod attention;
-mod branch;
+mod basis;
 mod buffer;
 mod ceilings;
 mod dct;
@@ -37,7 +37,7 @@ mod weights;
 
 pub use acts::*;
 pub use attention::*;
-pub use branch::*;
+pub use basis::*;
 pub use buffer::{Buffer, Element, trim_buffers};
 pub use ceilings::*;
 pub use dct::*;

@@ -13,6 +13,7 @@
 //! instruction set and every float sum has a fixed order, so that results depend neither on the number of threads nor, for integer products,
 //! on the instruction set; nor does a token's result depend on the other tokens.
 
+mod branch;
 mod finish;
 mod grid;
 mod scalar;
@@ -36,6 +37,8 @@ use crate::isa::with_every_token;
 use crate::parallel::for_each_index;
 use crate::weights::{Chunk, PANEL};
 use crate::{Buffer, Isa, PackedWeights, QuantizedActs};
+pub use branch::{BranchCoeffs, BranchPart, add_branch};
+use branch::{BranchTerm, add_term, add_to_panels};
 use finish::{Columns, Term, finish, fold, store};
 use grid::{Grid, Rect, blocks, panels};
 use std::ops::Range;
@@ -57,6 +60,8 @@ const FLOAT_DEPTH: usize = 128;
 pub struct IntProduct<'a> {
     /// Quantized activations and weights.
     pub parts: &'a [(&'a QuantizedActs, &'a PackedWeights)],
+    /// What is added to it in floating point.
+    pub branch: Option<BranchPart<'a>>,
     /// `[rows, out]`, overwritten.
     pub y: &'a mut [f32],
 }
@@ -68,7 +73,7 @@ pub struct IntProduct<'a> {
 /// # Panics
 /// As [`matmul_int_all`].
 pub fn matmul_int(a: &QuantizedActs, w: &PackedWeights, y: &mut [f32]) {
-    matmul_int_all([IntProduct { parts: &[(a, w)], y }]);
+    matmul_int_all([IntProduct { parts: &[(a, w)], branch: None, y }]);
 }
 
 /// Several integer products, whose work threads share as if they were one.
@@ -86,7 +91,7 @@ pub fn matmul_int_with<const N: usize>(isa: Isa, products: [IntProduct; N]) {
 }
 
 fn int_products<K: Kernel, const N: usize>(kernel: K, products: [IntProduct; N]) {
-    let grids = products.map(|IntProduct { parts, y }| {
+    let grids = products.map(|IntProduct { parts, branch, y }| {
         let (rows, out) = parts.first().map_or((0, 0), |(a, w)| (a.rows, w.out_features()));
         for (a, w) in parts {
             let inp = w.in_features();
@@ -96,14 +101,17 @@ fn int_products<K: Kernel, const N: usize>(kernel: K, products: [IntProduct; N])
             assert!(a.scale.len() == a.rows && a.zero.len() == a.rows, "scales of the activations");
             assert!(a.rows == rows && w.out_features() == out, "parts of one product");
         }
+        if let Some(branch) = &branch {
+            branch.check(rows, out);
+        }
         let inp = parts.iter().map(|(_, w)| w.in_features()).sum();
-        (parts, Grid::new(y, [rows, out, inp], K::int_rows(inp), K::INT_ROW_STEP))
+        (parts, branch, Grid::new(y, [rows, out, inp], K::int_rows(inp), K::INT_ROW_STEP))
     });
-    for_each_index(grids.iter().map(|(_, grid)| grid.len()).sum(), |mut i| {
-        for (parts, grid) in &grids {
+    for_each_index(grids.iter().map(|(.., grid)| grid.len()).sum(), |mut i| {
+        for (parts, branch, grid) in &grids {
             if i < grid.len() {
                 // SAFETY: every rectangle is taken once.
-                return int_rect(kernel, parts, unsafe { grid.rect(i) });
+                return int_rect(kernel, parts, *branch, unsafe { grid.rect(i) });
             }
             i -= grid.len();
         }
@@ -216,6 +224,10 @@ trait Kernel: Copy + Send + Sync {
     fn finish(self, main: Term, tail: Option<Term>, to: Columns) {
         finish(main, tail, to);
     }
+    /// Adds a branch to the panel of a rectangle that is at a column.
+    fn add_branch(self, term: &BranchTerm, rect: &mut Rect, col: usize) {
+        add_term(term, rect, col);
+    }
     /// Writes a panel's sums times the tokens' scales.
     fn store(self, sum: &[[f32; PANEL]], scale: &[f32], to: Columns) {
         store(sum, scale, to);
@@ -318,7 +330,7 @@ impl<'a> IntBlock<'a> {
 /// A part of a product: activations and weights.
 type Part<'a> = (&'a QuantizedActs, &'a PackedWeights);
 
-fn int_rect<K: Kernel>(kernel: K, parts: &[Part], mut rect: Rect) {
+fn int_rect<K: Kernel>(kernel: K, parts: &[Part], branch: Option<BranchPart>, mut rect: Rect) {
     let (row, rows, depth) = (rect.row, rect.rows, K::int_depth(rect.rows));
     let strips = || (0..rows).step_by(K::INT_STRIP).map(|at| at..(at + K::INT_STRIP).min(rows));
     // Sums of a strip's tokens and one panel, then of the same tokens and the next panel. One block's strip takes the place of the one before.
@@ -403,6 +415,10 @@ fn int_rect<K: Kernel>(kernel: K, parts: &[Part], mut rect: Rect) {
                     }
                 }
             }
+        }
+        if let Some(branch) = branch {
+            let all = parts.first().map_or(0, |(a, _)| a.rows);
+            add_to_panels(kernel, branch, all, &mut rect, col, range);
         }
     }
 }

@@ -6,7 +6,8 @@ use std::sync::Arc;
 use rayon::prelude::*;
 use specquant_kernels as kernels;
 use specquant_kernels::{
-    ActFormat, ActQuantizer, Basis, BranchCoeffs, Buffer, PackedDense, PackedWeights, QuantizedActs,
+    ActFormat, ActQuantizer, Basis, BranchCoeffs, BranchPart, Buffer, PackedDense, PackedWeights,
+    QuantizedActs,
 };
 
 use crate::{InputTransform, Levels, MappedMatrix, Result};
@@ -138,6 +139,20 @@ fn scatter(part: &[f32], rows: usize, start: usize, out: usize, y: &mut [f32]) {
 }
 
 impl Linear {
+    fn branch(&self) -> Option<&Branch> {
+        match self {
+            Linear::Dense(_) => None,
+            Linear::Quantized(l) => l.branch.as_ref(),
+        }
+    }
+
+    fn bias(&self) -> Option<&[f32]> {
+        match self {
+            Linear::Dense(l) => l.bias.as_deref(),
+            Linear::Quantized(l) => l.bias.as_deref(),
+        }
+    }
+
     /// Whether it is widened anew whenever it is used.
     pub(crate) fn is_mapped(&self) -> bool {
         matches!(self, Linear::Dense(DenseLinear { weight: DenseWeight::Mapped(_), .. }))
@@ -268,53 +283,48 @@ pub fn forward_shared<const N: usize>(
     mut outputs: [&mut [f32]; N],
 ) -> Result<()> {
     debug_assert!(layers.iter().all(|l| x.len() == rows * l.in_features()));
-    let branch = |l: &&Linear| match l {
-        Linear::Quantized(q) => q.branch.as_ref().map(|b| (Arc::as_ptr(&b.basis), b.coeffs.rank())),
-        Linear::Dense(_) => None,
-    };
-    let branches = layers.each_ref().map(branch);
+    let branches = layers.map(Linear::branch);
     let split;
-    let x = match (transform, integer_input(&layers)) {
+    let (x, kept) = match (transform, integer_input(&layers)) {
         (Some(transform), Some((format, clip, kept_bits))) if branches.iter().all(Option::is_none) => {
             // Nobody asks for the transformed input itself.
             let [codes, kept] = transform.apply_quantized(x, rows, (format, clip), kept_bits.unwrap_or(8));
-            multiply_codes(layers, &codes, kept_bits.map(|_| &kept), outputs.each_mut());
-            x
+            let kept = kept_bits.map(|_| &kept);
+            multiply_codes(layers, &codes, kept, [None; N], outputs.each_mut());
+            add_biases(layers, outputs);
+            return Ok(());
         }
         (Some(transform), _) => {
             split = transform.apply(x, rows);
-            multiply(layers, &split.rest, &split.kept, rows, outputs.each_mut())?;
-            &split.rest
+            (&split.rest[..], &split.kept[..])
         }
-        (None, _) => {
-            multiply(layers, x, &[], rows, outputs.each_mut())?;
-            x
-        }
+        (None, _) => (x, &[][..]),
     };
-    let mut projected: Option<(*const Basis, Buffer<f32>)> = None;
+    // Once for each basis, with the first layer that has it.
+    let alike = |a: &Branch, b: &Branch| Arc::ptr_eq(&a.basis, &b.basis);
+    let first = |of: &Branch| branches.iter().position(|b| b.is_some_and(|b| alike(b, of)));
+    let projected: [Option<Buffer<f32>>; N] = std::array::from_fn(|i| {
+        let branch = branches[i].filter(|b| first(b) == Some(i))?;
+        let ranks = branches.iter().flatten().filter(|b| alike(b, branch)).map(|b| b.coeffs.rank());
+        Some(branch.basis.project(x, rows, ranks.max().unwrap_or(0)))
+    });
+    let parts = std::array::from_fn(|i| {
+        let branch = branches[i]?;
+        let p = projected[first(branch)?].as_deref()?;
+        Some(BranchPart { p, coeffs: &branch.coeffs })
+    });
+    multiply(layers, x, kept, rows, parts, outputs.each_mut())?;
+    add_biases(layers, outputs);
+    Ok(())
+}
+
+fn add_biases<const N: usize>(layers: [&Linear; N], outputs: [&mut [f32]; N]) {
     for (layer, y) in layers.into_iter().zip(outputs) {
-        let bias = match layer {
-            Linear::Dense(l) => &l.bias,
-            Linear::Quantized(l) => {
-                if let Some(Branch { basis, coeffs }) = &l.branch {
-                    let this = Arc::as_ptr(basis);
-                    if projected.as_ref().is_none_or(|(of, _)| *of != this) {
-                        let ranks = branches.iter().flatten().filter(|(of, _)| *of == this);
-                        let rank = ranks.map(|(_, rank)| *rank).max().unwrap_or(0);
-                        projected = Some((this, basis.project(x, rows, rank)));
-                    }
-                    let p = projected.as_ref().map_or(&[][..], |(_, p)| p);
-                    kernels::add_branch(p, rows, p.len() / rows, coeffs, y);
-                }
-                &l.bias
-            }
-        };
-        if let Some(bias) = bias {
+        if let Some(bias) = layer.bias() {
             y.chunks_exact_mut(bias.len())
                 .for_each(|row| row.iter_mut().zip(bias).for_each(|(y, b)| *y += b));
         }
     }
-    Ok(())
 }
 
 /// What the layers quantize their input to, its clip ratio and the bits of their kept coordinates, if all multiply integers and agree on that.
@@ -332,22 +342,23 @@ fn integer_input(layers: &[&Linear]) -> Option<(ActFormat, f32, Option<u8>)> {
     agreed.map(|(format, clip, kept_bits)| (format, f32::from_bits(clip), kept_bits))
 }
 
-/// The layers' products without branch and bias. x: `[rows, in]`, kept: `[rows, r]`, the two parts of the transformed input.
+/// The layers' products and branches, without bias. x: `[rows, in]`, kept: `[rows, r]`, the two parts of the transformed input.
 fn multiply<const N: usize>(
     layers: [&Linear; N],
     x: &[f32],
     kept: &[f32],
     rows: usize,
+    branches: [Option<BranchPart>; N],
     outputs: [&mut &mut [f32]; N],
 ) -> Result<()> {
     if let Some((format, clip, kept_bits)) = integer_input(&layers) {
         let codes = kernels::quantize_acts_to(x, rows, ActQuantizer { cols: x.len() / rows, format, clip });
         let kept = kept_bits.map(|bits| kernels::quantize_acts(kept, rows, kept.len() / rows, bits, 1.0));
-        multiply_codes(layers, &codes, kept.as_ref(), outputs);
+        multiply_codes(layers, &codes, kept.as_ref(), branches, outputs);
         return Ok(());
     }
     // One by one.
-    for (layer, y) in layers.into_iter().zip(outputs) {
+    for ((layer, branch), y) in layers.into_iter().zip(branches).zip(outputs) {
         match layer {
             Linear::Dense(l) => l.forward(x, rows, y)?,
             Linear::Quantized(l) if l.act_bits == 16 => {
@@ -355,8 +366,11 @@ fn multiply<const N: usize>(
                 if let Some(Kept { weights, .. }) = &l.kept {
                     kernels::add_matmul_float(kept, rows, weights, y);
                 }
+                if let Some(branch) = branch {
+                    kernels::add_branch(branch, rows, y);
+                }
             }
-            Linear::Quantized(_) => multiply([layer], x, kept, rows, [y])?,
+            Linear::Quantized(_) => multiply([layer], x, kept, rows, [branch], [y])?,
         }
     }
     Ok(())
@@ -367,6 +381,7 @@ fn multiply_codes<const N: usize>(
     layers: [&Linear; N],
     codes: &QuantizedActs,
     kept_codes: Option<&QuantizedActs>,
+    branches: [Option<BranchPart>; N],
     outputs: [&mut &mut [f32]; N],
 ) {
     let parts = layers.map(|layer| {
@@ -375,10 +390,10 @@ fn multiply_codes<const N: usize>(
         [(codes, &l.weights), (kept_codes.unwrap_or(codes), kept)]
     });
     let used = if kept_codes.is_some() { 2 } else { 1 };
-    let mut outputs = outputs.into_iter();
-    let products = parts.each_ref().map(|parts| kernels::IntProduct {
-        parts: &parts[..used],
-        y: outputs.next().map_or(&mut [][..], |y| y),
+    let mut others = branches.into_iter().zip(outputs);
+    let products = parts.each_ref().map(|parts| {
+        let (branch, y) = others.next().map_or((None, &mut [][..]), |(branch, y)| (branch, y));
+        kernels::IntProduct { parts: &parts[..used], branch, y }
     });
     kernels::matmul_int_all(products);
 }

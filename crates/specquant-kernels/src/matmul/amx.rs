@@ -8,7 +8,7 @@
 //! sums use the AVX-512 code. Stable Rust has no intrinsics for tiles yet, hence assembly; in one block, for the compiler knows nothing of their shapes.
 
 use super::avx512::expand;
-use super::{Columns, FloatBlock, INT_DEPTH, IntBlock, Kernel, PANELS, Term};
+use super::{BranchTerm, Columns, FloatBlock, INT_DEPTH, IntBlock, Kernel, PANELS, Rect, Term};
 use crate::Buffer;
 use crate::isa::AmxInt8;
 use crate::tiles::{ROW_BYTES, ROWS, STRIP, Tiles};
@@ -126,6 +126,10 @@ impl Kernel for AmxInt8 {
 
     fn fold(self, group: Term, sum: &mut [[f32; PANEL]], begin: bool) {
         self.avx512.fold(group, sum, begin);
+    }
+
+    fn add_branch(self, term: &BranchTerm, rect: &mut Rect, col: usize) {
+        self.avx512.add_branch(term, rect, col);
     }
 
     fn finish(self, main: Term, tail: Option<Term>, to: Columns) {

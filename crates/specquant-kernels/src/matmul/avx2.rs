@@ -9,7 +9,10 @@
 
 mod levels;
 
-use super::{Columns, FloatBlock, IntBlock, Kernel, Term, finish, fold, i16_steps, store as store_sums};
+use super::{
+    BranchTerm, Columns, FloatBlock, IntBlock, Kernel, Rect, Term, add_term, finish, fold, i16_steps,
+    store as store_sums,
+};
 use crate::Buffer;
 use crate::isa::Avx2;
 use crate::weights::{Chunk, PANEL, UNIFORM_LEVELS};
@@ -60,6 +63,15 @@ impl Kernel for Avx2 {
         }
         // SAFETY: the token proves AVX2.
         unsafe { fold_avx2(group, sum, begin) }
+    }
+
+    fn add_branch(self, term: &BranchTerm, rect: &mut Rect, col: usize) {
+        #[target_feature(enable = "avx2,fma")]
+        fn add_avx2(term: &BranchTerm, rect: &mut Rect, col: usize) {
+            add_term(term, rect, col);
+        }
+        // SAFETY: the token proves AVX2 and FMA.
+        unsafe { add_avx2(term, rect, col) }
     }
 
     fn finish(self, main: Term, tail: Option<Term>, to: Columns) {

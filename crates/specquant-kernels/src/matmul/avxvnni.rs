@@ -4,7 +4,7 @@
 //! products use the AVX2 code.
 
 use super::avx2::{add_to, check, expand, fetch_ahead, load, quad, table, unpack};
-use super::{Columns, FloatBlock, IntBlock, Kernel, Term};
+use super::{BranchTerm, Columns, FloatBlock, IntBlock, Kernel, Rect, Term};
 use crate::Buffer;
 use crate::isa::AvxVnni;
 use crate::weights::{Chunk, PANEL};
@@ -29,6 +29,10 @@ impl Kernel for AvxVnni {
 
     fn fold(self, group: Term, sum: &mut [[f32; PANEL]], begin: bool) {
         self.avx2.fold(group, sum, begin);
+    }
+
+    fn add_branch(self, term: &BranchTerm, rect: &mut Rect, col: usize) {
+        self.avx2.add_branch(term, rect, col);
     }
 
     fn finish(self, main: Term, tail: Option<Term>, to: Columns) {

@@ -51,16 +51,16 @@ fn check_all(a: &QuantizedActs, w: &PackedWeights) {
     let (x, dense) = (a.dequantize(), w.dequantize());
     let want = naive(&x, &dense, rows, out, inp);
     let mut scalar = vec![f32::NAN; rows * out];
-    matmul_int_with(Isa::Scalar, [IntProduct { parts: &[(a, w)], y: &mut scalar }]);
+    matmul_int_with(Isa::Scalar, [IntProduct { parts: &[(a, w)], branch: None, y: &mut scalar }]);
     for isa in Isa::available() {
         let what =
             format!("{} u{}s{} {rows}x{inp}x{out} group {}", isa.name(), a.bits, w.bits(), w.group_size());
         let mut y = vec![f32::NAN; rows * out];
-        matmul_int_with(isa, [IntProduct { parts: &[(a, w)], y: &mut y }]);
+        matmul_int_with(isa, [IntProduct { parts: &[(a, w)], branch: None, y: &mut y }]);
         assert!(y.iter().zip(&scalar).all(|(a, b)| a.to_bits() == b.to_bits()), "{what}");
         assert_close(&y, &want, &what);
         // Two of them are exactly twice as much.
-        matmul_int_with(isa, [IntProduct { parts: &[(a, w), (a, w)], y: &mut y }]);
+        matmul_int_with(isa, [IntProduct { parts: &[(a, w), (a, w)], branch: None, y: &mut y }]);
         assert!(y.iter().zip(&scalar).all(|(a, b)| *a == 2.0 * b), "{what}");
         y.fill(f32::NAN);
         matmul_float_with(isa, &x, rows, w, &mut y, false);
@@ -155,7 +155,7 @@ fn extreme_codes_do_not_overflow() {
                     };
                     for isa in Isa::available() {
                         let mut y = vec![0.; rows * out];
-                        matmul_int_with(isa, [IntProduct { parts: &[(&a, &w)], y: &mut y }]);
+                        matmul_int_with(isa, [IntProduct { parts: &[(&a, &w)], branch: None, y: &mut y }]);
                         let want = (top * code * inp as i32) as f32;
                         assert!(y.iter().all(|&y| y == want), "{isa:?} u{act_bits}s{bits}: {} {want}", y[0]);
                     }
@@ -189,7 +189,7 @@ fn extreme_levels_do_not_overflow() {
             let want: i32 = (0..inp).map(|k| i32::from(code(k)) * i32::from(signs[k % 4])).sum();
             for isa in Isa::available() {
                 let mut y = vec![0.; rows * out];
-                matmul_int_with(isa, [IntProduct { parts: &[(&a, &w)], y: &mut y }]);
+                matmul_int_with(isa, [IntProduct { parts: &[(&a, &w)], branch: None, y: &mut y }]);
                 assert!(
                     y.iter().all(|&y| y == want as f32),
                     "{isa:?} {signs:?} {even} {odd}: {} {want}",
@@ -234,7 +234,7 @@ fn parts_of_different_groups_add_up() {
         for isa in Isa::available() {
             let product = |parts: &[(&QuantizedActs, &PackedWeights)]| {
                 let mut y = vec![f32::NAN; rows * out];
-                matmul_int_with(isa, [IntProduct { parts, y: &mut y }]);
+                matmul_int_with(isa, [IntProduct { parts, branch: None, y: &mut y }]);
                 y
             };
             let (first, second) = (product(&[(&a, &grouped)]), product(&[(&b, &whole)]));
@@ -261,7 +261,7 @@ fn parts_of_different_depths_add_up() {
         let product = |isa, parts: &[&(QuantizedActs, PackedWeights)]| {
             let mut y = vec![f32::NAN; rows * out];
             let parts: Vec<_> = parts.iter().map(|(a, w)| (a, w)).collect();
-            matmul_int_with(isa, [IntProduct { parts: &parts, y: &mut y }]);
+            matmul_int_with(isa, [IntProduct { parts: &parts, branch: None, y: &mut y }]);
             y
         };
         for (a, b) in (0..4).flat_map(|a| (0..4).map(move |b| (a, b))) {

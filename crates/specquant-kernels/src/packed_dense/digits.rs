@@ -41,7 +41,7 @@ pub(super) fn multiply(isa: Isa, x: &[f32], w: &PackedWeights, y: &mut [f32], m:
         let scale = digits(x, h, l);
         (high.scale[row], low.scale[row]) = (256.0 * scale, scale);
     }
-    matmul_int_with(isa, [IntProduct { parts: &[(&high, w), (&low, w)], y }]);
+    matmul_int_with(isa, [IntProduct { parts: &[(&high, w), (&low, w)], branch: None, y }]);
 }
 
 twin! {
