@@ -31,9 +31,17 @@ const STEPS: [(f32, f32); 7] = {
     steps
 };
 
+/// Quantizes one head of one token. codes: `[x.len() / 2]`, rounded up, zeros. Returns the scale, NaN for a row that is not finite.
+pub(super) fn quantize(x: &[f32], codes: &mut [u8]) -> f16 {
+    #[cfg(target_arch = "x86_64")]
+    if let Some(token) = Avx512Vnni::new().filter(|_| Isa::active().vectors() == Isa::Avx512Vnni) {
+        return token.quantize(x, codes);
+    }
+    quantize_portable(x, codes)
+}
+
 twin! {
-    /// Quantizes one head of one token. codes: `[x.len() / 2]`, rounded up, zeros. Returns the scale, NaN for a row that is not finite.
-    pub(super) fn quantize = quantize_body(x: &[f32], codes: &mut [u8]) -> f16
+    fn quantize_portable = quantize_body(x: &[f32], codes: &mut [u8]) -> f16
 }
 
 /// |x| / scale as an integer of at most 127.
@@ -43,38 +51,57 @@ fn magnitude(v: f32, scale: f32) -> f32 {
     if a > 127.0 { 127.0 } else { a }
 }
 
+/// The largest level that a magnitude up to 127 is nearest to.
+const fn level(magnitude: f32) -> f32 {
+    let (mut level, mut i) = (GAUSSIAN_LEVELS[8] as f32, 0);
+    while i < STEPS.len() {
+        level += if magnitude >= STEPS[i].0 { STEPS[i].1 } else { 0.0 };
+        i += 1;
+    }
+    level
+}
+
 #[inline(always)]
 fn quantize_body(x: &[f32], codes: &mut [u8]) -> f16 {
-    let (lo, hi) = range(x);
-    if lo.is_nan() {
-        return f16::NAN;
-    }
-    let largest = if hi > -lo { hi } else { -lo };
-    let error = |v: f32, scale: f32| {
-        let (a, mut level) = (magnitude(v, scale), f32::from(GAUSSIAN_LEVELS[8]));
-        for (from, step) in STEPS {
-            level += if a >= from { step } else { 0.0 };
-        }
-        v.abs() - level * scale
-    };
-    // No level is zero: where the range rounds to nothing, the smallest scale comes nearest.
-    let mut best = (f32::INFINITY, f16::from_bits(1));
+    let Some(scales) = candidates(x) else { return f16::NAN };
+    let mut sums = [[0.0f32; LANES]; SHRINK.len()];
+    let error = |v: f32, scale: f32| v.abs() - level(magnitude(v, scale)) * scale;
     let (whole, tail) = x.as_chunks::<LANES>();
-    let (mut scales, mut sums) = ([f16::ZERO; SHRINK.len()], [[0.0f32; LANES]; SHRINK.len()]);
-    for ((shrink, scale), sums) in SHRINK.into_iter().zip(&mut scales).zip(&mut sums) {
-        *scale = f16::from_f32((shrink * largest / 127.0).min(f16::MAX.to_f32()));
-        let wide = scale.to_f32();
+    for (scale, sums) in scales.iter().zip(&mut sums) {
+        let scale = scale.to_f32();
         for x in whole {
             for l in 0..LANES {
-                let e = error(x[l], wide);
+                let e = error(x[l], scale);
                 sums[l] = e.mul_add(e, sums[l]);
             }
         }
         for (sum, v) in sums.iter_mut().zip(tail) {
-            let e = error(*v, wide);
+            let e = error(*v, scale);
             *sum = e.mul_add(e, *sum);
         }
     }
+    encode(x, scales, sums, codes)
+}
+
+/// The scales to try; nothing for a row that is not finite.
+#[inline(always)]
+fn candidates(x: &[f32]) -> Option<[f16; SHRINK.len()]> {
+    let (lo, hi) = range(x);
+    let largest = if hi > -lo { hi } else { -lo };
+    let scale = |shrink: f32| f16::from_f32((shrink * largest / 127.0).min(f16::MAX.to_f32()));
+    (!lo.is_nan()).then(|| SHRINK.map(scale))
+}
+
+/// Writes the codes of the scale of least error. sums: squared errors of each scale in lanes.
+#[inline(always)]
+fn encode(
+    x: &[f32],
+    scales: [f16; SHRINK.len()],
+    sums: [[f32; LANES]; SHRINK.len()],
+    codes: &mut [u8],
+) -> f16 {
+    // No level is zero: where the range rounds to nothing, the smallest scale comes nearest.
+    let mut best = (f32::INFINITY, f16::from_bits(1));
     // All at once, for each has to wait for itself at every step.
     let sums = fold_all(sums);
     for i in 0..sums.len() {
@@ -94,6 +121,68 @@ fn quantize_body(x: &[f32], codes: &mut [u8]) -> f16 {
     codes.iter_mut().zip(first).for_each(|(c, v)| *c = number(*v));
     codes.iter_mut().zip(second).for_each(|(c, v)| *c |= number(*v) << 4);
     best.1
+}
+
+#[cfg(target_arch = "x86_64")]
+impl Avx512Vnni {
+    fn quantize(self, x: &[f32], codes: &mut [u8]) -> f16 {
+        #[target_feature(enable = "avx2,fma,avx512f,avx512bw,avx512dq,avx512vl")]
+        fn quantize(x: &[f32], codes: &mut [u8]) -> f16 {
+            let Some(scales) = candidates(x) else { return f16::NAN };
+            encode(x, scales, errors(x, &scales), codes)
+        }
+        // SAFETY: the token proves them.
+        unsafe { quantize(x, codes) }
+    }
+}
+
+/// Levels by magnitude.
+#[cfg(target_arch = "x86_64")]
+const LEVELS: [i16; 128] = {
+    let (mut levels, mut i) = ([0; 128], 0);
+    while i < 128 {
+        levels[i] = level(i as f32) as i16;
+        i += 1;
+    }
+    levels
+};
+
+/// The squared errors of [`quantize_body`], whose levels are looked up; lanes of all scales side by side, for a division takes long.
+#[cfg(target_arch = "x86_64")]
+#[target_feature(enable = "avx512f,avx512bw")]
+fn errors(x: &[f32], scales: &[f16; SHRINK.len()]) -> [[f32; LANES]; SHRINK.len()] {
+    use std::arch::x86_64::*;
+    // The low half of every lane.
+    const LOW: __mmask32 = 0x5555_5555;
+    let [mut sums, mut wide] = [[_mm512_setzero_ps(); SHRINK.len()]; 2];
+    let mut table = [_mm512_setzero_si512(); 4];
+    for (i, part) in table.iter_mut().enumerate() {
+        // SAFETY: 32 of 128 numbers.
+        *part = unsafe { _mm512_loadu_si512(LEVELS.as_ptr().add(32 * i).cast()) };
+    }
+    for i in 0..SHRINK.len() {
+        wide[i] = _mm512_set1_ps(scales[i].to_f32());
+    }
+    for x in x.chunks(LANES) {
+        let there = (u32::from(u16::MAX) >> (LANES - x.len())) as __mmask16;
+        // SAFETY: as many values as there are.
+        let v = _mm512_abs_ps(unsafe { _mm512_maskz_loadu_ps(there, x.as_ptr()) });
+        for i in 0..SHRINK.len() {
+            let a = _mm512_min_ps(_mm512_div_ps(v, wide[i]), _mm512_set1_ps(127.0));
+            let a = _mm512_cvtps_epi32(a);
+            let low = _mm512_maskz_permutex2var_epi16(LOW, table[0], a, table[1]);
+            let high = _mm512_maskz_permutex2var_epi16(LOW, table[2], a, table[3]);
+            let level = _mm512_mask_mov_epi32(low, _mm512_test_epi32_mask(a, _mm512_set1_epi32(64)), high);
+            let e = _mm512_sub_ps(v, _mm512_mul_ps(_mm512_cvtepi32_ps(level), wide[i]));
+            sums[i] = _mm512_mask3_fmadd_ps(e, e, sums[i], there);
+        }
+    }
+    let mut lanes = [[0.0; LANES]; SHRINK.len()];
+    for (lanes, sum) in lanes.iter_mut().zip(sums) {
+        // SAFETY: 16 lanes to an array of 16.
+        unsafe { _mm512_storeu_ps(lanes.as_mut_ptr(), sum) };
+    }
+    lanes
 }
 
 /// The values of rows of codes. codes: [rows, head_dim / 2], rounded up; scale: [rows]; out: [rows, head_dim].
@@ -193,6 +282,28 @@ fn widen_avx2(codes: &[u8], scale: f32, first: &mut [f32], second: &mut [f32]) {
 mod tests {
     use super::*;
     use crate::ops::test_noise as noise;
+
+    /// The same codes by every way.
+    #[test]
+    fn instruction_sets_agree() {
+        for head_dim in [1usize, 7, 16, 33, 64, 128] {
+            for scale in [1.0, 1e-12, 1e30, f32::INFINITY, f32::NAN, 0.0] {
+                for seed in 0..20 {
+                    let mut x = noise(head_dim, seed);
+                    // Also what lies between two levels, and beyond the last.
+                    x.iter_mut().step_by(3).for_each(|v| *v = (*v * 64.0).round() / 64.0);
+                    x[head_dim / 2] *= scale;
+                    let all = [quantize, quantize_portable, quantize_body].map(|quantize| {
+                        let mut codes = vec![0; head_dim.div_ceil(2)];
+                        let scale = quantize(&x, &mut codes).to_bits();
+                        (codes, scale)
+                    });
+                    assert_eq!(all[0], all[1], "{head_dim} {scale} {seed}");
+                    assert_eq!(all[0], all[2], "{head_dim} {scale} {seed}");
+                }
+            }
+        }
+    }
 
     /// Every value at its nearest level, by the scale of least error, on every instruction set.
     #[test]
