@@ -138,7 +138,7 @@ impl Job<'_> {
             let scores = &mut scores[..rows * n];
             let k = self.cache.tile(KvSide::Keys, head, keys.clone(), &mut kbuf);
             tile_nt(&q, k, scores, rows, d, n);
-            absorb(scores, n, from, position, 0, self.group, self.window, &mut state);
+            absorb(scores, n, from, position, self.group, self.window, &mut state);
             let v = self.cache.tile(KvSide::Values, head, keys.clone(), &mut vbuf);
             tile_nn_add(scores, v, state.out, rows, n, d);
             from = keys.end;
@@ -213,7 +213,7 @@ impl Job<'_> {
                 kernel.dot_rows(q, keys, &mut scores[first..], n);
             }
             // Every key of the range is visible: the window was cut before.
-            absorb(scores, n, from, self.cache.len() - 1, 0, self.group, usize::MAX, &mut state);
+            absorb(scores, n, from, self.cache.len() - 1, self.group, usize::MAX, &mut state);
             for some in widened() {
                 let v = self.cache.tile(KvSide::Values, head, some.clone(), &mut buf);
                 add_values(isa, &scores[some.start - from..], n, v, state.out, d);
@@ -285,22 +285,20 @@ impl<'a> State<'a> {
 }
 
 /// Turns a tile of scores [rows, n], whose first key is at `from`, into e^(score − maximum), 0 where the query does not see the key; rescales the
-/// running state where the maximum grows. The first row is number `first` of those that begin with the query at `position`.
+/// running state where the maximum grows. The first row is of the query at `position`.
 #[inline(always)]
-#[allow(clippy::too_many_arguments)] // where a tile lies among all scores
 fn absorb_body(
     scores: &mut [f32],
     n: usize,
     from: usize,
     position: usize,
-    first: usize,
     group: usize,
     window: usize,
     state: &mut State,
 ) {
     let d = state.out.len() / state.max.len();
     for (r, row) in scores.chunks_exact_mut(n).enumerate() {
-        let position = position + (first + r) / group;
+        let position = position + r / group;
         let end = (position + 1).saturating_sub(from).min(n);
         let start = (position + 1).saturating_sub(window).saturating_sub(from).min(end);
         row[..start].fill(0.0);
@@ -324,7 +322,7 @@ fn absorb_body(
 
 twin! {
     fn absorb = absorb_body(
-        scores: &mut [f32], n: usize, from: usize, position: usize, first: usize, group: usize, window: usize, state: &mut State,
+        scores: &mut [f32], n: usize, from: usize, position: usize, group: usize, window: usize, state: &mut State,
     )
 }
 

@@ -42,6 +42,11 @@ pub(crate) const LANES: usize = 16;
 /// Elements per task of an element-wise operation; fewer are not worth a second thread.
 const CHUNK: usize = 1 << 14;
 
+/// ln 2 in two parts, the first of few bits, so that its small multiples are exact; and the coefficients of x⁷ to x² of e^x (Cephes, expf.c).
+pub(crate) const LN2: [f32; 2] = [0.693_359_4, -2.121_944_4e-4];
+pub(crate) const EXP: [f32; 6] =
+    [1.987_569_1e-4, 1.398_199_9e-3, 8.333_452e-3, 4.166_579_6e-2, 1.666_666_5e-1, 0.5];
+
 /// e^x = y · 2^n: x = n ln2 + r with |r| <= ln2/2, and Cephes' polynomial (expf.c) in r.
 #[inline(always)]
 fn exp_parts(x: f32) -> (f32, i32) {
@@ -49,10 +54,10 @@ fn exp_parts(x: f32) -> (f32, i32) {
     const MAGIC: f32 = 12_582_912.0;
     let shifted = x.mul_add(std::f32::consts::LOG2_E, MAGIC);
     let n = shifted - MAGIC;
-    let r = n.mul_add(2.121_944_4e-4, n.mul_add(-0.693_359_4, x));
-    let mut p = 1.987_569_1e-4;
-    for c in [1.398_199_9e-3, 8.333_452e-3, 4.166_579_6e-2, 1.666_666_5e-1, 0.5] {
-        p = r.mul_add(p, c);
+    let r = n.mul_add(-LN2[1], n.mul_add(-LN2[0], x));
+    let mut p = EXP[0];
+    for c in &EXP[1..] {
+        p = r.mul_add(p, *c);
     }
     ((r * r).mul_add(p, r) + 1.0, shifted.to_bits().wrapping_sub(MAGIC.to_bits()) as i32)
 }

@@ -9,15 +9,17 @@
 //! are paired alike; and of values the pairs are two keys, 16 apart. Scales of keys multiply scores, those of values the weights.
 
 mod bf16;
+mod softmax;
 mod words;
 
-use super::{Coded, KEYS, State, absorb};
+use super::{Coded, KEYS, State};
 use crate::buffer::element;
 use crate::isa::{AmxInt8, Avx512Vnni};
 use crate::kv::Codes;
 use crate::ops::widen_f16;
 use crate::tiles::{ROWS, STRIP};
 use crate::{Buffer, Isa, KvSide};
+use softmax::{RowState, absorb_row};
 use std::arch::x86_64::*;
 
 /// 16 pairs of numbers of 16 bits, the first of a pair in the low half.
@@ -102,7 +104,7 @@ fn absorb_codes<R: Rows>(proof: &R::Proof, d: usize, coded: &Coded, state: &mut 
     let mut q_sums = Buffer::new(rows);
     for (r, q) in q.chunks_exact(d).enumerate() {
         queries.set(proof, r, q, d / 2);
-        q_sums[r] = q.iter().sum();
+        q_sums[r] = softmax::sum(q);
     }
     let mut pairs = Buffer::new(2 * d * GROUPS / 2);
     let (key_pairs, value_pairs) = pairs.split_at_mut(d * GROUPS / 2);
@@ -130,33 +132,24 @@ fn absorb_codes<R: Rows>(proof: &R::Proof, d: usize, coded: &Coded, state: &mut 
             for (at, keys) in key_pairs.chunks_exact(d).enumerate().take(n / STRIP) {
                 queries.multiply(proof, first, keys, &mut scores[at * STRIP..], n);
             }
-            for (row, sum) in scores.chunks_exact_mut(n).zip(&q_sums[first..]) {
-                k.scale(row, *sum);
-            }
-            let mut state = State {
-                max: &mut state.max[strip.clone()],
-                sum: &mut state.sum[strip.clone()],
-                out: &mut state.out[strip.start * d..strip.end * d],
-            };
-            absorb(
-                &mut scores[..strip.len() * n],
-                n,
-                from,
-                position,
-                first,
-                job.group,
-                job.window,
-                &mut state,
-            );
             weights.narrow(n);
             for (r, row) in scores.chunks_exact_mut(n).enumerate().take(strip.len()) {
-                v.scale(row, 0.0);
+                let at = first + r;
+                let end = (position + at / job.group + 1).saturating_sub(from).min(n);
+                let start = (position + at / job.group + 1).saturating_sub(job.window).saturating_sub(from);
+                let state = RowState {
+                    max: &mut state.max[at],
+                    sum: &mut state.sum[at],
+                    out: &mut state.out[at * d..][..d],
+                };
+                absorb_row(row, start..end, q_sums[at], &k, &v, state);
                 weights.set(proof, r, row, ROWS);
             }
             for (at, values) in value_pairs.chunks_exact(KEYS).enumerate() {
                 weights.multiply(proof, 0, values, &mut sums[at * STRIP..], d);
             }
-            let rows = state.out.chunks_exact_mut(d).zip(sums.chunks_exact(d)).zip(scores.chunks_exact(n));
+            let out = state.out[strip.start * d..strip.end * d].chunks_exact_mut(d);
+            let rows = out.zip(sums.chunks_exact(d)).zip(scores.chunks_exact(n));
             for ((out, sums), p) in rows {
                 let zero = v.zeros(p);
                 out.iter_mut().zip(sums).for_each(|(out, sum)| *out += sum - zero);
@@ -182,14 +175,6 @@ impl Side {
         widen_f16(codes.scale, &mut side.scale[..codes.scale.len()]);
         side.zero.iter_mut().zip(codes.zero).for_each(|(to, zero)| *to = f32::from(*zero));
         side
-    }
-
-    /// (x − zero · sum) · scale, for a row of sums of products with codes, and the sum of what they were multiplied with.
-    #[inline(always)]
-    fn scale(&self, row: &mut [f32], sum: f32) {
-        for ((x, scale), zero) in row.iter_mut().zip(&self.scale).zip(&self.zero) {
-            *x = (*x - zero * sum) * scale;
-        }
     }
 
     /// What the zero points of values contribute to every element.

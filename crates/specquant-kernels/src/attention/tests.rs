@@ -277,8 +277,8 @@ fn twins_agree_bit_for_bit() {
     let (mut s1, mut s2) = (State::new(o1, m1), State::new(o2, m2));
     s1.out.copy_from_slice(&noise(rows * d, 3));
     s2.out.copy_from_slice(s1.out);
-    absorb(&mut a, n, 10, 29, 2, 2, 15, &mut s1);
-    absorb_body(&mut b, n, 10, 29, 2, 2, 15, &mut s2);
+    absorb(&mut a, n, 10, 30, 2, 15, &mut s1);
+    absorb_body(&mut b, n, 10, 30, 2, 15, &mut s2);
     assert_eq!((&a, &s1.max, &s1.sum, &s1.out), (&b, &s2.max, &s2.sum, &s2.out));
 }
 

@@ -75,7 +75,7 @@ fn set(to: &mut [Pairs], x: &[f32], apart: usize) -> f32 {
         return f32::NAN;
     }
     // Smaller steps have no inverse.
-    let scale = (largest / LARGEST).max(f32::MIN_POSITIVE);
+    let scale = (largest * (1.0 / LARGEST)).max(f32::MIN_POSITIVE);
     let (inverse, low) = (_mm512_set1_ps(1.0 / scale), _mm512_set1_epi32(0xffff));
     let mut to = to.iter_mut();
     // (To flatten this takes an eighth longer, of attention in all.)
