@@ -309,12 +309,13 @@ fn absorb_body(
         }
         let max = max_body(row);
         if max > state.max[r] {
-            let shrink = exp(state.max[r] - max);
-            state.max[r] = max;
-            state.sum[r] *= shrink;
-            for v in &mut state.out[r * d..][..d] {
-                *v *= shrink;
+            // Before the first key there is nothing to rescale.
+            if state.max[r] > f32::NEG_INFINITY {
+                let shrink = exp(state.max[r] - max);
+                state.sum[r] *= shrink;
+                state.out[r * d..][..d].iter_mut().for_each(|v| *v *= shrink);
             }
+            state.max[r] = max;
         }
         state.sum[r] += exp_sum_body(row, state.max[r]);
     }

@@ -68,12 +68,15 @@ fn absorb_seen<const ALL: bool>(
     }
     let max = _mm512_reduce_max_ps(max);
     if max > *state.max {
-        let shrink = exp(*state.max - max);
-        *state.max = max;
-        *state.sum *= shrink;
-        for x in state.out.as_chunks_mut::<ROWS>().0 {
-            store(_mm512_mul_ps(load(x), _mm512_set1_ps(shrink)), x);
+        // Before the first key there is nothing to rescale.
+        if *state.max > f32::NEG_INFINITY {
+            let shrink = exp(*state.max - max);
+            *state.sum *= shrink;
+            for x in state.out.as_chunks_mut::<ROWS>().0 {
+                store(_mm512_mul_ps(load(x), _mm512_set1_ps(shrink)), x);
+            }
         }
+        *state.max = max;
     }
     let (max, mut sum) = (_mm512_set1_ps(*state.max), _mm512_setzero_ps());
     for (i, x) in row.iter_mut().enumerate() {
