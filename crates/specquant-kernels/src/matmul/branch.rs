@@ -164,46 +164,30 @@ pub(super) struct BranchTerm<'a> {
     pub coeffs: &'a [[f16; PANEL]],
 }
 
-/// Adds to the panel at column `col`: every sum begins with what is there and takes one basis row after the other. Instruction sets compile it for themselves, or
-/// have their own to the same bits.
-#[inline(always)]
-pub(super) fn add_term(term: &BranchTerm, rect: &mut Rect, col: usize) {
-    let mut coeffs = Buffer::<f32>::new(term.coeffs.len() * PANEL);
-    widen_f16(term.coeffs.as_flattened(), &mut coeffs);
-    let coeffs = coeffs.as_chunks::<PANEL>().0;
-    let whole = rect.rows / 4 * 4;
-    for row in (0..whole).step_by(4) {
-        add_tile::<4>(term, coeffs, rect, row, col);
-    }
-    for row in whole..rect.rows {
-        add_tile::<1>(term, coeffs, rect, row, col);
+impl BranchTerm<'_> {
+    /// The coefficients in f32.
+    pub(super) fn widened(&self) -> Buffer<f32> {
+        let mut wide = Buffer::new(self.coeffs.len() * PANEL);
+        widen_f16(self.coeffs.as_flattened(), &mut wide);
+        wide
     }
 }
 
-/// R rows from `row` on.
-#[inline(always)]
-fn add_tile<const R: usize>(
-    term: &BranchTerm,
-    coeffs: &[[f32; PANEL]],
-    rect: &mut Rect,
-    row: usize,
-    col: usize,
-) {
-    let mut sums = [[0.0f32; PANEL]; R];
+/// Adds to the panel at column `col`: every sum begins with what is there and takes one basis row after the other. Instruction sets have their own to the
+/// same bits.
+pub(super) fn add_term(term: &BranchTerm, rect: &mut Rect, col: usize) {
+    let coeffs = term.widened();
     let lanes = PANEL.min(rect.width - col);
-    let p: [&[f32]; R] = std::array::from_fn(|i| &term.p[(row + i) * term.stride..][..coeffs.len()]);
-    for i in 0..R {
-        sums[i][..lanes].copy_from_slice(&rect.row_mut(row + i)[col..][..lanes]);
-    }
-    for (r, c) in coeffs.iter().enumerate() {
-        for i in 0..R {
+    for row in 0..rect.rows {
+        let y = &mut rect.row_mut(row)[col..][..lanes];
+        let mut sums = [0.0f32; PANEL];
+        sums[..lanes].copy_from_slice(y);
+        for (p, c) in term.p[row * term.stride..].iter().zip(coeffs.as_chunks::<PANEL>().0) {
             for l in 0..PANEL {
-                sums[i][l] = p[i][r].mul_add(c[l], sums[i][l]);
+                sums[l] = p.mul_add(c[l], sums[l]);
             }
         }
-    }
-    for i in 0..R {
-        rect.row_mut(row + i)[col..][..lanes].copy_from_slice(&sums[i][..lanes]);
+        y.copy_from_slice(&sums[..lanes]);
     }
 }
 
