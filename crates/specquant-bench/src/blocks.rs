@@ -71,7 +71,7 @@ pub struct BlockRow {
     pub specquant: f64,
     /// The default recipe.
     pub spectral: f64,
-    /// Reading as many bytes as its weights and cache have, and nothing else.
+    /// Reading as many bytes as its weights and what is cached before have, and nothing else; 0 for prompts, which arithmetic bounds.
     pub read: f64,
     /// Weights of its linear layers.
     pub weights: usize,
@@ -172,17 +172,19 @@ impl Forms {
         let pass = std::cell::RefCell::new(pass);
         let [a, b, c, d] = &mut caches;
         let bytes_read = bytes(spectral_block) + d.iter().map(KvCache::bytes).sum::<usize>();
-        let memory: Vec<u64> = (0..bytes_read as u64 / 8).collect();
-        let [dense, plain, specquant, spectral, read] = best(
-            settings.seconds,
-            [
-                &mut || pass.borrow_mut()(0, a),
-                &mut || pass.borrow_mut()(1, b),
-                &mut || pass.borrow_mut()(2, c),
-                &mut || pass.borrow_mut()(3, d),
-                &mut || read_once(&memory),
-            ],
-        );
+        let [a, b, c, d]: [&mut dyn FnMut(); 4] = [
+            &mut || pass.borrow_mut()(0, a),
+            &mut || pass.borrow_mut()(1, b),
+            &mut || pass.borrow_mut()(2, c),
+            &mut || pass.borrow_mut()(3, d),
+        ];
+        let [dense, plain, specquant, spectral, read] = if before > 0 {
+            let memory: Vec<u64> = (0..bytes_read as u64 / 8).collect();
+            best(settings.seconds, [a, b, c, d, &mut || read_once(&memory)])
+        } else {
+            let [a, b, c, d] = best(settings.seconds, [a, b, c, d]);
+            [a, b, c, d, 0.0]
+        };
         failed?;
         let weights = dense_block.linears().iter().map(|(_, l)| l.in_features() * l.out_features()).sum();
         Ok(BlockRow {

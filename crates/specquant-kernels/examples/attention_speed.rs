@@ -92,8 +92,8 @@ fn main() {
     let rows: Vec<u32> = (0..n).flat_map(|_| 0..r as u32).collect();
     let Ok(c) = BranchCoeffs::pack(k, &vec![r; n], &rows, &coeffs) else { return };
     let (p, mut y) = (noise(m * r), vec![0.0; m * n]);
-    let many = best(10, || add_branch(BranchPart { p: &p, coeffs: &c }, m, &mut y));
-    let one = best(50, || add_branch(BranchPart { p: &p[..r], coeffs: &c }, 1, &mut y[..n]));
+    let many = best(10, || add_branch(BranchPart { p: &p, stride: r, coeffs: &c }, m, &mut y));
+    let one = best(50, || add_branch(BranchPart { p: &p[..r], stride: r, coeffs: &c }, 1, &mut y[..n]));
     let rate = 2.0 * (m * r * n) as f64 / many / 1e9;
     println!("branch of 16 bins, {n} outputs: {m} rows {rate:.1} GFLOP/s, 1 row {:.1} µs", one * 1e6);
 }

@@ -98,8 +98,9 @@ impl Basis {
             Basis::Dense { rows: basis, .. } => matmul_nt(x, &basis[..r * n], &mut p, rows, n, r, false),
             Basis::Fourier(_) | Basis::Dct(_) => {
                 let folded = self.folded(r);
-                for_each_chunk(&mut p, FOLDED_ROWS * r, |i, p| {
-                    let x = &x[i * FOLDED_ROWS * n..][..p.len() / r * n];
+                let at_once = FOLDED_ROWS.min(rows.div_ceil(rayon::current_num_threads())).max(1);
+                for_each_chunk(&mut p, at_once * r, |i, p| {
+                    let x = &x[i * at_once * n..][..p.len() / r * n];
                     folded.project(x, p, r);
                 });
             }
@@ -152,13 +153,13 @@ impl Basis {
         if matches!(self, Basis::Fourier(_)) { row > 0 && row.is_multiple_of(2) } else { row % 2 == 1 }
     }
 
-    /// At least the first `r` rows of a computed basis, as few more as there is room for in panels. Kept for the life of the process, as a model has few widths.
+    /// At least the first `r` rows of a computed basis. Kept for the life of the process, as a model has few widths.
     fn folded(&self, r: usize) -> Arc<Folded> {
         type Cache = Mutex<HashMap<(bool, usize, usize), Arc<Folded>>>;
         static CACHE: OnceLock<Cache> = OnceLock::new();
         let n = self.in_features();
-        // As many even rows as odd ones, and one more.
-        let most = ((r + 1).next_multiple_of(2 * FOLDED_PANEL) - 1).min(n);
+        // As many even rows as odd ones, and one more, in whole panels; doubled from one to the next, so that all ranks together take twice the memory of the largest.
+        let most = ((r + 1).next_power_of_two().max(2 * FOLDED_PANEL) - 1).min(n);
         let key = (matches!(self, Basis::Fourier(_)), n, most);
         // A panic elsewhere cannot leave the map half-written, so a poisoned lock is as good as new.
         let cache = || CACHE.get_or_init(Cache::default).lock().unwrap_or_else(PoisonError::into_inner);
@@ -171,7 +172,7 @@ impl Basis {
     }
 }
 
-/// Rows that are folded and multiplied at a time: a few tiles, which stay in a core's L2.
+/// Rows that are folded and multiplied at a time, at most: a tile, which stays in a core's L2 beside 4096 folded inputs of 31 basis rows.
 const FOLDED_ROWS: usize = 12;
 /// Columns in a panel of a packed weight.
 const FOLDED_PANEL: usize = 16;
@@ -294,6 +295,9 @@ mod tests {
             }
         }
         assert!(Arc::ptr_eq(&Basis::Dct(30).folded(4), &Basis::Dct(30).folded(8)));
+        // All ranks share a few tables.
+        let sizes = (1..=1000).map(|r| Basis::Dct(1000).folded(r).halves[0].out_features());
+        assert_eq!(sizes.collect::<std::collections::BTreeSet<_>>().len(), 6);
         assert_eq!([0, 1, 16].map(|k| fourier_rows(30, k)), [0, 1, 30]);
         assert_eq!(fourier_rows(31, 16), 31);
         let basis = Basis::Fourier(30);

@@ -79,7 +79,7 @@ pub fn matmul_int(a: &QuantizedActs, w: &PackedWeights, y: &mut [f32]) {
 /// Several integer products, whose work threads share as if they were one.
 ///
 /// # Panics
-/// If the input widths of a part differ, a product's parts differ in rows or outputs, or a buffer has the wrong length.
+/// If the input widths of a part differ, a product's parts and its branch differ in rows or outputs, or a buffer has the wrong length.
 pub fn matmul_int_all<const N: usize>(products: [IntProduct; N]) {
     matmul_int_with(Isa::active(), products);
 }
@@ -417,8 +417,7 @@ fn int_rect<K: Kernel>(kernel: K, parts: &[Part], branch: Option<BranchPart>, mu
             }
         }
         if let Some(branch) = branch {
-            let all = parts.first().map_or(0, |(a, _)| a.rows);
-            add_to_panels(kernel, branch, all, &mut rect, col, range);
+            add_to_panels(kernel, branch, &mut rect, col, range);
         }
     }
 }

@@ -311,7 +311,7 @@ pub fn forward_shared<const N: usize>(
     let parts = std::array::from_fn(|i| {
         let branch = branches[i]?;
         let p = projected[first(branch)?].as_deref()?;
-        Some(BranchPart { p, coeffs: &branch.coeffs })
+        Some(BranchPart { p, stride: p.len() / rows.max(1), coeffs: &branch.coeffs })
     });
     multiply(layers, x, kept, rows, parts, outputs.each_mut())?;
     add_biases(layers, outputs);
@@ -396,4 +396,63 @@ fn multiply_codes<const N: usize>(
         kernels::IntProduct { parts: &parts[..used], branch, y }
     });
     kernels::matmul_int_all(products);
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use half::f16;
+
+    fn values(n: usize, seed: usize) -> Vec<f32> {
+        (0..n).map(|i| ((i * 7919 + seed * 104_729 + 13) % 1009) as f32 / 504.5 - 1.0).collect()
+    }
+
+    fn layer(out: usize, inp: usize, act_bits: u8, branch: Option<(&Arc<Basis>, usize)>) -> Linear {
+        let codes: Vec<i8> = (0..out * inp).map(|i| (i * 31 % 15) as i8 - 7).collect();
+        let branch = branch.map(|(basis, rank)| {
+            let rows: Vec<u32> = (0..out).flat_map(|_| 0..rank as u32).collect();
+            let coeffs: Vec<f16> = values(out * rank, rank).into_iter().map(f16::from_f32).collect();
+            let coeffs = BranchCoeffs::pack(inp, &vec![rank; out], &rows, &coeffs).unwrap();
+            Branch { basis: Arc::clone(basis), coeffs }
+        });
+        Linear::Quantized(QuantLinear {
+            weights: PackedWeights::pack(&codes, &vec![0.01; out], out, inp, 4, inp).unwrap(),
+            kept: None,
+            act_bits,
+            act_levels: Levels::Uniform,
+            act_clip: 1.0,
+            branch,
+            bias: Some(values(out, 9)),
+        })
+    }
+
+    /// Layers that share an input and some of their bases, at other ranks, are what each is alone.
+    #[test]
+    fn sharing_changes_nothing() {
+        let inp = 48;
+        let bases = [Basis::Fourier(inp), Basis::Dct(inp)].map(Arc::new);
+        for act_bits in [4, 16] {
+            let layers = [
+                layer(17, inp, act_bits, Some((&bases[0], 5))),
+                layer(40, inp, 4, Some((&bases[1], 7))),
+                Linear::Dense(DenseLinear {
+                    out: 20,
+                    inp,
+                    weight: DenseWeight::Owned(values(20 * inp, 4)),
+                    bias: None,
+                }),
+                layer(33, inp, act_bits, Some((&bases[0], 12))),
+                layer(8, inp, 4, None),
+            ];
+            for rows in [1, 30] {
+                let x = values(rows * inp, rows);
+                let mut together = layers.each_ref().map(|l| vec![0.0; rows * l.out_features()]);
+                let outputs = together.each_mut().map(Vec::as_mut_slice);
+                forward_shared(layers.each_ref(), &x, rows, None, outputs).unwrap();
+                for (layer, y) in layers.iter().zip(&together) {
+                    assert_eq!(**y, layer.forward(&x, rows).unwrap()[..], "{act_bits} bits, {rows} rows");
+                }
+            }
+        }
+    }
 }

@@ -277,8 +277,14 @@ fn twins_agree_bit_for_bit() {
     let (mut s1, mut s2) = (State::new(o1, m1), State::new(o2, m2));
     s1.out.copy_from_slice(&noise(rows * d, 3));
     s2.out.copy_from_slice(s1.out);
+    // Rows that have seen keys before, of smaller and of larger scores, and rows that have not.
+    for state in [&mut s1, &mut s2] {
+        state.max[..4].copy_from_slice(&[-0.5, 2.0, -0.5, 0.1]);
+        state.sum[..4].fill(1.5);
+    }
     absorb(&mut a, n, 10, 30, 2, 15, &mut s1);
     absorb_body(&mut b, n, 10, 30, 2, 15, &mut s2);
+    assert!(s1.max[0] > -0.5 && s1.max[1] == 2.0 && s1.max[5] > f32::NEG_INFINITY);
     assert_eq!((&a, &s1.max, &s1.sum, &s1.out), (&b, &s2.max, &s2.sum, &s2.out));
 }
 

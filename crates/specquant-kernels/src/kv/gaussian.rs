@@ -33,10 +33,15 @@ const STEPS: [(f32, f32); 7] = {
 
 /// Quantizes one head of one token. codes: `[x.len() / 2]`, rounded up, zeros. Returns the scale, NaN for a row that is not finite.
 pub(super) fn quantize(x: &[f32], codes: &mut [u8]) -> f16 {
+    quantize_with(Isa::active(), x, codes)
+}
+
+fn quantize_with(isa: Isa, x: &[f32], codes: &mut [u8]) -> f16 {
     #[cfg(target_arch = "x86_64")]
-    if let Some(token) = Avx512Vnni::new().filter(|_| Isa::active().vectors() == Isa::Avx512Vnni) {
+    if let Some(token) = Avx512Vnni::new().filter(|_| isa.vectors() == Isa::Avx512Vnni) {
         return token.quantize(x, codes);
     }
+    let _ = isa;
     quantize_portable(x, codes)
 }
 
@@ -51,7 +56,8 @@ fn magnitude(v: f32, scale: f32) -> f32 {
     if a > 127.0 { 127.0 } else { a }
 }
 
-/// The largest level that a magnitude up to 127 is nearest to.
+/// The level that a magnitude up to 127 is nearest to.
+#[inline(always)]
 const fn level(magnitude: f32) -> f32 {
     let (mut level, mut i) = (GAUSSIAN_LEVELS[8] as f32, 0);
     while i < STEPS.len() {
@@ -283,25 +289,37 @@ mod tests {
     use super::*;
     use crate::ops::test_noise as noise;
 
-    /// The same codes by every way.
+    /// The same codes on every instruction set, also of what lies halfway between two magnitudes.
     #[test]
     fn instruction_sets_agree() {
+        let check = |x: &[f32], what: &str| {
+            let run = |quantize: &dyn Fn(&[f32], &mut [u8]) -> f16| {
+                let mut codes = vec![0; x.len().div_ceil(2)];
+                let scale = quantize(x, &mut codes).to_bits();
+                (codes, scale)
+            };
+            let want = run(&|x, codes| quantize_body(x, codes));
+            for isa in Isa::available() {
+                assert_eq!(run(&|x, codes| quantize_with(isa, x, codes)), want, "{isa:?} {what}");
+            }
+        };
         for head_dim in [1usize, 7, 16, 33, 64, 128] {
-            for scale in [1.0, 1e-12, 1e30, f32::INFINITY, f32::NAN, 0.0] {
+            for factor in [1.0, 1e-12, 1e30, f32::INFINITY, f32::NAN, 0.0] {
                 for seed in 0..20 {
                     let mut x = noise(head_dim, seed);
-                    // Also what lies between two levels, and beyond the last.
-                    x.iter_mut().step_by(3).for_each(|v| *v = (*v * 64.0).round() / 64.0);
-                    x[head_dim / 2] *= scale;
-                    let all = [quantize, quantize_portable, quantize_body].map(|quantize| {
-                        let mut codes = vec![0; head_dim.div_ceil(2)];
-                        let scale = quantize(&x, &mut codes).to_bits();
-                        (codes, scale)
-                    });
-                    assert_eq!(all[0], all[1], "{head_dim} {scale} {seed}");
-                    assert_eq!(all[0], all[2], "{head_dim} {scale} {seed}");
+                    x[head_dim / 2] *= factor;
+                    check(&x, &format!("{head_dim} {factor} {seed}"));
                 }
             }
+        }
+        for shrink in SHRINK {
+            let scale = f16::from_f32(shrink / 127.0).to_f32();
+            let mut x: Vec<f32> = (0..256).map(|k| scale * 0.5 * k as f32).collect();
+            x.iter_mut().step_by(3).for_each(|v| *v = -*v);
+            // The largest, of which the scales are shares.
+            x.retain(|v| v.abs() < 1.0);
+            x.push(1.0);
+            check(&x, &format!("multiples of {scale}"));
         }
     }
 

@@ -169,6 +169,14 @@ fn store_chunk(chunk: &mut Chunk, v: [__m256i; 2]) {
 /// Bytes of weights that are fetched before they are used: the processor's own prefetching stops at every page.
 const AHEAD: usize = 4096;
 
+/// Asks for what lies [`AHEAD`] of a chunk.
+#[inline]
+#[target_feature(enable = "avx2")]
+pub(super) fn fetch_ahead(chunk: &Chunk) {
+    // No access: an address beyond the weights does no harm.
+    _mm_prefetch::<_MM_HINT_T0>(std::ptr::from_ref(chunk).cast::<i8>().wrapping_add(AHEAD));
+}
+
 /// # Safety
 /// Every row of the rectangle must have as many coordinates as there are coefficients.
 #[target_feature(enable = "avx2,fma")]
@@ -230,14 +238,6 @@ unsafe fn branch_tile<const R: usize>(
         }
         rect.row_mut(row + r)[col..][..lanes].copy_from_slice(&y[r][..lanes]);
     }
-}
-
-/// Asks for what lies [`AHEAD`] of a chunk.
-#[inline]
-#[target_feature(enable = "avx2")]
-pub(super) fn fetch_ahead(chunk: &Chunk) {
-    // No access: an address beyond the weights does no harm.
-    _mm_prefetch::<_MM_HINT_T0>(std::ptr::from_ref(chunk).cast::<i8>().wrapping_add(AHEAD));
 }
 
 /// The levels in both 128-bit lanes, to be looked up.

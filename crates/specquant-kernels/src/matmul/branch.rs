@@ -2,7 +2,7 @@
 //!
 //! The branch's weight is `W' = C P`, with a [`Basis`](crate::Basis) P [r, in] that all layers with one input share and coefficients C [out, r] of each layer,
 //! so it is `x W'ᵀ = (x Pᵀ) Cᵀ`: one thin projection for every input, and one thin product for every layer (arXiv 2511.11663, Eq. 16), which a rectangle
-//! of the integer product is finished with while it is in the first cache.
+//! of the integer product is finished with while it is in a core's caches.
 
 use super::grid::{Grid, Rect, panels};
 use super::{Kernel, ROWS, TILE_ROWS};
@@ -90,29 +90,22 @@ impl BranchCoeffs {
 /// What a branch adds to a product: `p Cᵀ`.
 #[derive(Debug, Clone, Copy)]
 pub struct BranchPart<'a> {
-    /// x Pᵀ, the rows' coordinates, `[rows, columns]`, of which the first [`BranchCoeffs::rank`] columns count.
+    /// x Pᵀ, the rows' coordinates, `[rows, stride]`, of which the first [`BranchCoeffs::rank`] columns count.
     pub p: &'a [f32],
+    /// How far the coordinates of two rows lie apart.
+    pub stride: usize,
     /// C.
     pub coeffs: &'a BranchCoeffs,
 }
 
 impl BranchPart<'_> {
-    /// How far the coordinates of two rows lie apart.
-    ///
     /// # Panics
     /// If lengths do not follow from a product `[rows, out]`, or there are too few columns.
     pub(super) fn check(&self, rows: usize, out: usize) {
-        let (columns, used) = (self.columns(rows), self.coeffs.rank);
+        let (stride, used) = (self.stride, self.coeffs.rank);
         assert_eq!(self.coeffs.out, out, "branch: outputs of the coefficients");
-        assert_eq!(self.p.len(), rows * columns, "branch: p is not [{rows}, {columns}]");
-        assert!(
-            columns >= used || rows == 0,
-            "branch: p has {columns} columns, the coefficients need {used}"
-        );
-    }
-
-    fn columns(&self, rows: usize) -> usize {
-        self.p.len() / rows.max(1)
+        assert_eq!(self.p.len(), rows * stride, "branch: p is not [{rows}, {stride}]");
+        assert!(stride >= used, "branch: p has {stride} columns, the coefficients need {used}");
     }
 }
 
@@ -132,21 +125,20 @@ fn add_branch_with(isa: Isa, branch: BranchPart, rows: usize, y: &mut [f32]) {
         // SAFETY: every rectangle is taken once.
         let mut rect = unsafe { grid.rect(i) };
         for (col, range) in panels(&rect, 1) {
-            add_to_panels(kernel, branch, rows, &mut rect, col, range);
+            add_to_panels(kernel, branch, &mut rect, col, range);
         }
     }));
 }
 
-/// Adds the branch to some panels of a rectangle, the first of which is at column `col` of it; rows: of the whole product.
+/// Adds the branch to some panels of a rectangle, the first of which is at column `col` of it.
 pub(super) fn add_to_panels(
     kernel: impl Kernel,
     branch: BranchPart,
-    rows: usize,
     rect: &mut Rect,
     col: usize,
     range: Range<usize>,
 ) {
-    let stride = branch.columns(rows);
+    let stride = branch.stride;
     for (j, panel) in range.enumerate() {
         let coeffs = branch.coeffs.panel(panel);
         if !coeffs.is_empty() {
@@ -195,7 +187,7 @@ pub(super) fn add_term(term: &BranchTerm, rect: &mut Rect, col: usize) {
 mod tests {
     use super::*;
     use crate::ops::test_noise as noise;
-    use crate::{Basis, IntProduct, PackedWeights, matmul_int, matmul_int_with, matmul_nt};
+    use crate::{Basis, IntProduct, PackedWeights, matmul_int_with, matmul_nt};
 
     /// The branch by the long way round: W' = C P in f64, then x W'ᵀ.
     fn naive(
@@ -262,7 +254,7 @@ mod tests {
             let run = |threads| {
                 let mut y = y0.clone();
                 let pool = rayon::ThreadPoolBuilder::new().num_threads(threads).build().unwrap();
-                pool.install(|| add_branch(BranchPart { p: &p, coeffs: &c }, t, &mut y));
+                pool.install(|| add_branch(BranchPart { p: &p, stride, coeffs: &c }, t, &mut y));
                 y
             };
             let y = run(1);
@@ -270,23 +262,51 @@ mod tests {
             for (e, want) in naive(&x, &basis, &counts, &rows, &coeffs, &y0).into_iter().enumerate() {
                 assert!((f64::from(y[e]) - want).abs() < 3e-5, "{n} {out} {t} at {e}: {} {want}", y[e]);
             }
-            // Every instruction set, alone and as the end of an integer product; and an integer product alone is what the branch is added to.
-            let codes: Vec<i8> = (0..out * n).map(|i| (i * 7919 % 15) as i8 - 7).collect();
-            let w = PackedWeights::pack(&codes, &vec![0.01; out], out, n, 4, n).unwrap();
-            let a = crate::quantize_acts(&x, t, n, 4, 1.0);
-            let mut product = vec![0.0; t * out];
-            matmul_int(&a, &w, &mut product);
+            // Every instruction set, to the same bits.
             for isa in Isa::available() {
-                let branch = BranchPart { p: &p, coeffs: &c };
-                let mut alone = y0.clone();
-                add_branch_with(isa, branch, t, &mut alone);
-                assert_eq!(y, alone, "{}", isa.name());
-                let mut behind = vec![f32::NAN; t * out];
-                let (parts, branch) = (&[(&a, &w)][..], Some(branch));
-                matmul_int_with(isa, [IntProduct { parts, branch, y: &mut behind }]);
-                let mut after = product.clone();
-                add_branch_with(Isa::Scalar, BranchPart { p: &p, coeffs: &c }, t, &mut after);
-                assert_eq!(behind, after, "{}, behind a product", isa.name());
+                let mut again = y0.clone();
+                add_branch_with(isa, BranchPart { p: &p, stride, coeffs: &c }, t, &mut again);
+                assert_eq!(y, again, "{}", isa.name());
+            }
+        }
+    }
+
+    /// Behind products of one block and of several, of groups, and of two parts, beside one without a branch.
+    #[test]
+    fn a_branch_behind_a_product_is_the_one_added_to_it() {
+        for (inp, group, tail, out, t) in [
+            (64, 64, 0, 40, 1),
+            (576, 576, 32, 70, 13),
+            (64, 16, 0, 33, 5),
+            (64, 16, 16, 33, 100),
+            (2048, 2048, 0, 35, 7),
+            (2048, 2048, 900, 16, 97),
+        ] {
+            let packed = |inp: usize, group: usize| {
+                let codes: Vec<i8> = (0..out * inp).map(|i| (i * 7919 % 15) as i8 - 7).collect();
+                PackedWeights::pack(&codes, &vec![0.01; out * inp / group], out, inp, 4, group).unwrap()
+            };
+            let acts = |inp| crate::quantize_acts(&noise(t * inp, 1), t, inp, 4, 1.0);
+            let (w, w_tail) = (packed(inp, group), packed(tail.max(8), tail.max(8)));
+            let (a, a_tail) = (acts(inp), acts(tail.max(8)));
+            let parts = &[(&a, &w), (&a_tail, &w_tail)][..if tail > 0 { 2 } else { 1 }];
+            let (counts, stride) = ((0..out).map(|j| j % 7).collect::<Vec<_>>(), 9);
+            let rows: Vec<u32> = counts.iter().flat_map(|&count| 0..count as u32).collect();
+            let coeffs: Vec<f16> = noise(rows.len(), 2).iter().map(|&v| f16::from_f32(v)).collect();
+            let c = BranchCoeffs::pack(stride, &counts, &rows, &coeffs).unwrap();
+            let p = noise(t * stride, 3);
+            let branch = BranchPart { p: &p, stride, coeffs: &c };
+            for isa in Isa::available() {
+                let (mut behind, mut plain) = (vec![f32::NAN; t * out], vec![f32::NAN; t * out]);
+                matmul_int_with(
+                    isa,
+                    [
+                        IntProduct { parts, branch: Some(branch), y: &mut behind },
+                        IntProduct { parts, branch: None, y: &mut plain },
+                    ],
+                );
+                add_branch_with(Isa::Scalar, branch, t, &mut plain);
+                assert_eq!(behind, plain, "{} {inp} {group} {tail} {out} {t}", isa.name());
             }
         }
     }
@@ -300,7 +320,7 @@ mod tests {
             let rows: Vec<u32> = (0..out).flat_map(|_| 0..n as u32).collect();
             let c = BranchCoeffs::pack(n, &vec![n; out], &rows, &coeffs).unwrap();
             let mut y = vec![0.0; 3 * out];
-            add_branch(BranchPart { p: &basis.project(&x, 3, n), coeffs: &c }, 3, &mut y);
+            add_branch(BranchPart { p: &basis.project(&x, 3, n), stride: n, coeffs: &c }, 3, &mut y);
             let mut want = vec![0.0; 3 * out];
             matmul_nt(&x, &w, &mut want, 3, n, out, false);
             for (a, b) in y.iter().zip(&want) {

@@ -74,7 +74,7 @@ fn set(to: &mut [Pairs], x: &[f32], apart: usize) -> f32 {
     if !largest.is_finite() {
         return f32::NAN;
     }
-    // Smaller steps have no inverse.
+    // Smaller steps have no inverse. One division waits for another: a row has one.
     let scale = (largest * (1.0 / LARGEST)).max(f32::MIN_POSITIVE);
     let (inverse, low) = (_mm512_set1_ps(1.0 / scale), _mm512_set1_epi32(0xffff));
     let mut to = to.iter_mut();
