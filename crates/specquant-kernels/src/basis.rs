@@ -18,6 +18,7 @@ use crate::buffer::Buffer;
 use crate::dense::matmul_nt;
 use crate::ops::twin;
 use crate::parallel::for_each_chunk;
+use crate::weights::PANEL;
 use crate::{PackedDense, matmul_packed};
 use rayon::prelude::*;
 use std::borrow::Cow;
@@ -159,7 +160,7 @@ impl Basis {
         static CACHE: OnceLock<Cache> = OnceLock::new();
         let n = self.in_features();
         // As many even rows as odd ones, and one more, in whole panels; doubled from one to the next, so that all ranks together take twice the memory of the largest.
-        let most = ((r + 1).next_power_of_two().max(2 * FOLDED_PANEL) - 1).min(n);
+        let most = ((r + 1).next_power_of_two().max(2 * PANEL) - 1).min(n);
         let key = (matches!(self, Basis::Fourier(_)), n, most);
         // A panic elsewhere cannot leave the map half-written, so a poisoned lock is as good as new.
         let cache = || CACHE.get_or_init(Cache::default).lock().unwrap_or_else(PoisonError::into_inner);
@@ -174,8 +175,6 @@ impl Basis {
 
 /// Rows that are folded and multiplied at a time, at most: a tile, which stays in a core's L2 beside 4096 folded inputs of 31 basis rows.
 const FOLDED_ROWS: usize = 12;
-/// Columns in a panel of a packed weight.
-const FOLDED_PANEL: usize = 16;
 
 /// The first rows of a computed basis, halved: what lies behind the mirror is what lies before it, or the negative.
 struct Folded {

@@ -34,11 +34,12 @@ mod neon;
 pub(crate) use neon::dot_loop;
 
 use crate::isa::with_every_token;
+use crate::packed_dense::Tile;
 use crate::parallel::for_each_index;
 use crate::weights::{Chunk, PANEL};
 use crate::{Buffer, Isa, PackedWeights, QuantizedActs};
+use branch::add_to_panels;
 pub use branch::{BranchCoeffs, BranchPart, add_branch};
-use branch::{BranchTerm, add_term, add_to_panels};
 use finish::{Columns, Term, finish, fold, store};
 use grid::{Grid, Rect, blocks, panels};
 use std::ops::Range;
@@ -198,6 +199,9 @@ trait Kernel: Copy + Send + Sync {
     const INT_STRIP: usize = ROWS;
     /// What [`int_block`](Self::int_block) has for itself, from one to the next of a rectangle.
     type Scratch: Default;
+    /// What multiplies floats beside it.
+    type Floats: Tile;
+    fn floats(self) -> Self::Floats;
     /// Inputs of a block of an integer product of so many tokens at most.
     fn int_depth(rows: usize) -> usize {
         let _ = rows;
@@ -223,10 +227,6 @@ trait Kernel: Copy + Send + Sync {
     /// Writes the products of parts of one group times the tokens' scales, first the one's and to it the other's.
     fn finish(self, main: Term, tail: Option<Term>, to: Columns) {
         finish(main, tail, to);
-    }
-    /// Adds a branch to the panel of a rectangle that is at a column.
-    fn add_branch(self, term: &BranchTerm, rect: &mut Rect, col: usize) {
-        add_term(term, rect, col);
     }
     /// Writes a panel's sums times the tokens' scales.
     fn store(self, sum: &[[f32; PANEL]], scale: &[f32], to: Columns) {
@@ -417,7 +417,7 @@ fn int_rect<K: Kernel>(kernel: K, parts: &[Part], branch: Option<BranchPart>, mu
             }
         }
         if let Some(branch) = branch {
-            add_to_panels(kernel, branch, &mut rect, col, range);
+            add_to_panels(kernel.floats(), branch, &mut rect, col, range);
         }
     }
 }

@@ -14,7 +14,8 @@ use crate::parallel::{Shared, for_each_chunk, for_each_index};
 use half::{bf16, f16};
 use rayon::prelude::*;
 use std::ops::Range;
-use tile::{Part, Place, Tile, Weight};
+use tile::{Part, Place};
+pub(crate) use tile::{Tile, Weight};
 
 /// Output columns of a panel: the lanes of an AVX-512 register.
 const PANEL: usize = 16;
@@ -366,16 +367,16 @@ fn whole(product: Product<f32>, y: &mut [f32], m: usize) {
 }
 
 /// A product of rows, `pitch` apart, with panels `[ceil(n / 16), k, 16]`.
-struct Product<'a, W> {
-    x: &'a [f32],
-    pitch: usize,
-    panels: &'a [W],
-    n: usize,
-    k: usize,
+pub(crate) struct Product<'a, W> {
+    pub x: &'a [f32],
+    pub pitch: usize,
+    pub panels: &'a [W],
+    pub n: usize,
+    pub k: usize,
     /// How far apart the rows of y lie.
-    ldy: usize,
+    pub ldy: usize,
     /// Whether it is added to y.
-    accumulate: bool,
+    pub accumulate: bool,
 }
 
 impl<W: Weight> Product<'_, W> {
@@ -417,7 +418,13 @@ impl<W: Weight> Product<'_, W> {
     ///
     /// # Safety
     /// y must be valid for reading and writing these rows, `ldy` apart, and columns, and nobody else may touch them.
-    unsafe fn block<T: Tile>(&self, token: T, rows: Range<usize>, columns: Range<usize>, y: *mut f32) {
+    pub(crate) unsafe fn block<T: Tile>(
+        &self,
+        token: T,
+        rows: Range<usize>,
+        columns: Range<usize>,
+        y: *mut f32,
+    ) {
         let (n, k, ldy) = (self.n, self.k, self.ldy);
         let part = |depth: usize, first: usize, count: usize| {
             let mut row = rows.start;

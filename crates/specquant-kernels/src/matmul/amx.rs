@@ -8,9 +8,9 @@
 //! sums use the AVX-512 code. Stable Rust has no intrinsics for tiles yet, hence assembly; in one block, for the compiler knows nothing of their shapes.
 
 use super::avx512::expand;
-use super::{BranchTerm, Columns, FloatBlock, INT_DEPTH, IntBlock, Kernel, PANELS, Rect, Term};
+use super::{Columns, FloatBlock, INT_DEPTH, IntBlock, Kernel, PANELS, Term};
 use crate::Buffer;
-use crate::isa::AmxInt8;
+use crate::isa::{AmxInt8, Avx512Vnni};
 use crate::tiles::{ROW_BYTES, ROWS, STRIP, Tiles};
 use crate::weights::{Chunk, PANEL};
 use std::arch::asm;
@@ -49,6 +49,7 @@ impl Kernel for AmxInt8 {
     const INT_STRIP: usize = STRIP;
 
     type Scratch = Tiles;
+    type Floats = Avx512Vnni;
 
     /// Few tokens multiply weights as they come to the first cache. For many, blocks that fit it take longer: their sums are stored and loaded again.
     fn int_depth(rows: usize) -> usize {
@@ -81,6 +82,10 @@ impl Kernel for AmxInt8 {
             *panel = bytes;
         }
         block.nibbles = false;
+    }
+
+    fn floats(self) -> Avx512Vnni {
+        self.avx512
     }
 
     fn int_block(self, block: &IntBlock, tiles: &mut Tiles, acc: &mut [[i32; PANEL]]) {
@@ -126,10 +131,6 @@ impl Kernel for AmxInt8 {
 
     fn fold(self, group: Term, sum: &mut [[f32; PANEL]], begin: bool) {
         self.avx512.fold(group, sum, begin);
-    }
-
-    fn add_branch(self, term: &BranchTerm, rect: &mut Rect, col: usize) {
-        self.avx512.add_branch(term, rect, col);
     }
 
     fn finish(self, main: Term, tail: Option<Term>, to: Columns) {

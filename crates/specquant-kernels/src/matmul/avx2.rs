@@ -9,10 +9,7 @@
 
 mod levels;
 
-use super::{
-    BranchTerm, Columns, FloatBlock, IntBlock, Kernel, Rect, Term, finish, fold, i16_steps,
-    store as store_sums,
-};
+use super::{Columns, FloatBlock, IntBlock, Kernel, Term, finish, fold, i16_steps, store as store_sums};
 use crate::Buffer;
 use crate::isa::Avx2;
 use crate::weights::{Chunk, PANEL, UNIFORM_LEVELS};
@@ -23,10 +20,15 @@ const INT_ROWS: usize = 192;
 
 impl Kernel for Avx2 {
     type Scratch = Buffer<Chunk>;
+    type Floats = Avx2;
     const INT_STRIP: usize = INT_ROWS;
 
     fn int_rows(_: usize) -> usize {
         INT_ROWS
+    }
+
+    fn floats(self) -> Avx2 {
+        self
     }
 
     fn int_block(self, block: &IntBlock, scratch: &mut Buffer<Chunk>, acc: &mut [[i32; PANEL]]) {
@@ -63,14 +65,6 @@ impl Kernel for Avx2 {
         }
         // SAFETY: the token proves AVX2.
         unsafe { fold_avx2(group, sum, begin) }
-    }
-
-    fn add_branch(self, term: &BranchTerm, rect: &mut Rect, col: usize) {
-        let coeffs = term.widened();
-        let coeffs = coeffs.as_chunks().0;
-        assert!(term.p.len() >= (rect.rows - 1) * term.stride + coeffs.len());
-        // SAFETY: the token proves AVX2 and FMA; every row has as many coordinates as there are coefficients.
-        unsafe { add_branch(term, coeffs, rect, col) }
     }
 
     fn finish(self, main: Term, tail: Option<Term>, to: Columns) {
@@ -175,69 +169,6 @@ const AHEAD: usize = 4096;
 pub(super) fn fetch_ahead(chunk: &Chunk) {
     // No access: an address beyond the weights does no harm.
     _mm_prefetch::<_MM_HINT_T0>(std::ptr::from_ref(chunk).cast::<i8>().wrapping_add(AHEAD));
-}
-
-/// # Safety
-/// Every row of the rectangle must have as many coordinates as there are coefficients.
-#[target_feature(enable = "avx2,fma")]
-unsafe fn add_branch(term: &BranchTerm, coeffs: &[[f32; PANEL]], rect: &mut Rect, col: usize) {
-    let mut row = 0;
-    while row < rect.rows {
-        macro_rules! tiles {
-            ($($height:literal),*) => {
-                match rect.rows - row {
-                    $($height.. => {
-                        // SAFETY: forwarded.
-                        unsafe { branch_tile::<$height>(term, coeffs, rect, row, col) };
-                        row += $height;
-                    })*
-                    0 => {}
-                }
-            };
-        }
-        tiles!(6, 4, 2, 1);
-    }
-}
-
-/// R rows from `row` on.
-///
-/// # Safety
-/// As [`add_branch`].
-#[target_feature(enable = "avx2,fma")]
-unsafe fn branch_tile<const R: usize>(
-    term: &BranchTerm,
-    coeffs: &[[f32; PANEL]],
-    rect: &mut Rect,
-    row: usize,
-    col: usize,
-) {
-    let (mut y, lanes) = ([[0.; PANEL]; R], PANEL.min(rect.width - col));
-    let mut sum = [[_mm256_setzero_ps(); 2]; R];
-    let p = term.p[row * term.stride..].as_ptr();
-    for r in 0..R {
-        y[r][..lanes].copy_from_slice(&rect.row_mut(row + r)[col..][..lanes]);
-        // SAFETY: 16 numbers.
-        sum[r] = unsafe { [_mm256_loadu_ps(y[r].as_ptr()), _mm256_loadu_ps(y[r].as_ptr().add(8))] };
-    }
-    for (k, c) in coeffs.iter().enumerate() {
-        // SAFETY: 16 coefficients; the row has as many coordinates.
-        unsafe {
-            let c = [_mm256_loadu_ps(c.as_ptr()), _mm256_loadu_ps(c.as_ptr().add(8))];
-            for r in 0..R {
-                let p = _mm256_set1_ps(*p.add(r * term.stride + k));
-                for h in 0..2 {
-                    sum[r][h] = _mm256_fmadd_ps(p, c[h], sum[r][h]);
-                }
-            }
-        }
-    }
-    for r in 0..R {
-        for h in 0..2 {
-            // SAFETY: 8 of 16 numbers.
-            unsafe { _mm256_storeu_ps(y[r].as_mut_ptr().add(8 * h), sum[r][h]) };
-        }
-        rect.row_mut(row + r)[col..][..lanes].copy_from_slice(&y[r][..lanes]);
-    }
 }
 
 /// The levels in both 128-bit lanes, to be looked up.

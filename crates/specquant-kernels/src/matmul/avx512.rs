@@ -6,7 +6,7 @@
 //! Float products of many tokens take twelve of them and a panel, which the AVX2 code widens; few use the AVX2 code, to the same bits.
 
 use super::avx2::{self, check_float, fetch_ahead};
-use super::{BranchTerm, Columns, FloatBlock, IntBlock, Kernel, PANELS, Rect, TILE_ROWS, Term};
+use super::{Columns, FloatBlock, IntBlock, Kernel, PANELS, TILE_ROWS, Term};
 use crate::Buffer;
 use crate::isa::Avx512Vnni;
 use crate::weights::{Chunk, PANEL, UNIFORM_LEVELS};
@@ -22,6 +22,11 @@ impl Kernel for Avx512Vnni {
     const INT_ROW_STEP: usize = 1;
     /// What a strip has unpacked: a rectangle is one strip.
     type Scratch = Buffer<Chunk>;
+    type Floats = Avx512Vnni;
+
+    fn floats(self) -> Avx512Vnni {
+        self
+    }
 
     fn int_block(self, block: &IntBlock, bytes: &mut Buffer<Chunk>, acc: &mut [[i32; PANEL]]) {
         let (rows, panels) = (block.rows, block.panels());
@@ -55,13 +60,6 @@ impl Kernel for Avx512Vnni {
                 None => finish([main], to),
             }
         }
-    }
-
-    fn add_branch(self, term: &BranchTerm, rect: &mut Rect, col: usize) {
-        let (rows, depth) = (rect.rows, term.coeffs.len());
-        assert!(term.p.len() >= (rows - 1) * term.stride + depth);
-        // SAFETY: the token proves AVX-512 F; every row has as many coordinates as there are coefficients.
-        unsafe { add_branch(term, rect, col) }
     }
 
     fn store(self, sum: &[[f32; PANEL]], scale: &[f32], to: Columns) {
@@ -112,53 +110,6 @@ fn store(sum: &[[f32; PANEL]], scale: &[f32], to: Columns) {
     }
 }
 
-/// # Safety
-/// Every row of the rectangle must have as many coordinates as there are coefficients.
-#[target_feature(enable = "avx512f")]
-unsafe fn add_branch(term: &BranchTerm, rect: &mut Rect, col: usize) {
-    let mut row = 0;
-    while row < rect.rows {
-        macro_rules! tiles {
-            ($($height:literal),*) => {
-                match rect.rows - row {
-                    $($height.. => {
-                        // SAFETY: forwarded.
-                        unsafe { branch_tile::<$height>(term, rect, row, col) };
-                        row += $height;
-                    })*
-                    0 => {}
-                }
-            };
-        }
-        tiles!(12, 8, 4, 2, 1);
-    }
-}
-
-/// R rows from `row` on.
-///
-/// # Safety
-/// As [`add_branch`].
-#[target_feature(enable = "avx512f")]
-unsafe fn branch_tile<const R: usize>(term: &BranchTerm, rect: &mut Rect, row: usize, col: usize) {
-    let mut sum = [_mm512_setzero_ps(); R];
-    for r in 0..R {
-        sum[r] = load_row(&rect.row_mut(row + r)[col..]);
-    }
-    let p = term.p[row * term.stride..].as_ptr();
-    for (k, c) in term.coeffs.iter().enumerate() {
-        // SAFETY: 16 coefficients; the row has as many coordinates.
-        unsafe {
-            let c = _mm512_cvtph_ps(_mm256_loadu_si256(c.as_ptr().cast()));
-            for r in 0..R {
-                sum[r] = _mm512_fmadd_ps(_mm512_set1_ps(*p.add(r * term.stride + k)), c, sum[r]);
-            }
-        }
-    }
-    for r in 0..R {
-        store_row(sum[r], &mut rect.row_mut(row + r)[col..], false);
-    }
-}
-
 /// A [`Term`] of some tokens, with what its channels have in registers.
 #[derive(Clone, Copy)]
 struct Loaded<'a> {
@@ -196,22 +147,14 @@ impl<'a> Loaded<'a> {
 /// A token's numbers, to the lanes that y has.
 #[target_feature(enable = "avx512f")]
 fn store_row(mut v: __m512, y: &mut [f32], accumulate: bool) {
-    if accumulate {
-        v = _mm512_add_ps(load_row(y), v);
+    let mask = if y.len() < PANEL { (1u16 << y.len()) - 1 } else { u16::MAX };
+    // SAFETY: of y, only the lanes that it has.
+    unsafe {
+        if accumulate {
+            v = _mm512_add_ps(_mm512_maskz_loadu_ps(mask, y.as_ptr()), v);
+        }
+        _mm512_mask_storeu_ps(y.as_mut_ptr(), mask, v);
     }
-    // SAFETY: of y, only the lanes that it has.
-    unsafe { _mm512_mask_storeu_ps(y.as_mut_ptr(), lanes(y), v) };
-}
-
-/// The lanes that y has, of a panel.
-#[target_feature(enable = "avx512f")]
-fn load_row(y: &[f32]) -> __m512 {
-    // SAFETY: of y, only the lanes that it has.
-    unsafe { _mm512_maskz_loadu_ps(lanes(y), y.as_ptr()) }
-}
-
-fn lanes(y: &[f32]) -> __mmask16 {
-    if y.len() < PANEL { (1 << y.len()) - 1 } else { __mmask16::MAX }
 }
 
 /// Unsafe contract of the functions below: `a` points to rows that lie `stride` apart, as many as `acc` has for each panel (or R), and each

@@ -4,14 +4,19 @@
 //! products use the AVX2 code.
 
 use super::avx2::{add_to, check, expand, fetch_ahead, load, quad, table, unpack};
-use super::{BranchTerm, Columns, FloatBlock, IntBlock, Kernel, Rect, Term};
+use super::{Columns, FloatBlock, IntBlock, Kernel, Term};
 use crate::Buffer;
-use crate::isa::AvxVnni;
+use crate::isa::{Avx2, AvxVnni};
 use crate::weights::{Chunk, PANEL};
 use std::arch::x86_64::*;
 
 impl Kernel for AvxVnni {
     type Scratch = Buffer<Chunk>;
+    type Floats = Avx2;
+
+    fn floats(self) -> Avx2 {
+        self.avx2
+    }
 
     fn int_block(self, block: &IntBlock, scratch: &mut Buffer<Chunk>, acc: &mut [[i32; PANEL]]) {
         block.clear(acc);
@@ -29,10 +34,6 @@ impl Kernel for AvxVnni {
 
     fn fold(self, group: Term, sum: &mut [[f32; PANEL]], begin: bool) {
         self.avx2.fold(group, sum, begin);
-    }
-
-    fn add_branch(self, term: &BranchTerm, rect: &mut Rect, col: usize) {
-        self.avx2.add_branch(term, rect, col);
     }
 
     fn finish(self, main: Term, tail: Option<Term>, to: Columns) {

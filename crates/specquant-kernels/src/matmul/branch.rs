@@ -4,13 +4,13 @@
 //! so it is `x W'ᵀ = (x Pᵀ) Cᵀ`: one thin projection for every input, and one thin product for every layer (arXiv 2511.11663, Eq. 16), which a rectangle
 //! of the integer product is finished with while it is in a core's caches.
 
-use super::grid::{Grid, Rect, panels};
-use super::{Kernel, ROWS, TILE_ROWS};
-use crate::isa::with_every_token;
-use crate::ops::widen_f16;
+use super::grid::{Grid, Rect};
+use super::{ROWS, TILE_ROWS};
+use crate::isa::with_token;
+use crate::packed_dense::{Product, Tile};
 use crate::parallel::for_each_index;
 use crate::weights::PANEL;
-use crate::{Buffer, Isa, KernelError};
+use crate::{Isa, KernelError};
 use half::f16;
 use std::ops::Range;
 
@@ -80,11 +80,6 @@ impl BranchCoeffs {
     pub fn bytes(&self) -> usize {
         size_of_val(&self.data[..]) + size_of_val(&self.starts[..])
     }
-
-    /// A panel's, of every basis row that it uses.
-    fn panel(&self, panel: usize) -> &[[f16; PANEL]] {
-        &self.data[self.starts[panel]..self.starts[panel + 1]]
-    }
 }
 
 /// What a branch adds to a product: `p Cᵀ`.
@@ -121,65 +116,44 @@ fn add_branch_with(isa: Isa, branch: BranchPart, rows: usize, y: &mut [f32]) {
     let BranchCoeffs { out, rank, .. } = *branch.coeffs;
     branch.check(rows, out);
     let grid = Grid::new(y, [rows, out, rank.max(1)], ROWS, TILE_ROWS);
-    with_every_token!(isa, kernel => for_each_index(grid.len(), |i| {
+    with_token!(isa, token => for_each_index(grid.len(), |i| {
         // SAFETY: every rectangle is taken once.
         let mut rect = unsafe { grid.rect(i) };
-        for (col, range) in panels(&rect, 1) {
-            add_to_panels(kernel, branch, &mut rect, col, range);
-        }
+        let panels = rect.col / PANEL..(rect.col + rect.width).div_ceil(PANEL);
+        add_to_panels(token, branch, &mut rect, 0, panels);
     }));
 }
 
-/// Adds the branch to some panels of a rectangle, the first of which is at column `col` of it.
+/// Adds the branch to some panels of a rectangle, the first of which is at column `col` of it: every sum begins with what is there and takes one basis row after
+/// the other.
 pub(super) fn add_to_panels(
-    kernel: impl Kernel,
+    token: impl Tile,
     branch: BranchPart,
     rect: &mut Rect,
-    col: usize,
-    range: Range<usize>,
+    mut col: usize,
+    panels: Range<usize>,
 ) {
-    let stride = branch.stride;
-    for (j, panel) in range.enumerate() {
-        let coeffs = branch.coeffs.panel(panel);
-        if !coeffs.is_empty() {
-            let p = &branch.p[rect.row * stride..];
-            kernel.add_branch(&BranchTerm { p, stride, coeffs }, rect, col + j * PANEL);
+    let BranchPart { p, stride, coeffs } = branch;
+    let depth = |panel: usize| coeffs.starts[panel + 1] - coeffs.starts[panel];
+    let mut first = panels.start;
+    while first < panels.end {
+        // Panels of one depth are one product.
+        let end = (first..panels.end).find(|&panel| depth(panel) != depth(first)).unwrap_or(panels.end);
+        let width = ((end - first) * PANEL).min(rect.width - col);
+        if depth(first) > 0 {
+            let product = Product {
+                x: &p[rect.row * stride..],
+                pitch: stride,
+                panels: coeffs.data[coeffs.starts[first]..coeffs.starts[end]].as_flattened(),
+                n: width,
+                k: depth(first),
+                ldy: rect.stride,
+                accumulate: true,
+            };
+            // SAFETY: these rows and columns are the rectangle's.
+            unsafe { product.block(token, 0..rect.rows, 0..end - first, rect.at(col)) };
         }
-    }
-}
-
-/// Coordinates of a rectangle's rows, and the coefficients of one of its panels.
-pub(super) struct BranchTerm<'a> {
-    /// Of the first row, then every `stride` the next row's; each has as many as there are coefficients, of which there are some.
-    pub p: &'a [f32],
-    pub stride: usize,
-    pub coeffs: &'a [[f16; PANEL]],
-}
-
-impl BranchTerm<'_> {
-    /// The coefficients in f32.
-    pub(super) fn widened(&self) -> Buffer<f32> {
-        let mut wide = Buffer::new(self.coeffs.len() * PANEL);
-        widen_f16(self.coeffs.as_flattened(), &mut wide);
-        wide
-    }
-}
-
-/// Adds to the panel at column `col`: every sum begins with what is there and takes one basis row after the other. Instruction sets have their own to the
-/// same bits.
-pub(super) fn add_term(term: &BranchTerm, rect: &mut Rect, col: usize) {
-    let coeffs = term.widened();
-    let lanes = PANEL.min(rect.width - col);
-    for row in 0..rect.rows {
-        let y = &mut rect.row_mut(row)[col..][..lanes];
-        let mut sums = [0.0f32; PANEL];
-        sums[..lanes].copy_from_slice(y);
-        for (p, c) in term.p[row * term.stride..].iter().zip(coeffs.as_chunks::<PANEL>().0) {
-            for l in 0..PANEL {
-                sums[l] = p.mul_add(c[l], sums[l]);
-            }
-        }
-        y.copy_from_slice(&sums[..lanes]);
+        (first, col) = (end, col + width);
     }
 }
 

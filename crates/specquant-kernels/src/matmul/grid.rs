@@ -24,9 +24,10 @@ pub(super) struct Rect<'a> {
     pub col: usize,
     pub rows: usize,
     pub width: usize,
-    /// Its first value; rows lie `stride` apart.
+    /// Its first value.
     start: *mut f32,
-    stride: usize,
+    /// How far apart rows lie.
+    pub stride: usize,
     /// Bytes of y.
     #[cfg_attr(not(target_arch = "x86_64"), allow(dead_code))] // nothing is fetched elsewhere
     total: usize,
@@ -49,6 +50,13 @@ impl Rect<'_> {
         }
         #[cfg(not(target_arch = "x86_64"))]
         let _ = (rows, columns);
+    }
+
+    /// A column's value in the first row.
+    pub(super) fn at(&mut self, col: usize) -> *mut f32 {
+        assert!(col < self.width && self.rows > 0);
+        // SAFETY: within y.
+        unsafe { self.start.add(col) }
     }
 
     /// Row i of the rectangle.

@@ -15,6 +15,11 @@ const TILE: usize = 6;
 
 impl Kernel for NeonDot {
     type Scratch = Buffer<Chunk>;
+    type Floats = Scalar;
+
+    fn floats(self) -> Scalar {
+        Scalar
+    }
 
     fn int_block(self, block: &IntBlock, scratch: &mut Buffer<Chunk>, acc: &mut [[i32; PANEL]]) {
         block.clear(acc);

@@ -7,6 +7,11 @@ use crate::weights::{Chunk, PANEL};
 
 impl Kernel for Scalar {
     type Scratch = ();
+    type Floats = Scalar;
+
+    fn floats(self) -> Scalar {
+        self
+    }
 
     fn int_block(self, block: &IntBlock, (): &mut (), acc: &mut [[i32; PANEL]]) {
         block.clear(acc);

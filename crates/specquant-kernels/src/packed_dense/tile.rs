@@ -16,7 +16,7 @@ const AHEAD: usize = 2048;
 const FETCHING: usize = 8;
 
 /// How a weight is stored. Widening is exact.
-pub(super) trait Weight: Copy + Send + Sync {
+pub(crate) trait Weight: Copy + Send + Sync {
     fn widen(self) -> f32;
 
     /// 8 weights, widened.
@@ -72,7 +72,7 @@ weight!(i8, f32::from, from =>
 );
 
 /// What a tile multiplies.
-pub(super) struct Part<'a, W> {
+pub(crate) struct Part<'a, W> {
     /// First of the rows, `pitch` apart.
     pub x: &'a [f32],
     pub pitch: usize,
@@ -96,7 +96,7 @@ impl<W> Part<'_, W> {
 
 /// Where a tile goes: rows of `width` floats from `y` on, `ldy` apart.
 #[derive(Clone, Copy)]
-pub(super) struct Place {
+pub(crate) struct Place {
     pub y: *mut f32,
     #[cfg_attr(not(target_arch = "x86_64"), allow(dead_code))] // the scalar tile has one row
     pub ldy: usize,
@@ -104,7 +104,7 @@ pub(super) struct Place {
 }
 
 /// A product of a few rows and panels.
-pub(super) trait Tile: Copy + Sync {
+pub(crate) trait Tile: Copy + Sync {
     /// Panels of a full tile.
     const PANELS: usize;
     /// Panels of one row's tile, a power of two: as many chains of additions as it takes to hide how long one addition takes.
