@@ -40,7 +40,7 @@ pub(crate) fn measure(path: &Path, settings: &Settings) -> Result<ModelRow> {
     let started = Instant::now();
     let source = Source::open(path)?;
     let mut model = Model::load_for_decoding(&source)?;
-    model.set_any_order();
+    model.set_any_order(true);
     model.next_logits(&mut [(&mut model.sequence(), &[1])])?;
     let load_seconds = started.elapsed().as_secs_f64();
     let longest = model.config.max_position_embeddings;

@@ -16,7 +16,7 @@ pub fn run(args: ChatArgs) -> anyhow::Result<ExitCode> {
     let source = args.model.open()?;
     let tokenizer = source.tokenizer()?;
     let mut model = Model::load_for_decoding(&source)?;
-    model.set_any_order();
+    model.set_any_order(true);
     let mut messages: Vec<Message> = args.system.iter().map(|text| message("system", text)).collect();
     // Fails now, not after the first message, if there is no template.
     tokenizer.chat_prompt(&[message("user", "hello")], true)?;

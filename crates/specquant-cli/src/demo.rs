@@ -45,7 +45,7 @@ pub fn measure(args: MeasureArgs) -> anyhow::Result<ExitCode> {
     let source = args.model.open()?;
     let tokenizer = source.tokenizer()?;
     let mut model = Model::load_for_decoding(&source)?;
-    model.set_any_order();
+    model.set_any_order(true);
     let greedy = || Sampler::new(Sampling::GREEDY);
     let prompt = tokenizer.encode(PROMPT, true)?;
     let mut sample = Vec::new();
@@ -65,6 +65,8 @@ pub fn measure(args: MeasureArgs) -> anyhow::Result<ExitCode> {
     let decode = DECODE_TOKENS as f64 / started.elapsed().as_secs_f64();
     // Memory while decoding: weights, cache and working space, before the evaluation's windows.
     let rss = system::rss();
+    // As everywhere.
+    model.set_any_order(false);
     let mut progress = Progress::new("evaluating", 1, false);
     let protocol = Protocol { window: WINDOW, ..Protocol::default() };
     let result = perplexity(&model, &ids, &protocol, None, &mut |done, of, so_far| {

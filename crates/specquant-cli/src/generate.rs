@@ -26,7 +26,7 @@ pub fn run(args: GenerateArgs) -> anyhow::Result<ExitCode> {
     let prompt = tokenizer.encode(&args.prompt, true)?;
     anyhow::ensure!(!prompt.is_empty(), "--prompt is empty; give some text to continue");
     let mut model = Model::load_for_decoding(&source)?;
-    model.set_any_order();
+    model.set_any_order(true);
     let (mut out, mut decode) = (std::io::stdout(), tokenizer.decoder(true));
     let (mut ids, mut text, mut failure) = (Vec::new(), String::new(), None);
     let started = Instant::now();

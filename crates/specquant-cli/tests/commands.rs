@@ -461,6 +461,22 @@ fn chat_answers_lines() {
     command.write_stdin("Good morning\n").assert().success();
 }
 
+/// What `demo` prints of a model is what `eval ppl` says, although it writes its answer in whatever order of sums is fastest.
+#[test]
+fn demo_measures_as_eval_does() {
+    let lab = Lab::new();
+    let model = lab.path().join("synth");
+    specquant().args(["synth", "--arch", "tiny", "-o"]).arg(&model).assert().success();
+    let calibration = lab.file("text.txt", TEXT);
+    let flags = ["-r", "quarot", "--calibration", calibration.to_str().unwrap()];
+    let out = lab.quantized(&model, "quantized", &flags);
+    let measured = json_of(specquant().args(["measure", "-m"]).arg(&out));
+    let text = Path::new(env!("CARGO_MANIFEST_DIR")).join("../../assets/demo-text.txt");
+    let mut eval = specquant();
+    eval.args(["eval", "ppl", "--json", "--window", "512", "-m"]).arg(&out).arg("--text").arg(text);
+    assert_eq!(measured["perplexity"], json_of(&mut eval)["perplexity"]);
+}
+
 /// A model of random weights can be quantized like any other.
 #[test]
 fn synth_writes_models() {

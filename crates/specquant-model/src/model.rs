@@ -308,11 +308,11 @@ impl Model {
         self.kv_format
     }
 
-    /// Lets sequences that are made from now on add up in the order that suits the processor ([`KvCache::with_any_order`]): prompts are faster with
+    /// Whether sequences that are made from now on add up in the order that suits the processor ([`KvCache::with_any_order`]): prompts are faster with
     /// AVX-512 VNNI and AMX. What rounds to 4 bits at every layer makes of another last bit another text, as good as the one of other processors but not the same; so that this
     /// is for writing text, not for measuring a model.
-    pub fn set_any_order(&mut self) {
-        self.any_order = true;
+    pub fn set_any_order(&mut self, any: bool) {
+        self.any_order = any;
     }
 
     /// An empty sequence.
